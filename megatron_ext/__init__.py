@@ -1,0 +1,1 @@
+"""LLM pruning and distillation on megatron-core (Minitron, arXiv 2407.14679)."""

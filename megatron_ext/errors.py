@@ -1,0 +1,41 @@
+"""The one exception for what a user can put right, and how it ends a run on every rank.
+
+Exit codes:
+    0  done                         3   bad or missing checkpoint, plan or scores file
+    1  runtime error                4   bad data
+    2  bad or contradictory flags   75  interrupted after a good save: start again to go on
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+RUNTIME, USAGE, CHECKPOINT, DATA, INTERRUPTED = 1, 2, 3, 4, 75
+
+
+class UserError(Exception):
+    """Ends the run with one line on rank 0 and ``code`` on every rank.
+
+    Raise it where every rank of the job comes to the same conclusion (flags, files on a shared disk,
+    or a value after its collective). A rank that raises alone leaves the others hanging.
+
+    The message names the flag or file, the offending value and the fix.
+    """
+
+    def __init__(self, message: str, code: int = RUNTIME):
+        super().__init__(message)
+        self.code = code
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Call ``main`` and exit: with its return value, or with a ``UserError``'s code and one line.
+
+    Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"ERROR: {error}", file=sys.stderr, flush=True)
+        code = error.code
+    sys.exit(code)
