@@ -171,7 +171,7 @@ def shape(weight: Weight, arch: Arch) -> tuple[int, ...]:
 
 
 def num_parameters(arch: Arch, *, embeddings: bool = True) -> int:
-    """Count parameters; without ``embeddings``, those outside the vocabulary and position tables."""
+    """Count parameters; without ``embeddings``, leave out the vocabulary and position tables."""
     sizes, total = dim_sizes(arch), 0
     for weight in weights(arch):
         if not embeddings and weight.dims[0] in ("vocab", "position"):
@@ -186,7 +186,7 @@ def num_parameters(arch: Arch, *, embeddings: bool = True) -> int:
 def forward_flops(arch: Arch, seq_length: int) -> int:
     """Return the floating-point operations of one token's forward pass, at 2 per multiply-add.
 
-    Matrix multiplies only. Causal attention counts half of the square: seq_length / 2 keys per token
+    Matrix multiplies only. Causal attention counts half of the square, seq_length / 2 keys a token
     on average. A training step costs three times as much (backward is two forwards).
     """
     sizes = dim_sizes(arch)

@@ -16,7 +16,7 @@ RUNTIME, USAGE, CHECKPOINT, DATA, INTERRUPTED = 1, 2, 3, 4, 75
 class UserError(Exception):
     """Ends the run with one line on rank 0 and ``code`` on every rank.
 
-    Raise it where every rank of the job comes to the same conclusion (flags, files on a shared disk,
+    Raise it where every rank comes to the same conclusion (flags, files on a shared disk,
     or a value after its collective). A rank that raises alone leaves the others hanging.
 
     The message names the flag or file, the offending value and the fix.

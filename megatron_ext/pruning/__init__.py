@@ -1,0 +1,1 @@
+"""Scores, plans and trimming."""
