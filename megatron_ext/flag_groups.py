@@ -1,0 +1,344 @@
+"""Every flag of the programs but the model's sizes: name, type, default and help.
+
+Names, defaults and spelling are Megatron-LM's (core_v0.16.1) unless the help says otherwise. One
+dataclass per group. A program's group inherits from the group that it shares with the other
+program, so that neither offers a flag that it would ignore.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ext.flag_parser import REQUIRED, flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Parallel layout and device."""
+
+    tensor_model_parallel_size: int = flag(1, "ranks that share each layer (TP)", at_least=1)
+    pipeline_model_parallel_size: int = flag(1, "ranks that share the depth (PP)", at_least=1)
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, "interleave: layers of each model piece; a rank holds several pieces", at_least=1
+    )
+    num_virtual_stages_per_pipeline_rank: int | None = flag(
+        None, "interleave: model pieces of each pipeline rank (VPP)", at_least=1
+    )
+    pipeline_model_parallel_layout: str | None = flag(
+        None, "stages by hand, e.g. Et*3|t*4|tL: E embedding, t layer, L loss, x*n repeats"
+    )
+    overlap_p2p_comm: bool = flag(
+        True,
+        "interleaved pipeline: wait for each transfer between stages",
+        off="--no-overlap-p2p-communication",
+    )
+    context_parallel_size: int = flag(1, "ranks that share each sequence (CP)", at_least=1)
+    sequence_parallel: bool = flag(
+        False, "split activations between layers over TP; no effect without TP"
+    )
+    distributed_backend: str | None = flag(
+        None, "default nccl on CUDA, gloo on CPU", choices=("nccl", "gloo")
+    )
+    distributed_timeout_minutes: int = flag(10, "of every collective, minutes", at_least=1)
+    device: str | None = flag(
+        None, "not in Megatron-LM; default cuda where there is one", choices=("cpu", "cuda")
+    )
+    transformer_impl: str | None = flag(
+        None,
+        "default Transformer Engine where it is installed and the device is cuda, else local",
+        choices=("local", "transformer_engine"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainParallel(Parallel):
+    """Parallel layout and device."""
+
+    use_distributed_optimizer: bool = flag(False, "split optimizer state over data-parallel ranks")
+    overlap_grad_reduce: bool = flag(False, "reduce gradients while computing others")
+    overlap_param_gather: bool = flag(
+        False, "gather updated parameters while computing; needs the distributed optimizer"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Batch and run length."""
+
+    micro_batch_size: int = flag(REQUIRED, "samples of one forward pass on a rank", at_least=1)
+    seq_length: int = flag(REQUIRED, "tokens of a sample", at_least=1)
+    seed: int = flag(1234, "of data order, new weights and dropout", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch(Batch):
+    """Batch and run length."""
+
+    global_batch_size: int | None = flag(
+        None, "samples of one step; default micro-batch-size x data-parallel ranks", at_least=1
+    )
+    train_iters: int | None = flag(
+        None, "steps of the whole run, earlier starts included; needed to train", at_least=1
+    )
+    exit_interval: int | None = flag(
+        None, "stop after a step divisible by this; default never", at_least=1
+    )
+    exit_duration_in_mins: int | None = flag(
+        None, "save and stop after so many minutes; default never", at_least=1
+    )
+    skip_train: bool = flag(False, "evaluate only")
+    recompute_granularity: str | None = flag(
+        None,
+        "activations computed again in backward: core attention or whole layers; default none",
+        choices=("full", "selective"),
+    )
+    recompute_method: str | None = flag(
+        None, "which layers, for full: in equal groups or the first", choices=("uniform", "block")
+    )
+    recompute_num_layers: int | None = flag(
+        None, "layers of a group (uniform) or of a stage (block)", at_least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Optimizer and schedule."""
+
+    optimizer: str = flag("adam", "update rule", choices=("adam", "sgd"))
+    lr: float | None = flag(None, "highest learning rate; needed to train", above=0)
+    min_lr: float = flag(0.0, "lowest learning rate", at_least=0)
+    lr_decay_style: str = flag(
+        "linear",
+        "shape of the decay",
+        choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+    )
+    lr_decay_iters: int | None = flag(
+        None, "step at which min-lr is reached; default train-iters", at_least=1
+    )
+    lr_warmup_iters: int = flag(0, "steps of linear warm-up", at_least=0)
+    lr_warmup_fraction: float | None = flag(
+        None, "warm-up as a share of the decay, 0 to 1", at_least=0, below=1
+    )
+    lr_warmup_init: float = flag(0.0, "learning rate at step 0 of the warm-up", at_least=0)
+    lr_wsd_decay_style: str = flag(
+        "exponential",
+        "shape of the final decay of WSD",
+        choices=("exponential", "linear", "cosine", "minus_sqrt"),
+    )
+    lr_wsd_decay_iters: int | None = flag(None, "steps of the final decay of WSD", at_least=1)
+    weight_decay: float = flag(0.01, "decoupled for adam; not on biases and norms", at_least=0)
+    start_weight_decay: float | None = flag(
+        None, "weight decay at step 0, where it is not constant", at_least=0
+    )
+    end_weight_decay: float | None = flag(
+        None, "weight decay at the end, where it is not constant", at_least=0
+    )
+    weight_decay_incr_style: str = flag(
+        "constant", "shape of its increase", choices=("constant", "linear", "cosine")
+    )
+    adam_beta1: float = flag(0.9, "decay of Adam's first moment", at_least=0, below=1)
+    adam_beta2: float = flag(0.999, "decay of Adam's second moment", at_least=0, below=1)
+    adam_eps: float = flag(1e-8, "added to the root of Adam's second moment", above=0)
+    sgd_momentum: float = flag(0.9, "momentum of sgd", at_least=0, below=1)
+    clip_grad: float = flag(1.0, "largest L2 norm of all gradients together; 0 = off", at_least=0)
+    override_opt_param_scheduler: bool = flag(
+        False,
+        "the typed schedule wins over the checkpoint's",
+        aliases=("--override-opt_param-scheduler",),
+    )
+    use_checkpoint_opt_param_scheduler: bool = flag(
+        False,
+        "the checkpoint's schedule wins over the typed one",
+        aliases=("--use-checkpoint-opt_param-scheduler",),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Precision."""
+
+    bf16: bool = flag(False, "bfloat16 weights and activations; default float32")
+    fp16: bool = flag(False, "float16 weights and activations; default float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPrecision(Precision):
+    """Precision."""
+
+    loss_scale: float | None = flag(
+        None, "fixed factor on the loss under fp16; default adapts it", above=0
+    )
+    initial_loss_scale: float = flag(2.0**32, "where the adapted factor begins", at_least=1)
+    grad_reduce_in_bf16: bool = flag(
+        False, "reduce gradients in bfloat16 instead of float32, under bf16"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Data and tokenizer."""
+
+    data_path: tuple[str, ...] = flag(
+        (), "indexed data without .bin and .idx: PATH, or WEIGHT PATH WEIGHT PATH ..."
+    )
+    split: str | None = flag(
+        None, "shares of --data-path for training, validation and test; default 969,30,1"
+    )
+    data_cache_path: str | None = flag(None, "folder of sample indices; default beside the data")
+    mock_data: bool = flag(False, "made-up tokens instead of data")
+    num_workers: int = flag(2, "loader processes of a rank; 0 = none", at_least=0)
+    reset_position_ids: bool = flag(False, "count positions from 0 after each end of document")
+    reset_attention_mask: bool = flag(False, "no attention across an end of document")
+    mmap_bin_files: bool = flag(
+        True, "read data files instead of mapping them", off="--no-mmap-bin-files"
+    )
+    tokenizer_type: str | None = flag(
+        None,
+        "kind of tokenizer",
+        choices=(
+            "SentencePieceTokenizer",
+            "GPTSentencePieceTokenizer",
+            "Llama2Tokenizer",
+            "HuggingFaceTokenizer",
+            "GPT2BPETokenizer",
+            "NullTokenizer",
+        ),
+    )
+    tokenizer_model: str | None = flag(None, "tokenizer file, or a Hugging Face folder or name")
+    vocab_file: str | None = flag(None, "vocab.json of GPT2BPETokenizer")
+    merge_file: str | None = flag(None, "merges.txt of GPT2BPETokenizer")
+    vocab_size: int | None = flag(
+        None, "tokens of NullTokenizer, without the end of document", at_least=1
+    )
+    trust_remote_code: bool = flag(False, "let a Hugging Face tokenizer run its own code")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainData(Data):
+    """Data and tokenizer."""
+
+    train_data_path: tuple[str, ...] = flag((), "as --data-path, for training only")
+    valid_data_path: tuple[str, ...] = flag((), "as --data-path, for validation only")
+    test_data_path: tuple[str, ...] = flag((), "as --data-path, for the test only")
+    eod_mask_loss: bool = flag(False, "no loss on end-of-document tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Checkpoints."""
+
+    load: str | None = flag(None, "folder to read from (iter_*/ and the latest iteration)")
+    save: str | None = flag(None, "folder to write to")
+    ckpt_step: int | None = flag(
+        None, "iteration to read from --load; default the latest", at_least=0
+    )
+    verify_integrity: bool = flag(
+        True,
+        "not in Megatron-LM 0.16.1; do not compare files with their recorded SHA-256",
+        off="--no-verify-integrity",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCheckpoint(Checkpoint):
+    """Checkpoints."""
+
+    save_interval: int | None = flag(
+        None, "steps between checkpoints", at_least=1, aliases=("--persistent-save-interval",)
+    )
+    save_retain_interval: int | None = flag(
+        None, "keep only iterations divisible by this, and the latest; default all", at_least=1
+    )
+    finetune: bool = flag(False, "take only the weights from --load and begin at iteration 0")
+    pretrained_checkpoint: str | None = flag(
+        None, "weights to begin with where --load has no checkpoint yet"
+    )
+    save_optim: bool = flag(True, "save no optimizer state", off="--no-save-optim")
+    load_optim: bool = flag(True, "load no optimizer state", off="--no-load-optim")
+    save_rng: bool = flag(True, "save no random state", off="--no-save-rng")
+    load_rng: bool = flag(True, "load no random state", off="--no-load-rng")
+    exit_on_missing_checkpoint: bool = flag(
+        False, "fail where --load has no checkpoint, also if it is --save"
+    )
+    ckpt_format: str = flag("torch_dist", "format on disk", choices=("torch_dist",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Evaluation and logging."""
+
+    log_interval: int = flag(100, "steps between log lines", at_least=1)
+    eval_iters: int = flag(100, "batches of one evaluation; 0 = none", at_least=0)
+    eval_interval: int | None = flag(None, "steps between evaluations; default none", at_least=1)
+    tensorboard_dir: str | None = flag(None, "folder of TensorBoard events; default none")
+    progress: bool = flag(False, "not in Megatron-LM; a progress bar with the time left")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """Distillation (not in Megatron-LM)."""
+
+    teacher_load: str | None = flag(
+        None,
+        "folder of the teacher's checkpoint; default no teacher",
+        aliases=("--export-kd-teacher-load",),
+    )
+    kd_loss: str = flag("forward-kl", "distillation loss", choices=("forward-kl",))
+    kd_temperature: float = flag(1.0, "softmax temperature of teacher and student", above=0)
+    kd_lm_loss_weight: float = flag(
+        0.0, "weight of the language-model loss beside it; 0 leaves it out", at_least=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Pruning (not in Megatron-LM)."""
+
+    target_hidden_size: int | None = flag(None, "default as the source", at_least=1)
+    target_ffn_hidden_size: int | None = flag(None, "default as the source", at_least=1)
+    target_num_attention_heads: int | None = flag(None, "default as the source", at_least=1)
+    target_num_layers: int | None = flag(None, "default as the source", at_least=1)
+    calibration_samples: int = flag(1024, "samples that the scores are measured on", at_least=1)
+    scores: str | None = flag(None, "scores file: read if it exists, written otherwise")
+    plan: str | None = flag(None, "plan file: read if it exists, written otherwise")
+
+
+# Flags of everyone's Megatron-LM scripts that have no effect here: number of values, reason.
+_ALWAYS, _KERNELS = "always the case", "kernels follow from the device and --transformer-impl"
+IGNORED = {
+    "--use-mcore-models": (0, _ALWAYS),
+    "--use-dist-ckpt": (0, _ALWAYS),
+    "--auto-detect-ckpt-format": (0, _ALWAYS),
+    "--attention-softmax-in-fp32": (0, _ALWAYS),
+    "--no-position-embedding": (0, "see --position-embedding-type"),
+    "--no-async-tensor-model-parallel-allreduce": (0, _KERNELS),
+    "--no-masked-softmax-fusion": (0, _KERNELS),
+    "--no-bias-gelu-fusion": (0, _KERNELS),
+    "--no-bias-swiglu-fusion": (0, _KERNELS),
+    "--no-bias-dropout-fusion": (0, _KERNELS),
+    "--no-rope-fusion": (0, _KERNELS),
+    "--no-persist-layer-norm": (0, _KERNELS),
+    "--use-flash-attn": (0, _KERNELS),
+    "--attention-backend": (1, _KERNELS),
+    "--tp-comm-overlap": (0, _KERNELS),
+    "--no-create-attention-mask-in-dataloader": (0, "masks are made where they are needed"),
+    "--dist-ckpt-format": (1, "checkpoints are torch_dist"),
+    "--dist-ckpt-strictness": (1, "a missing or unknown tensor is always an error"),
+    "--use-persistent-ckpt-worker": (0, "checkpoints are written before training goes on"),
+    "--ckpt-assume-constant-structure": (0, "checkpoints are planned at each save"),
+    "--empty-unused-memory-level": (1, "memory is left to torch"),
+    "--no-one-logger": (0, "there is no such logger"),
+    "--local-rank": (1, "ranks come from the environment"),
+    "--tiktoken-pattern": (1, "there is no tiktoken tokenizer"),
+}
+IGNORED_IN_TRAINING = IGNORED | {
+    "--use-checkpoint-args": (0, _ALWAYS),
+    "--accumulate-allreduce-grads-in-fp32": (0, "the case without --grad-reduce-in-bf16"),
+    "--exit-signal-handler": (0, _ALWAYS),
+    "--log-throughput": (0, _ALWAYS),
+    "--calculate-per-token-loss": (
+        0,
+        "losses are always averaged over the unmasked tokens of the global batch",
+    ),
+    "--no-gradient-accumulation-fusion": (0, _KERNELS),
+    "--cross-entropy-loss-fusion": (0, "the losses are this project's"),
+    "--cross-entropy-fusion-impl": (1, "the losses are this project's"),
+}

@@ -1,0 +1,254 @@
+"""The command lines of the two programs, parsed and checked before any process group exists.
+
+flag_parser   dataclasses as flags: knows no flag
+flag_groups   the flags: add one there
+model_flags   the flags that describe a model, and how they meet a checkpoint
+flag_checks   what may not go together between flags
+flags         (here) what each program gets, and whether a model fits a layout
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_ext import flag_checks as check
+from megatron_ext import flag_groups as group
+from megatron_ext.arch import Arch
+from megatron_ext.errors import USAGE, UserError
+from megatron_ext.flag_parser import build, flags_as_dict, format_flags, missing, read, typed_only
+from megatron_ext.model_flags import (
+    Sizes,
+    check_against_checkpoint,
+    megatron_command_line,
+    missing_sizes,
+    new_arch,
+)
+
+__all__ = [
+    "PruneFlags",
+    "TrainFlags",
+    "check_against_checkpoint",
+    "check_layout",
+    "check_targets",
+    "flags_as_dict",
+    "format_flags",
+    "megatron_command_line",
+    "new_arch",
+    "parse_prune",
+    "parse_train",
+    "virtual_pipeline_size",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """Train a model alone, or distil it from a teacher (--teacher-load)."""
+
+    sizes: dict[str, Any] = typed_only(Sizes)
+    """Typed sizes only: a checkpoint supplies the others, or ``new_arch`` its defaults."""
+    parallel: group.TrainParallel
+    batch: group.TrainBatch
+    optimizer: group.Optimizer
+    precision: group.TrainPrecision
+    data: group.TrainData
+    checkpoint: group.TrainCheckpoint
+    log: group.Log
+    distill: group.Distill
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneFlags:
+    """Prune a checkpoint: scores, plan, cut. The model's sizes come from the checkpoint."""
+
+    parallel: group.Parallel
+    batch: group.Batch
+    precision: group.Precision
+    data: group.Data
+    checkpoint: group.Checkpoint
+    prune: group.Prune
+
+
+def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
+    """Return the checked flags of ``pretrain_distill.py``.
+
+    As in Megatron-LM, a global batch size that was not typed is filled in, and sequence parallelism
+    without tensor parallelism is off.
+
+    Raises:
+        UserError: with code ``USAGE``, for the first problem; missing flags all at once.
+    """
+    typed = read(TrainFlags, argv, group.IGNORED_IN_TRAINING)
+    training = not typed.get("skip_train")
+    needed = missing(TrainFlags, typed)
+    if training:
+        needed += [name for name in ("--train-iters", "--lr") if _field(name) not in typed]
+    if not {"load", "pretrained_checkpoint"} & typed.keys():
+        needed += missing_sizes(typed)
+    check.refuse(_missing(needed))
+
+    flags = build(TrainFlags, typed)
+    parallel, batch, data = flags.parallel, flags.batch, flags.data
+    check.refuse(
+        check.layout_problems(parallel, batch.seq_length, world_size),
+        check.virtual_stage_problems(parallel),
+    )
+    dp = world_size // check.model_parallel_size(parallel)
+    batch_size = batch.global_batch_size or batch.micro_batch_size * dp
+    batch = replace(batch, global_batch_size=batch_size)
+    per_split = any((data.train_data_path, data.valid_data_path, data.test_data_path))
+    check.refuse(
+        check.batch_problems(batch, parallel, dp),
+        check.schedule_problems(flags.optimizer, batch.train_iters) if training else (),
+        check.precision_problems(flags.precision),
+        check.training_precision_problems(flags.precision),
+        check.model_problems(flags.sizes),
+        check.checkpoint_problems(flags.checkpoint, training=training),
+        check.distill_problems(flags.distill),
+        check.data_problems(data, per_split=per_split),
+    )
+    return replace(flags, parallel=_without_idle_sequence_parallel(parallel), batch=batch)
+
+
+def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
+    """Return the checked flags of ``prune.py``.
+
+    Raises:
+        UserError: with code ``USAGE``, for the first problem; missing flags all at once.
+    """
+    typed = read(PruneFlags, argv, group.IGNORED)
+    check.refuse(_missing(missing(PruneFlags, typed) + ["--load"] * ("load" not in typed)))
+    flags = build(PruneFlags, typed)
+    # Nothing is measured where a file of scores or a plan is given.
+    given = [path for path in (flags.prune.scores, flags.prune.plan) if path is not None]
+    measures = not any(Path(path).exists() for path in given)
+    check.refuse(
+        check.layout_problems(flags.parallel, flags.batch.seq_length, world_size),
+        check.virtual_stage_problems(flags.parallel),
+        check.precision_problems(flags.precision),
+        check.prune_problems(flags.checkpoint, flags.prune),
+        check.data_problems(flags.data, needed=measures),
+    )
+    return replace(flags, parallel=_without_idle_sequence_parallel(flags.parallel))
+
+
+def virtual_pipeline_size(parallel: group.Parallel, num_layers: int) -> int | None:
+    """Return the model pieces of each pipeline rank; None for one, the plain schedule."""
+    pp, pieces = parallel.pipeline_model_parallel_size, 1
+    if parallel.pipeline_model_parallel_layout:
+        pieces = len(check.stages(parallel.pipeline_model_parallel_layout)) // pp
+    elif parallel.num_virtual_stages_per_pipeline_rank:
+        pieces = parallel.num_virtual_stages_per_pipeline_rank
+    elif parallel.num_layers_per_virtual_pipeline_stage:
+        pieces = num_layers // pp // parallel.num_layers_per_virtual_pipeline_stage
+    return pieces if pieces > 1 else None
+
+
+def check_layout(arch: Arch, parallel: group.Parallel, *, seq_length: int) -> None:
+    """Check that ``arch`` can be laid out as ``parallel`` says, for samples of ``seq_length``.
+
+    Raises:
+        UserError: with code ``USAGE``, naming both numbers and the flag.
+    """
+    check.refuse(
+        _tensor_parallel_problems(arch, parallel.tensor_model_parallel_size),
+        _pipeline_problems(arch.num_layers, parallel),
+        _position_problems(arch, seq_length),
+    )
+
+
+def check_targets(arch: Arch, prune: group.Prune) -> None:
+    """Check that the target sizes can be cut from those of ``arch``.
+
+    No layout enters: a plan is the same for any number of ranks, and the program that loads the
+    pruned checkpoint checks it against its own layout.
+
+    Raises:
+        UserError: with code ``USAGE``, naming both numbers and the flag.
+    """
+    for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_layers"):
+        target, source = getattr(prune, f"target_{name}"), getattr(arch, name)
+        if target is not None and target > source:
+            option = f"--target-{name.replace('_', '-')}"
+            raise UserError(f"{option} {target}: the checkpoint has only {source}.", USAGE)
+    heads, groups = prune.target_num_attention_heads, arch.num_query_groups
+    # Where every head has a group of its own, a head goes with its key and value.
+    if heads is not None and groups < arch.num_attention_heads and heads % groups:
+        raise UserError(
+            f"--target-num-attention-heads {heads} is not a multiple of the checkpoint's "
+            f"{groups} query groups: each keeps the same number of heads.",
+            USAGE,
+        )
+
+
+def _field(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
+
+
+def _missing(options: Sequence[str]) -> Iterator[str]:
+    if options:
+        yield f"missing {', '.join(options)}."
+
+
+def _without_idle_sequence_parallel(parallel: Any) -> Any:
+    tp = parallel.tensor_model_parallel_size
+    return replace(parallel, sequence_parallel=parallel.sequence_parallel and tp > 1)
+
+
+def _tensor_parallel_problems(arch: Arch, tp: int) -> Iterator[str]:
+    sizes = {
+        "--num-attention-heads": arch.num_attention_heads,
+        "--num-query-groups": arch.num_query_groups,
+        "--ffn-hidden-size": arch.ffn_hidden_size,
+        "the padded vocabulary (--make-vocab-size-divisible-by)": arch.padded_vocab_size,
+    }
+    allowed = [
+        str(ranks)
+        for ranks in range(1, arch.num_query_groups + 1)
+        if not any(size % ranks for size in sizes.values())
+    ]
+    for name, size in sizes.items():
+        if size % tp:
+            yield (
+                f"--tensor-model-parallel-size {tp} does not divide {name}, {size}; this model "
+                f"allows {', '.join(allowed)}."
+            )
+
+
+def _pipeline_problems(num_layers: int, parallel: group.Parallel) -> Iterator[str]:
+    pp, layout = parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_layout
+    if layout is not None:
+        placed = "".join(check.stages(layout)).count("t")
+        if placed != num_layers:
+            yield (
+                f"--pipeline-model-parallel-layout {layout} places {placed} layers; the model has "
+                f"{num_layers}."
+            )
+        return
+    if num_layers % pp:
+        yield (
+            f"{num_layers} layers are not a multiple of --pipeline-model-parallel-size {pp}: place "
+            "them with --pipeline-model-parallel-layout."
+        )
+    per_stage = num_layers // pp
+    for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+        value = getattr(parallel, name)
+        if value is not None and per_stage % value:
+            yield (
+                f"--{name.replace('_', '-')} {value} does not divide the {per_stage} layers of a "
+                f"pipeline stage ({num_layers} / {pp})."
+            )
+
+
+def _position_problems(arch: Arch, seq_length: int) -> Iterator[str]:
+    if seq_length > arch.max_position_embeddings:
+        yield (
+            f"--seq-length {seq_length} is longer than --max-position-embeddings "
+            f"{arch.max_position_embeddings}."
+        )
+    rotary = int(arch.kv_channels * arch.rotary_percent)
+    if arch.position_embedding_type == "rope" and (rotary == 0 or rotary % 2):
+        yield (
+            f"--kv-channels {arch.kv_channels} x --rotary-percent {arch.rotary_percent} = {rotary} "
+            "channels rotate; rope turns pairs, so it must be an even number above 0."
+        )

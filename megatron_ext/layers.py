@@ -1,0 +1,149 @@
+"""Layers that megatron-core has for Transformer Engine only: norm and attention in plain torch.
+
+Shape letters in this file:
+    s  positions on this rank     B  micro-batch             a  query heads on this rank
+    S  positions of all ranks     D  channels of a head      g  key/value heads on this rank
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dim, after ``config``; [..., C] in and out.
+
+    megatron-core's ``WrappedTorchNorm`` refuses sequence parallelism and zero-centred weights. Here
+    the weights are marked ``sequence_parallel``, so that megatron-core adds their gradients over
+    the tensor-parallel ranks, and hold gamma - 1 when ``layernorm_zero_centered_gamma`` is set, as
+    Transformer Engine's do.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.shape = (hidden_size,)
+        self.is_rms = config.normalization == "RMSNorm"
+        self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        options = {"device": torch.cuda.current_device(), "dtype": config.params_dtype}
+        self.weight = nn.Parameter(torch.full(self.shape, 1.0 - self.offset, **options))
+        self.weight.sequence_parallel = config.sequence_parallel
+        if not self.is_rms:
+            self.bias = nn.Parameter(torch.zeros(self.shape, **options))
+            self.bias.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x``; torch computes the statistics in float32 for half-precision input."""
+        weight = self.weight + self.offset if self.offset else self.weight
+        if self.is_rms:
+            return F.rms_norm(x, self.shape, weight, self.eps)
+        return F.layer_norm(x, self.shape, weight, self.bias, self.eps)
+
+
+class Attention(MegatronModule):
+    """Core attention on torch's scaled_dot_product_attention: no [s, S] scores are kept.
+
+    Under context parallelism this rank's queries meet the keys and values of all ranks, gathered in
+    forward and reduce-scattered in backward (one collective each for keys and for values).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(config=config)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.is_causal = attn_mask_type == AttnMaskType.causal
+        self.cp_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: None = None,
+    ) -> Tensor:
+        """Return [s, B, a * D] from query [s, B, a, D], key and value [s, B, g, D].
+
+        ``attention_mask`` [B or 1, 1, s, S], true where a query must not look; None means causal.
+        """
+        s, b = query.shape[:2]
+        if self.cp_group.size() > 1:
+            key, value = (
+                gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
+                for x in (key, value)
+            )
+            if attention_mask is None and self.is_causal:
+                attention_mask = causal_mask_of_shard(s, self.cp_group, query.device)
+        inputs = [x.permute(1, 2, 0, 3) for x in (query, key, value)]  # [B, heads, positions, D]
+        # Heads differ between tensor-parallel ranks, so their dropout must too.
+        with get_cuda_rng_tracker().fork():
+            context = F.scaled_dot_product_attention(
+                *inputs,
+                attn_mask=None if attention_mask is None else ~attention_mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=self.is_causal and attention_mask is None,
+                scale=self.scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+        return context.permute(2, 0, 1, 3).reshape(s, b, -1)
+
+
+def shard_positions(num_positions: int, cp_group: ProcessGroup, rank: int) -> Tensor:
+    """Return the [num_positions] global positions that ``rank`` holds.
+
+    Megatron cuts a sequence into 2 * size chunks and gives rank r the r-th from either end, which
+    evens out the work of causal attention.
+    """
+    half = num_positions // 2
+    first, last = rank, 2 * cp_group.size() - 1 - rank
+    return torch.cat([torch.arange(half) + first * half, torch.arange(half) + last * half])
+
+
+def causal_mask_of_shard(
+    num_positions: int, cp_group: ProcessGroup, device: torch.device
+) -> Tensor:
+    """Return [1, 1, s, S] bool, true where this rank's query must not look at a gathered key."""
+    queries = shard_positions(num_positions, cp_group, cp_group.rank())
+    keys = torch.cat(
+        [shard_positions(num_positions, cp_group, rank) for rank in range(cp_group.size())]
+    )
+    return (queries.unsqueeze(1) < keys.unsqueeze(0)).to(device)[None, None]
+
+
+def local_block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
+    """Return a stage of ``num_layers`` of megatron-core's local layers with these two in place."""
+    layer = get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    modules = layer.submodules
+    modules.input_layernorm = modules.pre_mlp_layernorm = Norm
+    attention = modules.self_attention.submodules
+    attention.core_attention = Attention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = Norm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)

@@ -1,0 +1,249 @@
+"""An ``Arch`` as a megatron-core GPT model on this rank, with initial weights that no layout changes.
+
+``ModelOptions`` is what a run decides and a checkpoint does not: dtype, parallelism, recomputation.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    ShardedTensor,
+    apply_factories,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ext.arch import Arch, weights
+from megatron_ext.errors import USAGE, UserError
+from megatron_ext.layers import local_block_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a run holds its models; teacher and student share them."""
+
+    params_dtype: torch.dtype = torch.float32
+    sequence_parallel: bool = False
+    virtual_pipeline_model_parallel_size: int | None = None
+    pipeline_model_parallel_layout: str | None = None
+    overlap_p2p_comm: bool = False
+    """With virtual stages only: send activations while computing."""
+    transformer_impl: str = "local"
+    recompute: dict[str, str | int | None] = field(default_factory=dict)
+    """megatron-core's recompute_granularity, recompute_method and recompute_num_layers."""
+
+
+class LanguageModel(GPTModel):
+    """megatron-core's GPT model whose logits stay as they are computed.
+
+    Without labels ``forward`` returns logits [s, b, v] (s positions, v the columns of this
+    tensor-parallel rank), where GPTModel copies them into [b, s, v]. With labels it returns the
+    language-model loss per token, [b, s].
+    """
+
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Tensor | None = None, **inputs: object
+    ) -> Tensor:
+        if labels is not None or not self.post_process:
+            return super()._postprocess(hidden_states, labels=labels, **inputs)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        return self.output_layer(hidden_states, weight=weight)[0]
+
+
+def choose_transformer_impl(impl: str | None, device: torch.device) -> str:
+    """Return "transformer_engine" or "local"; None takes Transformer Engine on a GPU that has it."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+
+        available = device.type == "cuda"
+    except ImportError:
+        available = False
+    if impl == "transformer_engine" and not available:
+        raise UserError(
+            "--transformer-impl transformer_engine needs a GPU with Transformer Engine installed; "
+            "use --transformer-impl local.",
+            USAGE,
+        )
+    return impl or ("transformer_engine" if available else "local")
+
+
+def transformer_config(
+    arch: Arch, options: ModelOptions, groups: ProcessGroupCollection
+) -> TransformerConfig:
+    """Return megatron-core's configuration of ``arch``. Losses are sums over tokens: the divisor
+    is the token count of the global batch, whatever the layout.
+    """
+    if arch.squared_relu:
+        activation = squared_relu
+    else:
+        activation = F.silu if arch.swiglu else F.gelu
+    has_engine = options.transformer_impl == "transformer_engine"
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.kv_channels,
+        normalization=arch.normalization,
+        layernorm_epsilon=arch.norm_epsilon,
+        layernorm_zero_centered_gamma=arch.apply_layernorm_1p,
+        gated_linear_unit=arch.swiglu,
+        activation_func=activation,
+        bias_activation_fusion=False,
+        add_bias_linear=arch.add_bias_linear,
+        add_qkv_bias=arch.add_qkv_bias or arch.add_bias_linear,
+        qk_layernorm=arch.qk_layernorm,
+        attention_dropout=arch.attention_dropout,
+        hidden_dropout=arch.hidden_dropout,
+        attention_softmax_in_fp32=True,
+        masked_softmax_fusion=False,
+        persist_layer_norm=has_engine,
+        apply_rope_fusion=has_engine and arch.position_embedding_type == "rope",
+        gradient_accumulation_fusion=False,
+        init_method_std=arch.init_method_std,
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        params_dtype=options.params_dtype,
+        pipeline_dtype=options.params_dtype,
+        bf16=options.params_dtype == torch.bfloat16,
+        fp16=options.params_dtype == torch.float16,
+        tensor_model_parallel_size=groups.tp.size(),
+        pipeline_model_parallel_size=groups.pp.size(),
+        virtual_pipeline_model_parallel_size=options.virtual_pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=options.pipeline_model_parallel_layout,
+        context_parallel_size=groups.cp.size(),
+        sequence_parallel=options.sequence_parallel and groups.tp.size() > 1,
+        overlap_p2p_comm=options.overlap_p2p_comm,
+        batch_p2p_comm=not options.overlap_p2p_comm,
+        batch_p2p_sync=False,
+        variable_seq_lengths=False,
+        transformer_impl=options.transformer_impl,
+        use_cpu_initialization=False,
+        **options.recompute,
+    )
+
+
+def build_model(
+    arch: Arch,
+    options: ModelOptions,
+    groups: ProcessGroupCollection,
+    *,
+    seed: int | None = None,
+) -> list[LanguageModel]:
+    """Return this rank's part of the model: one module per virtual pipeline stage.
+
+    Args:
+        arch: sizes of the whole model.
+        options: dtype and parallelism.
+        groups: megatron-core's process groups (tp, pp, cp, ... as of ``platform.initialize``).
+        seed: draw initial weights from it; None leaves them unset, for a checkpoint to fill.
+    """
+    config = transformer_config(arch, options, groups)
+    num_chunks = options.virtual_pipeline_model_parallel_size or 1
+    chunks = [_build_chunk(arch, config, groups, chunk, num_chunks) for chunk in range(num_chunks)]
+    if seed is not None:
+        initialize_weights(chunks, arch, seed)
+    return chunks
+
+
+def _build_chunk(
+    arch: Arch,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    chunk: int,
+    num_chunks: int,
+) -> LanguageModel:
+    vp_stage = chunk if num_chunks > 1 else None
+    num_layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.models.gpt.gpt_layer_specs import (
+            get_gpt_layer_with_transformer_engine_spec,
+        )
+
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_layernorm)
+    else:
+        spec = local_block_spec(config, num_layers)
+    model = LanguageModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=arch.padded_vocab_size,
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=groups.pp.rank() == 0 and chunk == 0,
+        post_process=groups.pp.rank() == groups.pp.size() - 1 and chunk == num_chunks - 1,
+        share_embeddings_and_output_weights=not arch.untie_embeddings_and_output_weights,
+        position_embedding_type=arch.position_embedding_type,
+        rotary_percent=arch.rotary_percent,
+        rotary_base=arch.rotary_base,
+        rope_scaling=arch.use_rope_scaling,
+        rope_scaling_factor=arch.rope_scaling_factor,
+        pg_collection=groups,
+        vp_stage=vp_stage,
+    )
+    for parameter in model.parameters():
+        # The tensor-parallel layers leave this to Megatron-LM's training code.
+        if not hasattr(parameter, "tensor_model_parallel"):
+            parameter.tensor_model_parallel = False
+    return model.to(torch.cuda.current_device())
+
+
+def model_state_dict(chunks: list[MegatronModule]) -> ShardedStateDict:
+    """Return what this rank holds as megatron-core's sharded tensors, one dict per chunk.
+
+    Keys are ``model`` or ``model0``, ``model1``, ... as Megatron-LM names them.
+    """
+    if len(chunks) == 1:
+        return {"model": chunks[0].sharded_state_dict()}
+    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+
+
+@torch.no_grad()
+def initialize_weights(chunks: list[LanguageModel], arch: Arch, seed: int) -> None:
+    """Draw every weight from its own generator, seeded by (seed, name, layer). No collectives.
+
+    Each rank draws the whole tensor and keeps its shard, so that a seed gives the same model under
+    every layout. (megatron-core draws from one generator per tensor-parallel rank.)
+
+    Raises:
+        ValueError: the model has a weight without a row in ``arch.weights``.
+    """
+    rows = {weight.key: weight for weight in weights(arch)}
+    std = arch.init_method_std
+    stds = {"normal": std, "scaled": std / (2.0 * arch.num_layers) ** 0.5}
+    for shard in sharded_tensors(chunks):
+        if shard.key not in rows:
+            raise ValueError(f"{shard.key} has no row in the table of weights (arch.py).")
+        init = rows[shard.key].init
+        if init in ("ones", "zeros"):
+            shard.data.fill_(float(init == "ones"))
+            continue
+        axes = shard.prepend_axis_num
+        layer = shard.global_offset[0] if axes else 0
+        digest = hashlib.sha256(f"{seed} {shard.key} {layer}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        whole = torch.empty(shard.global_shape[axes:]).normal_(std=stds[init], generator=generator)
+        place = tuple(
+            slice(start, start + length)
+            for start, length in zip(shard.global_offset[axes:], shard.local_shape, strict=True)
+        )
+        shard.data.copy_(whole[place])
+
+
+def sharded_tensors(chunks: list[MegatronModule]) -> Iterator[ShardedTensor]:
+    """Yield the sharded tensors of ``chunks``; their data are views of the parameters."""
+    state = model_state_dict(chunks)
+    apply_factories(state)
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor):
+            yield value

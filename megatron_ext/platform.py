@@ -1,0 +1,216 @@
+"""CUDA or CPU: device, process groups, seeds, and what megatron-core needs to run without CUDA.
+
+megatron-core 0.16.1 names CUDA in its optimizers, schedules and tensor-parallel layers.
+``emulate_cuda_on_cpu`` answers those calls from the CPU; nothing else in this project asks which
+device it runs on.
+"""
+
+import contextlib
+import functools
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy
+import torch
+
+# megatron-core says on import, several times over, that Apex and Transformer Engine are missing.
+warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|full scope).*")
+warnings.filterwarnings("ignore", message=".*dynamic_context.py.*", category=DeprecationWarning)
+
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_ext.errors import USAGE, UserError
+
+TENSOR_FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where this rank computes and with whom."""
+
+    device: torch.device
+    groups: ProcessGroupCollection
+    """megatron-core's groups: tp, pp, cp, dp, dp_cp, mp, embd, ..."""
+    rank: int
+    world_size: int
+
+    @property
+    def is_last_rank(self) -> bool:
+        """The rank that logs losses: they exist on the last pipeline stage only."""
+        return self.rank == self.world_size - 1
+
+
+def initialize(
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    context_parallel_size: int = 1,
+    device: str | None = None,
+    backend: str | None = None,
+    seed: int = 1234,
+    timeout_minutes: float = 10,
+) -> Platform:
+    """Join the other ranks, build megatron-core's groups and seed every generator. Collective.
+
+    Ranks come from torchrun's environment; without it, this process is the only one. A process group
+    that is already initialised is used as it is.
+
+    Args:
+        tensor_model_parallel_size: and the other sizes, as in Megatron-LM; data parallelism takes
+            what is left of the world.
+        device: "cuda" or "cpu"; None takes CUDA where there is one.
+        backend: "nccl" or "gloo"; None takes the device's own.
+        seed: as Megatron-LM's ``--seed``: dropout differs between pipeline stages and tensor ranks.
+        timeout_minutes: of every collective, before it raises instead of waiting.
+
+    Raises:
+        UserError: CUDA or NCCL was asked for and is not there.
+    """
+    target = choose_device(device)
+    if backend == "nccl" and target.type == "cpu":
+        raise UserError(
+            "--distributed-backend nccl needs a GPU; leave it out to use gloo on this machine.",
+            USAGE,
+        )
+    if target.type == "cpu":
+        emulate_cuda_on_cpu()
+    else:
+        torch.cuda.set_device(target)
+    _init_process_group(backend or ("nccl" if target.type == "cuda" else "gloo"), timeout_minutes)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        context_parallel_size=context_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    set_seed(seed, groups)
+    return Platform(
+        device=target,
+        groups=groups,
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+    )
+
+
+def choose_device(device: str | None) -> torch.device:
+    """Return this rank's device: the one asked for, or CUDA where there is one, else the CPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable GPU; use --device cpu.", USAGE)
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def set_seed(seed: int, groups: ProcessGroupCollection) -> None:
+    """Seed Python, numpy, torch and megatron-core's tracker as Megatron-LM does."""
+    seed += 100 * groups.pp.rank()
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(
+        seed, tp_rank=groups.tp.rank(), ep_rank=0, etp_rank=groups.tp.rank(), force_reset_rng=True
+    )
+
+
+def shut_down() -> None:
+    """Leave the process groups. Call it on every rank at the end of a run."""
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def _init_process_group(backend: str, timeout_minutes: float) -> None:
+    if torch.distributed.is_initialized():
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            backend, store=store, rank=0, world_size=1, timeout=timeout
+        )
+
+
+# What megatron-core needs to run without CUDA. Each patch names the place that needs it.
+
+
+@functools.cache
+def emulate_cuda_on_cpu() -> None:
+    """Let megatron-core's CUDA calls act on the CPU. Changes torch for this process, once."""
+    from megatron.core.tensor_parallel import random as core_random
+
+    cpu = torch.device("cpu")
+    # device=torch.cuda.current_device(): mappings, rotary embeddings, gradient buffers.
+    torch.cuda.current_device = lambda: cpu
+    # device="cuda": optimizer scale and found_inf, token counts of the schedules.
+    for name in TENSOR_FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.to = _on_cpu(torch.Tensor.to)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    # param.type() == "torch.cuda.FloatTensor": optimizers and gradient clipping.
+    torch.Tensor.type = _type_as_on_cuda(torch.Tensor.type)
+    # Timers, pipeline communication and clean-up.
+    for name in ("synchronize", "empty_cache", "set_device"):
+        setattr(torch.cuda, name, lambda *args, **kwargs: None)
+    # The generator of the device is the CPU's: the tracker that gives each tensor-parallel rank its
+    # own dropout swaps the state of that one.
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    torch.cuda.manual_seed = torch.manual_seed
+    core_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    core_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    core_random.CudaRNGStatesTracker.fork = _fork_cpu_generator
+    # Asserted by the tensor-parallel linear layers under sequence parallelism.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _on_cpu(function: Callable) -> Callable:
+    """Wrap a tensor factory or ``Tensor.to``: a CUDA device in its arguments becomes the CPU."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)  # the rotary embedding under context parallelism
+        args = tuple("cpu" if _is_cuda(arg) else arg for arg in args)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _type_as_on_cuda(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def call(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = function(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    return call
+
+
+@contextlib.contextmanager
+def _fork_cpu_generator(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
+    """Stand in for ``CudaRNGStatesTracker.fork``, which warns when the CPU's generator moves."""
+    before = torch.get_rng_state()
+    torch.set_rng_state(self.states_[name])
+    try:
+        yield
+    finally:
+        self.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(before)

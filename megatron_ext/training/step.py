@@ -1,0 +1,187 @@
+"""One optimizer step and one evaluation, through megatron-core's schedules.
+
+Losses are sums over tokens until the very end: gradients and reported losses are divided once by
+the number of unmasked tokens of the *global* batch, so that neither depends on how micro-batches
+and sequences are spread over ranks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import finalize_model_grads as core_finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """The sizes of one step on this rank."""
+
+    num_microbatches: int
+    """Micro-batches per data-parallel rank."""
+    micro_batch_size: int
+    seq_length: int
+    """Positions of a sample over all context-parallel ranks."""
+
+
+def wrap(
+    chunks: Sequence[MegatronModule],
+    ddp_config: DistributedDataParallelConfig,
+    groups: ProcessGroupCollection,
+) -> list[DistributedDataParallel]:
+    """Return ``chunks`` with gradient buffers that data-parallel ranks reduce together."""
+    model = [
+        DistributedDataParallel(
+            config=get_model_config(chunk),
+            ddp_config=ddp_config,
+            module=chunk,
+            # Later chunks' gradients are ready early: buckets pay for the first chunk only.
+            disable_bucketing=index > 0,
+            pg_collection=groups,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    config = get_model_config(model[0])
+    config.finalize_model_grads_func = partial(_finalize_model_grads, groups)
+    if ddp_config.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in model]
+        config.no_sync_func = no_sync[0] if len(model) == 1 else no_sync
+    return model
+
+
+def _finalize_model_grads(
+    groups: ProcessGroupCollection,
+    model: list[MegatronModule],
+    num_tokens: Tensor | None,
+    **_: Any,
+) -> None:
+    core_finalize_model_grads(model, num_tokens, pg_collection=groups)
+
+
+def train_step(
+    model: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    batches: list[Iterator[Batch]],
+    shape: StepShape,
+    objective: Mapping[str, float],
+    groups: ProcessGroupCollection,
+) -> tuple[dict[str, float], Callable[[], float]]:
+    """Run forward and backward of one global batch.
+
+    Args:
+        model: this rank's chunks, wrapped.
+        optimizer: as of ``get_megatron_optimizer``.
+        batches: one iterator of micro-batches per chunk.
+        shape: sizes of the step.
+        objective: the weight of each per-token loss in what is minimised.
+        groups: megatron-core's process groups.
+
+    Returns:
+        The losses, each a mean over the global batch's tokens in nats, equal on all ranks, and a
+        function that applies the gradients and returns their global norm. Two steps, so that the
+        caller can refuse a loss that is not finite while the weights are still good.
+    """
+    for chunk in model:
+        chunk.zero_grad_buffer()
+        chunk.train()
+    optimizer.zero_grad()
+    get_model_config(model[0]).grad_scale_func = optimizer.scale_loss
+    losses = _run(model, batches, shape, objective, groups, forward_only=False)
+
+    def apply() -> float:
+        _, grad_norm, _ = optimizer.step()
+        return grad_norm if grad_norm is not None else 0.0
+
+    return losses, apply
+
+
+@torch.no_grad()
+def evaluate(
+    model: list[MegatronModule],
+    batches: list[Iterator[Batch]],
+    shape: StepShape,
+    names: Sequence[str],
+    groups: ProcessGroupCollection,
+) -> dict[str, float]:
+    """Return the losses ``names`` over one global batch, as ``train_step`` does, without gradients."""
+    for chunk in model:
+        chunk.eval()
+    return _run(model, batches, shape, dict.fromkeys(names, 1.0), groups, forward_only=True)
+
+
+def _run(
+    model: list[MegatronModule],
+    batches: list[Iterator[Batch]],
+    shape: StepShape,
+    objective: Mapping[str, float],
+    groups: ProcessGroupCollection,
+    *,
+    forward_only: bool,
+) -> dict[str, float]:
+    forward_backward = get_forward_backward_func()
+    reports = forward_backward(
+        forward_step_func=partial(_forward_step, objective),
+        data_iterator=batches,
+        model=model,
+        num_microbatches=shape.num_microbatches,
+        seq_length=shape.seq_length,
+        micro_batch_size=shape.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return _reduce(reports, list(objective), groups)
+
+
+def _forward_step(
+    objective: Mapping[str, float], batches: Iterator[Batch], model: MegatronModule
+) -> tuple[Tensor | Mapping[str, Tensor], Callable]:
+    batch = next(batches)
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch.get("attention_mask"),
+        labels=batch["labels"],
+    )
+    return output, partial(_weigh, objective, batch["loss_mask"])
+
+
+def _weigh(
+    objective: Mapping[str, float], loss_mask: Tensor, output: Tensor | Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is minimised, its tokens, and the sums to report; all over this micro-batch.
+
+    ``output`` are per-token losses {name: [b, s]}, or a language model's only loss.
+    """
+    losses = output if isinstance(output, Mapping) else {"lm loss": output}
+    sums = {name: (losses[name].float() * loss_mask).sum() for name in objective}
+    num_tokens = loss_mask.sum()
+    total = sum(weight * sums[name] for name, weight in objective.items())
+    report = torch.stack([*sums.values(), num_tokens]).detach().double()
+    return total, num_tokens.int(), report
+
+
+def _reduce(
+    reports: list[Tensor], names: list[str], groups: ProcessGroupCollection
+) -> dict[str, float]:
+    """Return mean losses on every rank; ``reports`` is empty but on the last pipeline stage.
+
+    Two collectives: a sum over data and context parallel ranks, a broadcast over the pipeline.
+    """
+    device = torch.cuda.current_device()
+    totals = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+    for report in reports:
+        totals += report
+    torch.distributed.all_reduce(totals, group=groups.dp_cp)
+    last_stage = torch.distributed.get_process_group_ranks(groups.pp)[-1]
+    torch.distributed.broadcast(totals, src=last_stage, group=groups.pp)
+    *sums, num_tokens = totals.tolist()
+    return {name: value / max(num_tokens, 1.0) for name, value in zip(names, sums, strict=True)}

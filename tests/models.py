@@ -1,0 +1,74 @@
+"""Small models and batches that several tests share."""
+
+import torch
+
+from megatron_ext.arch import Arch
+
+LLAMA = Arch(
+    num_layers=4,
+    hidden_size=48,
+    ffn_hidden_size=80,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    max_position_embeddings=32,
+    vocab_size=100,
+    padded_vocab_size=104,
+    position_embedding_type="rope",
+    normalization="RMSNorm",
+    swiglu=True,
+    add_bias_linear=False,
+    untie_embeddings_and_output_weights=True,
+    init_method_std=0.1,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+)
+
+GPT2 = Arch(
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=72,
+    num_attention_heads=4,
+    num_query_groups=4,
+    kv_channels=8,
+    max_position_embeddings=24,
+    vocab_size=61,
+    padded_vocab_size=64,
+    init_method_std=0.1,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+)
+
+NEMOTRON = Arch(
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=56,
+    num_attention_heads=8,
+    num_query_groups=2,
+    kv_channels=12,
+    max_position_embeddings=16,
+    vocab_size=64,
+    padded_vocab_size=64,
+    position_embedding_type="rope",
+    rotary_percent=0.5,
+    apply_layernorm_1p=True,
+    squared_relu=True,
+    add_bias_linear=False,
+    qk_layernorm=True,
+    untie_embeddings_and_output_weights=True,
+    init_method_std=0.1,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+)
+
+
+def random_batch(arch: Arch, *, num_samples: int, seq_length: int, seed: int = 0) -> dict:
+    """Return a batch of ``num_samples``, [n, S]; about a fifth of its tokens is masked."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(arch.vocab_size, (num_samples, seq_length + 1), generator=generator)
+    return {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "loss_mask": (torch.rand(num_samples, seq_length, generator=generator) > 0.2).float(),
+        "position_ids": torch.arange(seq_length).repeat(num_samples, 1),
+    }

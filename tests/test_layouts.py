@@ -1,0 +1,162 @@
+"""The layout law: loss and every gradient are the same however a model is spread over ranks.
+
+The reference is one rank with one micro-batch, for a plain model and for a student beside its
+teacher. float64 separates layout mistakes from rounding: what differs there is a bug. One thing
+does round: megatron-core's cross entropy computes in float32 whatever it is given, so gradients of
+the language-model loss (about 1e-3 in size here) are compared to 1e-8, those of the KL to 1e-11.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+from megatron_ext import platform
+from megatron_ext.distillation.model import Distillation, DistillationModel
+from megatron_ext.layers import shard_positions
+from megatron_ext.model import ModelOptions, build_model, sharded_tensors
+from megatron_ext.training.step import StepShape, train_step, wrap
+from tests.models import GPT2, LLAMA, NEMOTRON, random_batch
+from tests.ranks import run_ranks
+
+NUM_SAMPLES, SEQ_LENGTH = 4, 16
+
+# name: (world size, arguments of platform.initialize, ModelOptions)
+LAYOUTS = {
+    "TP2": (2, {"tensor_model_parallel_size": 2}, {}),
+    "TP2+SP": (2, {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}),
+    "PP2": (2, {"pipeline_model_parallel_size": 2}, {}),
+    "PP2 uneven": (
+        2,
+        {"pipeline_model_parallel_size": 2},
+        {"pipeline_model_parallel_layout": "Et|tttL"},
+    ),
+    "PP2xVPP2": (
+        2,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True},
+    ),
+    "DP2": (2, {}, {}),
+    "CP2": (2, {"context_parallel_size": 2}, {}),
+    "TP2xPP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, {}),
+    "DP2xTP2+SP": (4, {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}),
+}
+
+
+def gradients_of_one_step(arch, layout, options, teacher=None, dtype=torch.float64):
+    """Return the loss and {(key, offset): gradient} of this rank's shards."""
+    place = platform.initialize(**layout)
+    groups = place.groups
+    options = ModelOptions(params_dtype=dtype, **options)
+    chunks = build_model(arch, options, groups, seed=7)
+    trained, objective = chunks, {"lm loss": 1.0}
+    if teacher is not None:
+        distillation = Distillation(temperature=2.0, vocab_size=arch.vocab_size)
+        teachers = build_model(teacher, options, groups, seed=8)
+        trained = [
+            DistillationModel(s, t, distillation, groups.tp)
+            for s, t in zip(chunks, teachers, strict=True)
+        ]
+        objective = distillation.objective
+    model = wrap(trained, DistributedDataParallelConfig(grad_reduce_in_fp32=False), groups)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="sgd", lr=0.1, params_dtype=dtype, clip_grad=0.0),
+        model,
+        use_gloo_process_groups=False,
+        pg_collection=groups,
+    )
+    batch = _share_of_batch(
+        random_batch(arch, num_samples=NUM_SAMPLES, seq_length=SEQ_LENGTH), groups
+    )
+    micro_batches = [
+        {key: x[i : i + 1] for key, x in batch.items()} for i in range(len(batch["tokens"]))
+    ]
+    shape = StepShape(
+        num_microbatches=len(micro_batches), micro_batch_size=1, seq_length=SEQ_LENGTH
+    )
+    losses, _ = train_step(
+        model, optimizer, [iter(micro_batches) for _ in model], shape, objective, groups
+    )
+    gradient_of = {p.data_ptr(): p.main_grad for chunk in chunks for p in chunk.parameters()}
+    gradients = {}
+    for shard in sharded_tensors(chunks):
+        base = shard.data if shard.data._base is None else shard.data._base
+        gradient = gradient_of[base.data_ptr()]
+        start = shard.data.storage_offset() - base.storage_offset()
+        gradient = gradient.flatten()[start : start + shard.data.numel()].view(shard.local_shape)
+        gradients[shard.key, tuple(shard.global_offset)] = gradient.clone()
+    return losses, gradients
+
+
+def _share_of_batch(batch, groups):
+    if groups.cp.size() > 1:
+        positions = shard_positions(SEQ_LENGTH // groups.cp.size(), groups.cp, groups.cp.rank())
+        batch = {key: x[:, positions] for key, x in batch.items()}
+    per_rank = NUM_SAMPLES // groups.dp.size()
+    mine = slice(groups.dp.rank() * per_rank, (groups.dp.rank() + 1) * per_rank)
+    return {key: x[mine] for key, x in batch.items()}
+
+
+def assert_gradients_equal(reference, shards, tolerance):
+    """Compare each rank's shards with the slices of the serial gradients that they stand for."""
+    whole = {key: gradient for (key, _), gradient in _stack(reference).items()}
+    seen = {key: torch.zeros(gradient.shape) for key, gradient in whole.items()}
+    for (key, offset), gradient in shards:
+        axes = whole[key].ndim - gradient.ndim
+        place = (*offset[:axes],) + tuple(
+            slice(o, o + n) for o, n in zip(offset[axes:], gradient.shape, strict=True)
+        )
+        torch.testing.assert_close(
+            gradient, whole[key][place], rtol=1e-6, atol=tolerance, msg=lambda m: f"{key}: {m}"
+        )
+        seen[key][place] = 1
+    assert all(mask.all() for mask in seen.values())
+
+
+def _stack(reference):
+    """Put a serial run's shards together: one tensor per key, layers stacked."""
+    whole = {}
+    for key in {key for key, _ in reference}:
+        shards = sorted((offset, g) for (k, offset), g in reference.items() if k == key)
+        if len(shards[0][0]) == shards[0][1].ndim:
+            whole[key, ()] = torch.cat([g for _, g in shards])
+            continue
+        layers = sorted({offset[0] for offset, _ in shards})
+        parts = [torch.cat([g for o, g in shards if o[0] == layer]) for layer in layers]
+        whole[key, ()] = torch.stack(parts)
+    return whole
+
+
+MODELS = {
+    "llama": (LLAMA, None),
+    "gpt2, tied": (GPT2, None),
+    "nemotron": (NEMOTRON, None),
+    "student beside teacher": (
+        replace(LLAMA, hidden_size=32, ffn_hidden_size=48, padded_vocab_size=104),
+        LLAMA,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def serial():
+    """Return the serial reference of each model, computed once."""
+    return {
+        name: run_ranks(1, gradients_of_one_step, arch, {}, {}, teacher)[0]
+        for name, (arch, teacher) in MODELS.items()
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_equal_serial(name, layout, serial):
+    arch, teacher = MODELS[name]
+    world_size, sizes, options = LAYOUTS[layout]
+    results = run_ranks(world_size, gradients_of_one_step, arch, sizes, options, teacher)
+    losses, gradients = serial[name]
+    for rank_losses, _ in results:
+        assert rank_losses == pytest.approx(losses, rel=1e-7)
+    tolerance = 1e-8 if teacher is None else 1e-11
+    assert_gradients_equal(gradients, [x for _, g in results for x in g.items()], tolerance)
