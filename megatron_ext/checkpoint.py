@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedStateDict,
     ShardedTensor,
-    apply_factories,
+    ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
@@ -41,7 +41,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint import CheckpointException
 
+from megatron_ext import safe_load
 from megatron_ext.arch import Arch
 from megatron_ext.errors import CHECKPOINT, RUNTIME, UserError
 
@@ -53,6 +55,8 @@ MAX_ROWS = 10
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state", "common_state")
 
 T = TypeVar("T")
+
+safe_load.install()
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ def verify_integrity(folder: Path) -> None:
             problems.append(f"{path} is missing")
         elif _sha256(path) != expected[name]:
             problems.append(f"{path} is damaged: its SHA-256 differs from {INTEGRITY}")
-    problems = sum(_gather(problems), [])
+    problems = [problem for part in _gather(problems) for problem in part]
     if problems:
         raise UserError(f"{problems[0]}.", CHECKPOINT)
 
@@ -190,43 +194,43 @@ def load(folder: Path, state: ShardedStateDict) -> dict[str, Any]:
     _check_tensors(folder, state)
     try:
         return dist_checkpointing.load(state, str(folder))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         reason = str(error).splitlines()[-1]
         raise UserError(f"{folder} cannot be read: {reason}", CHECKPOINT) from error
 
 
+def sharded_tensors(state: ShardedStateDict) -> Iterator[ShardedTensor]:
+    """Yield the tensors of ``state`` as they stand on disk: a gated MLP's two halves are two."""
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensorFactory):
+            yield from sharded_tensors({"parts": value.build()})
+        elif isinstance(value, ShardedTensor):
+            yield value
+
+
 def _check_tensors(folder: Path, state: ShardedStateDict) -> None:
-    probe = {"state": dict(state)}
-    apply_factories(probe)
-    wanted = {
-        tensor.key: tuple(tensor.global_shape)
-        for tensor in nested_values(probe)
-        if isinstance(tensor, ShardedTensor)
-    }
+    wanted = {tensor.key: tuple(tensor.global_shape) for tensor in sharded_tensors(state)}
     for others in _gather(wanted):
         wanted |= others
-    found = {
-        key: tuple(tensor.global_shape)
-        for key, tensor in dist_checkpointing.load_tensors_metadata(str(folder)).items()
-    }
+    try:
+        metadata = dist_checkpointing.load_tensors_metadata(str(folder))
+    except Exception as error:
+        raise UserError(f"{folder} cannot be read: {error}", CHECKPOINT) from error
+    found = {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
     keys = [*wanted, *(k for k in found if k not in wanted and not k.startswith(NOT_WEIGHTS))]
-    rows = [
-        f"  {key:60} {_shape(found.get(key)):>20} {_shape(wanted.get(key)):>20}"
-        for key in keys
-        if found.get(key) != wanted.get(key)
-    ]
-    if rows:
-        head = f"  {'tensor':60} {'checkpoint':>20} {'this model':>20}"
-        more = [f"  ... and {len(rows) - MAX_ROWS} more"] if len(rows) > MAX_ROWS else []
-        table = "\n".join([head, *rows[:MAX_ROWS], *more])
-        hint = (
-            " It holds no optimizer state: use --finetune, or --no-load-optim."
-            if all(key.startswith("optimizer.") for key in wanted.keys() - found.keys())
-            and not found.keys() & {k for k in wanted if k.startswith("optimizer.")}
-            and any(k.startswith("optimizer.") for k in wanted)
-            else ""
-        )
-        raise UserError(f"{folder} does not fit this model.{hint}\n{table}", CHECKPOINT)
+    differing = [key for key in keys if found.get(key) != wanted.get(key)]
+    if not differing:
+        return
+    rows = [("tensor", "checkpoint", "this model")]
+    rows += [(key, _shape(found.get(key)), _shape(wanted.get(key))) for key in differing[:MAX_ROWS]]
+    if len(differing) > MAX_ROWS:
+        rows += [(f"... and {len(differing) - MAX_ROWS} more", "", "")]
+    hint = (
+        " Only optimizer state differs: give the flags that it was saved with (precision, "
+        "--use-distributed-optimizer), or leave it with --no-load-optim or --finetune."
+    ) * all(key.startswith("optimizer.") for key in differing)
+    table = "\n".join(f"  {name:64} {theirs:>16} {ours:>16}" for name, theirs, ours in rows)
+    raise UserError(f"{folder} does not fit this model.{hint}\n{table}", CHECKPOINT)
 
 
 def save(
@@ -268,7 +272,7 @@ def save(
         hashes = _hash_own_files(aside)
         on_first_rank(lambda: _finish(aside, final, hashes, files))
         on_first_rank(lambda: _remove_old(top, name, keep))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch derives it from BaseException
         if torch.distributed.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
         reason = str(error).strip().splitlines()[-1]
@@ -293,7 +297,7 @@ class _WriteInProcess(TorchDistSaveShardedStrategy):
         )
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(state, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+            storage_writer=torch_checkpoint.FileSystemWriter(str(checkpoint_dir)),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 

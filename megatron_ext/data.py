@@ -8,7 +8,9 @@ import os
 import shutil
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -22,17 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_ext.data_check import DEFAULT_SPLIT, Source, all_prefixes, check_data, sources
 from megatron_ext.errors import DATA, USAGE, UserError
+from megatron_ext.flag_checks import TOKENIZER_NEEDS
+from megatron_ext.flag_parser import dashed
 
-# --tokenizer-type -> the flags it cannot do without.
-TOKENIZERS = {
-    "HuggingFaceTokenizer": ("tokenizer_model",),
-    "SentencePieceTokenizer": ("tokenizer_model",),
-    "GPTSentencePieceTokenizer": ("tokenizer_model",),
-    "Llama2Tokenizer": ("tokenizer_model",),
-    "TikTokenizer": ("tokenizer_model",),
-    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
-    "NullTokenizer": ("vocab_size",),
-}
 Result = TypeVar("Result")
 
 
@@ -46,18 +40,17 @@ def build_tokenizer(data: Any) -> MegatronTokenizerBase:
     Raises:
         UserError: unknown type or missing flag (USAGE); unreadable model or no eod (DATA).
     """
-    if data.tokenizer_type not in TOKENIZERS:
-        raise UserError(
-            f"--tokenizer-type {data.tokenizer_type}: choose {', '.join(TOKENIZERS)}.", USAGE
-        )
-    needed = {"--" + f.replace("_", "-"): getattr(data, f) for f in TOKENIZERS[data.tokenizer_type]}
+    kind = data.tokenizer_type
+    if kind not in TOKENIZER_NEEDS:
+        raise UserError(f"--tokenizer-type {kind}: choose {', '.join(TOKENIZER_NEEDS)}.", USAGE)
+    needed = {dashed(name): getattr(data, name) for name in TOKENIZER_NEEDS[kind]}
     if not all(needed.values()):
-        raise UserError(f"--tokenizer-type {data.tokenizer_type} needs {' '.join(needed)}.", USAGE)
+        raise UserError(f"--tokenizer-type {kind} needs {' '.join(needed)}.", USAGE)
     typed = " ".join(f"{flag} {value}" for flag, value in needed.items())
     try:
         tokenizer = core_tokenizers.build_tokenizer(
             SimpleNamespace(
-                tokenizer_type=data.tokenizer_type,
+                tokenizer_type=kind,
                 tokenizer_model=data.tokenizer_model,
                 vocab_file=data.vocab_file,
                 merge_file=data.merge_file,
@@ -75,7 +68,7 @@ def build_tokenizer(data: Any) -> MegatronTokenizerBase:
         )
     except Exception as error:  # every library raises its own kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{typed}: not a {data.tokenizer_type}: {reason[:300]}", DATA) from error
+        raise UserError(f"{typed}: not a {kind}: {reason[:300]}", DATA) from error
     # Without such a token SentencePiece answers -1 and Hugging Face None.
     if tokenizer.eod is None or not 0 <= tokenizer.eod < tokenizer.vocab_size:
         raise UserError(f"{typed}: has no end-of-sentence token to end documents with.", DATA)
@@ -317,6 +310,29 @@ def _collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _outlive_stop_signals(worker: int) -> None:
-    # Launchers signal all processes of a job: the run still needs batches until it has saved.
-    for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(stop, signal.SIG_IGN)
+    """Let only the parent end this worker process.
+
+    Launchers signal all processes of a job, and the run needs batches until it has saved.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey_parent() -> None:
+        # Ignoring SIGTERM altogether would hang a parent that exits without using up its batches.
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            continue
+        os._exit(0)
+
+    threading.Thread(target=obey_parent, daemon=True).start()
+
+
+def tokenizer_sha256(data: Any) -> str | None:
+    """Return the SHA-256 of the tokenizer's files, or None if it is not made of local files.
+
+    Saved with a checkpoint, it tells two tokenizers of the same size apart.
+    """
+    paths = [Path(p) for p in (data.tokenizer_model, data.vocab_file, data.merge_file) if p]
+    if not paths or not all(path.is_file() for path in paths):
+        return None
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()

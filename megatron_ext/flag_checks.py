@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_ext import flag_groups as group
 from megatron_ext.errors import USAGE, UserError
+from megatron_ext.flag_parser import dashed
 
 TOKENIZER_NEEDS = {
     "SentencePieceTokenizer": ("tokenizer_model",),
@@ -237,15 +238,13 @@ def data_problems(
         yield "no data: give --data-path or --mock-data."
     if data.split is not None and per_split:
         yield f"--split {data.split} divides --data-path; with one path per split leave it out."
-    if data.split is not None and not re.fullmatch(
-        r"\s*\d*\.?\d+(\s*,\s*\d*\.?\d+){0,2}\s*", data.split
-    ):
-        yield f"--split {data.split}: write up to three shares, e.g. 969,30,1."
+    if data.split is not None and not _is_split(data.split):
+        yield f"--split {data.split}: write up to three shares, not all 0, e.g. 969,30,1."
     absent = [
         name for name in TOKENIZER_NEEDS.get(data.tokenizer_type, ()) if not getattr(data, name)
     ]
     if absent:
-        options = " and ".join(f"--{name.replace('_', '-')}" for name in absent)
+        options = " and ".join(dashed(name) for name in absent)
         yield f"--tokenizer-type {data.tokenizer_type} needs {options}."
 
 
@@ -258,3 +257,9 @@ def prune_problems(checkpoint: group.Checkpoint, prune: group.Prune) -> Iterator
             f"--save {checkpoint.save} is also --load: the pruned model would stand among the "
             "source's iterations."
         )
+
+
+def _is_split(text: str) -> bool:
+    shares = [share.strip() for share in text.split(",")]
+    numbers = all(re.fullmatch(r"\d+\.?\d*", share) for share in shares)
+    return numbers and len(shares) <= 3 and sum(map(float, shares)) > 0

@@ -306,6 +306,7 @@ _ALWAYS, _KERNELS = "always the case", "kernels follow from the device and --tra
 IGNORED = {
     "--use-mcore-models": (0, _ALWAYS),
     "--use-dist-ckpt": (0, _ALWAYS),
+    "--use-checkpoint-args": (0, _ALWAYS),
     "--auto-detect-ckpt-format": (0, _ALWAYS),
     "--attention-softmax-in-fp32": (0, _ALWAYS),
     "--no-position-embedding": (0, "see --position-embedding-type"),
@@ -330,7 +331,6 @@ IGNORED = {
     "--tiktoken-pattern": (1, "there is no tiktoken tokenizer"),
 }
 IGNORED_IN_TRAINING = IGNORED | {
-    "--use-checkpoint-args": (0, _ALWAYS),
     "--accumulate-allreduce-grads-in-fp32": (0, "the case without --grad-reduce-in-bf16"),
     "--exit-signal-handler": (0, _ALWAYS),
     "--log-throughput": (0, _ALWAYS),

@@ -4,12 +4,13 @@
     class Batch:                                      a group; the docstring is its title in --help
         micro_batch_size: int = flag(REQUIRED, "samples of one forward pass", at_least=1)
 
+    @dataclass(frozen=True, kw_only=True)
     class Flags:                                      a program: one field per group
-        sizes: dict[str, Any] = typed_only(Sizes)     a dict of what was typed, no defaults
         batch: Batch
+        sizes: Annotated[dict[str, Any], Sizes]       as a dict: what was typed, no defaults
 
-``read`` turns argv into a dict of what was typed, ``build`` turns that into the program's dataclass.
-Defaults live in the dataclasses only. Types: bool, int, float, str, each or None, tuple[str, ...].
+``read`` turns argv into a dict of what was typed, ``build`` turns that into ``Flags``. Defaults
+live in the dataclasses only. Types: bool, int, float, str, each or None, and tuple[str, ...].
 """
 
 import argparse
@@ -70,17 +71,10 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def typed_only(group: type) -> Any:
-    """Declare a group that a program gets as a dict of what was typed, without defaults."""
-    return dataclasses.field(metadata={"typed_only": group})
-
-
 def groups(program: type) -> dict[str, type]:
-    """Return the groups of ``program`` by field name."""
-    hints = typing.get_type_hints(program)
-    return {
-        f.name: f.metadata.get("typed_only", hints[f.name]) for f in dataclasses.fields(program)
-    }
+    """Return the dataclass of each group of ``program``, by field name."""
+    hints = typing.get_type_hints(program, include_extras=True)
+    return {name: getattr(hint, "__metadata__", (hint,))[0] for name, hint in hints.items()}
 
 
 def flag_fields(program: type) -> Iterator[dataclasses.Field]:
@@ -89,9 +83,14 @@ def flag_fields(program: type) -> Iterator[dataclasses.Field]:
         yield from dataclasses.fields(group)
 
 
+def dashed(name: str) -> str:
+    """Return the option of a field name: ``hidden_size`` gives ``--hidden-size``."""
+    return "--" + name.replace("_", "-")
+
+
 def option(field: dataclasses.Field) -> str:
-    """Return the option of ``field``, e.g. ``--hidden-size``."""
-    return field.metadata["off"] or "--" + field.name.replace("_", "-")
+    """Return the option of ``field``."""
+    return field.metadata["off"] or dashed(field.name)
 
 
 def all_options(program: type) -> list[str]:
@@ -138,11 +137,10 @@ def missing(program: type, typed: Mapping[str, Any]) -> list[str]:
 
 def build(program: type[Program], typed: Mapping[str, Any]) -> Program:
     """Return ``program`` with the typed values and, elsewhere, the groups' defaults."""
-    values: dict[str, Any] = {}
-    for place in dataclasses.fields(program):
-        group = groups(program)[place.name]
+    hints, values = typing.get_type_hints(program), {}
+    for name, group in groups(program).items():
         mine = {f.name: typed[f.name] for f in dataclasses.fields(group) if f.name in typed}
-        values[place.name] = mine if "typed_only" in place.metadata else group(**mine)
+        values[name] = group(**mine) if hints[name] is group else mine
     return program(**values)
 
 
@@ -185,7 +183,7 @@ def _make_parser(program: type, ignored: Mapping[str, tuple[int, str]]) -> _Pars
     )
     parser.set_defaults(ignored=[])
     for group in groups(program).values():
-        section = parser.add_argument_group(group.__doc__)
+        section = parser.add_argument_group((group.__doc__ or "").rstrip("."))
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
             _add(section, field, hints[field.name])
@@ -217,9 +215,11 @@ def _add(section: Any, field: dataclasses.Field, hint: Any) -> None:
 def _help_text(field: dataclasses.Field, hint: Any) -> str:
     text = field.metadata["help"].replace("%", "%%")
     if field.default is REQUIRED:
-        return f"{text} (required)"
+        return f"{text}; required"
     # A switch is off until typed, and None and () are explained in the text.
-    return text if hint is bool or field.default in (None, ()) else f"{text} ({field.default})"
+    return (
+        text if hint is bool or field.default in (None, ()) else f"{text}; default {field.default}"
+    )
 
 
 def _check_bounds(field: dataclasses.Field, value: Any) -> None:
@@ -235,7 +235,7 @@ def _unknown_flags(unknown: Sequence[str], known: Sequence[str]) -> str:
     names = [word.split("=")[0] for word in unknown if word.startswith("--") and word != "--"]
     if not names:
         return f"unexpected {' '.join(unknown)}: not a flag, nor a value of the flag before it."
-    close = {name: difflib.get_close_matches(name, known, n=1) for name in names}
+    close = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.7) for name in names}
     hints = [f"{name} (did you mean {c[0]}?)" if c else name for name, c in close.items()]
     return f"unknown flag {', '.join(hints)}. --help lists all flags."
 

@@ -10,13 +10,13 @@ flags         (here) what each program gets, and whether a model fits a layout
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_ext import flag_checks as check
 from megatron_ext import flag_groups as group
 from megatron_ext.arch import Arch
 from megatron_ext.errors import USAGE, UserError
-from megatron_ext.flag_parser import build, flags_as_dict, format_flags, missing, read, typed_only
+from megatron_ext.flag_parser import build, dashed, flags_as_dict, format_flags, missing, read
 from megatron_ext.model_flags import (
     Sizes,
     check_against_checkpoint,
@@ -45,7 +45,7 @@ __all__ = [
 class TrainFlags:
     """Train a model alone, or distil it from a teacher (--teacher-load)."""
 
-    sizes: dict[str, Any] = typed_only(Sizes)
+    sizes: Annotated[dict[str, Any], Sizes]
     """Typed sizes only: a checkpoint supplies the others, or ``new_arch`` its defaults."""
     parallel: group.TrainParallel
     batch: group.TrainBatch
@@ -82,7 +82,7 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
     training = not typed.get("skip_train")
     needed = missing(TrainFlags, typed)
     if training:
-        needed += [name for name in ("--train-iters", "--lr") if _field(name) not in typed]
+        needed += [dashed(name) for name in ("train_iters", "lr") if name not in typed]
     if not {"load", "pretrained_checkpoint"} & typed.keys():
         needed += missing_sizes(typed)
     check.refuse(_missing(needed))
@@ -169,7 +169,7 @@ def check_targets(arch: Arch, prune: group.Prune) -> None:
     for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_layers"):
         target, source = getattr(prune, f"target_{name}"), getattr(arch, name)
         if target is not None and target > source:
-            option = f"--target-{name.replace('_', '-')}"
+            option = dashed(f"target_{name}")
             raise UserError(f"{option} {target}: the checkpoint has only {source}.", USAGE)
     heads, groups = prune.target_num_attention_heads, arch.num_query_groups
     # Where every head has a group of its own, a head goes with its key and value.
@@ -179,10 +179,6 @@ def check_targets(arch: Arch, prune: group.Prune) -> None:
             f"{groups} query groups: each keeps the same number of heads.",
             USAGE,
         )
-
-
-def _field(option: str) -> str:
-    return option.removeprefix("--").replace("-", "_")
 
 
 def _missing(options: Sequence[str]) -> Iterator[str]:
@@ -235,7 +231,7 @@ def _pipeline_problems(num_layers: int, parallel: group.Parallel) -> Iterator[st
         value = getattr(parallel, name)
         if value is not None and per_stage % value:
             yield (
-                f"--{name.replace('_', '-')} {value} does not divide the {per_stage} layers of a "
+                f"{dashed(name)} {value} does not divide the {per_stage} layers of a "
                 f"pipeline stage ({num_layers} / {pp})."
             )
 

@@ -97,8 +97,12 @@ class Attention(MegatronModule):
                 gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
                 for x in (key, value)
             )
-            if attention_mask is None and self.is_causal:
-                attention_mask = causal_mask_of_shard(s, self.cp_group, query.device)
+            positions = gathered_positions(s, self.cp_group).to(query.device)
+            if attention_mask is not None:
+                attention_mask = attention_mask[..., positions]
+            elif self.is_causal:
+                own = shard_positions(s, self.cp_group, self.cp_group.rank()).to(query.device)
+                attention_mask = (own[:, None] < positions)[None, None]
         inputs = [x.permute(1, 2, 0, 3) for x in (query, key, value)]  # [B, heads, positions, D]
         # Heads differ between tensor-parallel ranks, so their dropout must too.
         with get_cuda_rng_tracker().fork():
@@ -124,15 +128,11 @@ def shard_positions(num_positions: int, cp_group: ProcessGroup, rank: int) -> Te
     return torch.cat([torch.arange(half) + first * half, torch.arange(half) + last * half])
 
 
-def causal_mask_of_shard(
-    num_positions: int, cp_group: ProcessGroup, device: torch.device
-) -> Tensor:
-    """Return [1, 1, s, S] bool, true where this rank's query must not look at a gathered key."""
-    queries = shard_positions(num_positions, cp_group, cp_group.rank())
-    keys = torch.cat(
+def gathered_positions(num_positions: int, cp_group: ProcessGroup) -> Tensor:
+    """Return the [S] global positions of what the ranks of ``cp_group`` hold, rank after rank."""
+    return torch.cat(
         [shard_positions(num_positions, cp_group, rank) for rank in range(cp_group.size())]
     )
-    return (queries.unsqueeze(1) < keys.unsqueeze(0)).to(device)[None, None]
 
 
 def local_block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:

@@ -1,21 +1,15 @@
-"""An ``Arch`` as a megatron-core GPT model on this rank, with initial weights that no layout changes.
+"""An ``Arch`` as a megatron-core GPT model on this rank; no layout changes its initial weights.
 
 ``ModelOptions`` is what a run decides and a checkpoint does not: dtype, parallelism, recomputation.
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedStateDict,
-    ShardedTensor,
-    apply_factories,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -24,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.arch import Arch, weights
+from megatron_ext.checkpoint import sharded_tensors
 from megatron_ext.errors import USAGE, UserError
 from megatron_ext.layers import local_block_spec
 
@@ -62,7 +57,7 @@ class LanguageModel(GPTModel):
 
 
 def choose_transformer_impl(impl: str | None, device: torch.device) -> str:
-    """Return "transformer_engine" or "local"; None takes Transformer Engine on a GPU that has it."""
+    """Return "transformer_engine" or "local"; None takes the first on a GPU that has it."""
     try:
         import transformer_engine.pytorch  # noqa: F401
 
@@ -81,13 +76,11 @@ def choose_transformer_impl(impl: str | None, device: torch.device) -> str:
 def transformer_config(
     arch: Arch, options: ModelOptions, groups: ProcessGroupCollection
 ) -> TransformerConfig:
-    """Return megatron-core's configuration of ``arch``. Losses are sums over tokens: the divisor
-    is the token count of the global batch, whatever the layout.
+    """Return megatron-core's configuration of ``arch``.
+
+    Losses are sums over tokens, divided once by the token count of the global batch.
     """
-    if arch.squared_relu:
-        activation = squared_relu
-    else:
-        activation = F.silu if arch.swiglu else F.gelu
+    gate = F.silu if arch.swiglu else F.gelu
     has_engine = options.transformer_impl == "transformer_engine"
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -100,7 +93,7 @@ def transformer_config(
         layernorm_epsilon=arch.norm_epsilon,
         layernorm_zero_centered_gamma=arch.apply_layernorm_1p,
         gated_linear_unit=arch.swiglu,
-        activation_func=activation,
+        activation_func=squared_relu if arch.squared_relu else gate,
         bias_activation_fusion=False,
         add_bias_linear=arch.add_bias_linear,
         add_qkv_bias=arch.add_qkv_bias or arch.add_bias_linear,
@@ -221,7 +214,7 @@ def initialize_weights(chunks: list[LanguageModel], arch: Arch, seed: int) -> No
     rows = {weight.key: weight for weight in weights(arch)}
     std = arch.init_method_std
     stds = {"normal": std, "scaled": std / (2.0 * arch.num_layers) ** 0.5}
-    for shard in sharded_tensors(chunks):
+    for shard in sharded_tensors(model_state_dict(chunks)):
         if shard.key not in rows:
             raise ValueError(f"{shard.key} has no row in the table of weights (arch.py).")
         init = rows[shard.key].init
@@ -238,12 +231,3 @@ def initialize_weights(chunks: list[LanguageModel], arch: Arch, seed: int) -> No
             for start, length in zip(shard.global_offset[axes:], shard.local_shape, strict=True)
         )
         shard.data.copy_(whole[place])
-
-
-def sharded_tensors(chunks: list[MegatronModule]) -> Iterator[ShardedTensor]:
-    """Yield the sharded tensors of ``chunks``; their data are views of the parameters."""
-    state = model_state_dict(chunks)
-    apply_factories(state)
-    for value in nested_values(state):
-        if isinstance(value, ShardedTensor):
-            yield value

@@ -22,11 +22,11 @@ import torch
 warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|full scope).*")
 warnings.filterwarnings("ignore", message=".*dynamic_context.py.*", category=DeprecationWarning)
 
-from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
-from megatron_ext.errors import USAGE, UserError
+from megatron_ext.errors import USAGE, UserError  # noqa: E402
 
 TENSOR_FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
 
@@ -60,12 +60,14 @@ def initialize(
 ) -> Platform:
     """Join the other ranks, build megatron-core's groups and seed every generator. Collective.
 
-    Ranks come from torchrun's environment; without it, this process is the only one. A process group
-    that is already initialised is used as it is.
+    Ranks come from torchrun's environment; without it, this process is the only one. A process
+    group that is already initialised is used as it is.
 
     Args:
-        tensor_model_parallel_size: and the other sizes, as in Megatron-LM; data parallelism takes
-            what is left of the world.
+        tensor_model_parallel_size: ranks that share each layer.
+        pipeline_model_parallel_size: ranks that share the layers.
+        virtual_pipeline_model_parallel_size: model chunks of each pipeline rank; None for one.
+        context_parallel_size: ranks that share each sequence. Data parallelism takes what is left.
         device: "cuda" or "cpu"; None takes CUDA where there is one.
         backend: "nccl" or "gloo"; None takes the device's own.
         seed: as Megatron-LM's ``--seed``: dropout differs between pipeline stages and tensor ranks.

@@ -14,9 +14,10 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_ext import platform
+from megatron_ext.checkpoint import sharded_tensors
 from megatron_ext.distillation.model import Distillation, DistillationModel
 from megatron_ext.layers import shard_positions
-from megatron_ext.model import ModelOptions, build_model, sharded_tensors
+from megatron_ext.model import ModelOptions, build_model, model_state_dict
 from megatron_ext.training.step import StepShape, train_step, wrap
 from tests.models import GPT2, LLAMA, NEMOTRON, random_batch
 from tests.ranks import run_ranks
@@ -81,7 +82,7 @@ def gradients_of_one_step(arch, layout, options, teacher=None, dtype=torch.float
     )
     gradient_of = {p.data_ptr(): p.main_grad for chunk in chunks for p in chunk.parameters()}
     gradients = {}
-    for shard in sharded_tensors(chunks):
+    for shard in sharded_tensors(model_state_dict(chunks)):
         base = shard.data if shard.data._base is None else shard.data._base
         gradient = gradient_of[base.data_ptr()]
         start = shard.data.storage_offset() - base.storage_offset()
@@ -105,11 +106,14 @@ def assert_gradients_equal(reference, shards, tolerance):
     seen = {key: torch.zeros(gradient.shape) for key, gradient in whole.items()}
     for (key, offset), gradient in shards:
         axes = whole[key].ndim - gradient.ndim
-        place = (*offset[:axes],) + tuple(
-            slice(o, o + n) for o, n in zip(offset[axes:], gradient.shape, strict=True)
-        )
+        starts = zip(offset[axes:], gradient.shape, strict=True)
+        place = (*offset[:axes], *(slice(start, start + n) for start, n in starts))
         torch.testing.assert_close(
-            gradient, whole[key][place], rtol=1e-6, atol=tolerance, msg=lambda m: f"{key}: {m}"
+            gradient,
+            whole[key][place],
+            rtol=1e-6,
+            atol=tolerance,
+            msg=lambda m, key=key: f"{key}: {m}",
         )
         seen[key][place] = 1
     assert all(mask.all() for mask in seen.values())

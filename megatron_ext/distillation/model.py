@@ -43,8 +43,8 @@ class DistillationModel(MegatronModule):
     """A trained student and a frozen teacher as one pipeline stage.
 
     ``forward`` returns [s, b, H + T] on all stages but the last, where it returns per-token losses
-    {name: [b, s] float32}, equal on all tensor-parallel ranks. In evaluation the language-model loss
-    is among them whatever it weighs.
+    {name: [b, s] float32}, equal on all tensor-parallel ranks. In evaluation the language-model
+    loss is among them whatever it weighs.
     """
 
     def __init__(

@@ -113,7 +113,7 @@ def evaluate(
     names: Sequence[str],
     groups: ProcessGroupCollection,
 ) -> dict[str, float]:
-    """Return the losses ``names`` over one global batch, as ``train_step`` does, without gradients."""
+    """Return the losses ``names`` over one global batch, as ``train_step`` reports them."""
     for chunk in model:
         chunk.eval()
     return _run(model, batches, shape, dict.fromkeys(names, 1.0), groups, forward_only=True)

@@ -1,0 +1,152 @@
+"""Slices of the global tensors of a torch_dist checkpoint: no collectives, no model, any rank.
+
+Layers come in two styles, and ``SliceReader.read_layer`` reads both:
+    stacked      decoder.layers.mlp.linear_fc1.weight    [L, ...]
+    per layer    decoder.layers.0.mlp.linear_fc1.weight  [...]
+"""
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_ext.arch import LAYER_PREFIX
+from megatron_ext.errors import CHECKPOINT, UserError
+from megatron_ext.safe_load import load_metadata
+
+# What torch raises on files that are missing, cut short or overwritten.
+DAMAGE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    EOFError,
+    AssertionError,
+    pickle.UnpicklingError,
+)
+
+
+class SliceReader:
+    """Reads parts of a checkpoint's tensors. Each rank has its own.
+
+    Whole saved chunks are read from disk (one layer of one tensor-parallel shard, as a rule) but
+    only those that overlap a slice; one at a time is in memory beside the result.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Read the folder's ``.metadata``, plain data only.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        self.folder = Path(folder)
+        path = self.folder / ".metadata"
+        try:
+            with path.open("rb") as file:
+                metadata = load_metadata(file)
+            self._tensors = {
+                key: entry
+                for key, entry in metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+            self._files = metadata.storage_data
+            self.shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+                key: (tuple(entry.size), entry.properties.dtype)
+                for key, entry in self._tensors.items()
+            }
+        except DAMAGE as error:
+            raise _damaged(path, error) from error
+        self._reader = FileSystemReader(self.folder)
+        self._reader.set_up_storage_reader(metadata, is_coordinator=False)
+
+    def read(self, key: str, index: Sequence[slice], out: Tensor | None = None) -> Tensor:
+        """Return ``tensor[index]`` of a global tensor, on the CPU in the checkpoint's dtype.
+
+        Args:
+            key: name of the tensor, one of ``shapes``.
+            index: one slice per axis, step 1; bounds as in Python.
+            out: a contiguous tensor that may be overwritten; where its shape and dtype fit, it is
+                filled and returned, else a new one.
+
+        Raises:
+            UserError: a file is missing or damaged; the message names it.
+        """
+        entry = self._tensors[key]
+        bounds = [part.indices(size)[:2] for part, size in zip(index, entry.size, strict=True)]
+        offsets = torch.Size(start for start, _ in bounds)
+        lengths = torch.Size(max(stop - start, 0) for start, stop in bounds)
+        dtype = entry.properties.dtype
+        if out is None or (out.shape, out.dtype) != (lengths, dtype):
+            out = torch.empty(lengths, dtype=dtype)
+        items = create_read_items_for_chunk_list(
+            key, entry, [ChunkStorageMetadata(offsets, lengths)]
+        )
+        if sum(item.lengths.numel() for item in items) != lengths.numel():
+            raise UserError(f"{self.folder}/.metadata lists no data for part of {key}.", CHECKPOINT)
+        for item in items:
+            self._read_chunk(item, out)
+        return out
+
+    def read_layer(self, key: str, layer: int, out: Tensor | None = None) -> Tensor:
+        """Return one layer of the weight with the stacked name ``key``, whichever way it is stored.
+
+        Args:
+            key: ``decoder.layers.mlp.linear_fc1.weight`` and the like.
+            layer: global number from 0.
+            out: as for ``read``, without the layer axis.
+        """
+        if key in self.shapes:
+            whole = [slice(None)] * (len(self.shapes[key][0]) - 1)
+            if out is not None:
+                out = out.unsqueeze(0)
+            return self.read(key, [slice(layer, layer + 1), *whole], out).squeeze(0)
+        key = layer_key(key, layer)
+        return self.read(key, [slice(None)] * len(self.shapes[key][0]), out)
+
+    def _read_chunk(self, item: ReadItem, out: Tensor) -> None:
+        path = self.folder / _file_of(item.storage_index, self._files)
+        try:
+            self._reader.read_data(LoadPlan([item]), _CopyInto(out)).wait()
+        except DAMAGE as error:
+            raise _damaged(path, error) from error
+
+
+class _CopyInto(LoadPlanner):
+    """Tells torch's reader where in one tensor the parts of chunks belong."""
+
+    def __init__(self, out: Tensor):
+        self.out = out
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        place = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self.out[tuple(slice(start, start + length) for start, length in place)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Do nothing: ``resolve_tensor`` gave a view of the result."""
+
+
+def layer_key(key: str, layer: int) -> str:
+    """Return a layer's name in the per-layer style: ``decoder.layers.3.mlp...``."""
+    return f"{LAYER_PREFIX}{layer}.{key.removeprefix(LAYER_PREFIX)}"
+
+
+def _file_of(index: MetadataIndex, files: dict) -> str:
+    return files[index].relative_path if index in files else ".metadata"
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error) or repr(error)
+    return UserError(f"{path} cannot be read: {reason.splitlines()[0]}.", CHECKPOINT)

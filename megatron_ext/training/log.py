@@ -1,0 +1,163 @@
+"""What a run says: Megatron-LM's log line, metrics.jsonl, TensorBoard and a progress bar.
+
+All of it on rank 0, which knows the losses because a step broadcasts them.
+"""
+
+import json
+import resource
+import sys
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_ext.flags import TrainFlags, format_flags
+
+
+class Log:
+    """Writes a run's metrics; on ranks other than 0 every method does nothing.
+
+    ``metrics.jsonl`` gets one JSON object per logged step or evaluation, beside the checkpoints.
+    """
+
+    def __init__(self, flags: TrainFlags, *, flops_per_step: float, first_iteration: int):
+        """Open the files of ``flags`` and print them.
+
+        Args:
+            flags: of the run.
+            flops_per_step: of one step on all ranks together.
+            first_iteration: where the run begins; later lines of an old metrics.jsonl are dropped.
+        """
+        self.is_writer = torch.distributed.get_rank() == 0
+        self.world_size = torch.distributed.get_world_size()
+        self.flags = flags
+        self.flops_per_step = flops_per_step
+        self.tokens_per_step = flags.batch.global_batch_size * flags.batch.seq_length
+        self.metrics = self.board = self.bar = None
+        self.since, self.steps_since, self.last_line = time.perf_counter(), 0, ""
+        if not self.is_writer:
+            return
+        print(format_flags(flags), flush=True)
+        if flags.checkpoint.save:
+            folder = Path(flags.checkpoint.save)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.metrics = _reopen(folder / "metrics.jsonl", first_iteration)
+        if flags.log.tensorboard_dir:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(flags.log.tensorboard_dir, purge_step=first_iteration)
+        if flags.log.progress:
+            self.bar = tqdm(
+                total=flags.batch.train_iters, initial=first_iteration, unit="step", mininterval=1.0
+            )
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        if self.is_writer:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def step(
+        self,
+        iteration: int,
+        losses: dict[str, float],
+        *,
+        learning_rate: float,
+        grad_norm: float,
+        loss_scale: float,
+        skipped: int,
+    ) -> None:
+        """Count a step; every ``--log-interval`` steps, report it."""
+        self.steps_since += 1
+        if self.bar is not None:
+            self.bar.set_postfix_str(_brief(losses), refresh=False)
+            self.bar.update()
+        if iteration % self.flags.log.log_interval:
+            return
+        seconds = (time.perf_counter() - self.since) / self.steps_since
+        metrics = {
+            **losses,
+            "learning-rate": learning_rate,
+            "grad-norm": grad_norm,
+            "loss-scale": loss_scale,
+            "batch-size": self.flags.batch.global_batch_size,
+            "iteration-time": seconds,
+            "tokens/s": self.tokens_per_step / seconds,
+            "throughput": self.flops_per_step / seconds / self.world_size / 1e12,
+            "mem-GiB": memory_gib(),
+        }
+        self._write(iteration, metrics)
+        self.say(self._line(iteration, losses, metrics, skipped))
+        self.since, self.steps_since = time.perf_counter(), 0
+
+    def evaluation(self, iteration: int, losses: dict[str, float], split: str) -> None:
+        """Report losses on held-out data, as ``<loss> <split>``."""
+        metrics = {f"{name} {split}": value for name, value in losses.items()}
+        if "lm loss" in losses:
+            metrics[f"lm loss {split} ppl"] = float(
+                torch.tensor(min(losses["lm loss"], 20.0)).exp()
+            )
+        self._write(iteration, metrics)
+        values = " | ".join(f"{name}: {value:.6E}" for name, value in metrics.items())
+        text = f" {split} loss at iteration {iteration} | {values} |"
+        self.say(f"{'-' * len(text)}\n{text}\n{'-' * len(text)}")
+        self.since, self.steps_since = time.perf_counter(), 0
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        for sink in (self.metrics, self.board, self.bar):
+            if sink is not None:
+                sink.close()
+
+    def _write(self, iteration: int, metrics: dict[str, float]) -> None:
+        if self.metrics is not None:
+            print(json.dumps({"iteration": iteration, **metrics}), file=self.metrics, flush=True)
+        if self.board is not None:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, iteration)
+
+    def _line(
+        self, iteration: int, losses: dict[str, float], metrics: dict[str, Any], skipped: int
+    ) -> str:
+        batch, seconds = self.flags.batch, metrics["iteration-time"]
+        left = timedelta(seconds=round((batch.train_iters - iteration) * seconds))
+        cells = [
+            f" [{datetime.now():%F %T}] iteration {iteration:8d}/{batch.train_iters:8d}",
+            f"consumed samples: {iteration * batch.global_batch_size:12d}",
+            f"elapsed time per iteration (ms): {seconds * 1000:.1f}",
+            f"throughput per GPU (TFLOP/s/GPU): {metrics['throughput']:.3f}",
+            f"learning rate: {metrics['learning-rate']:.6E}",
+            f"global batch size: {batch.global_batch_size:5d}",
+            *(f"{name}: {value:.6E}" for name, value in losses.items()),
+            f"loss scale: {metrics['loss-scale']:.1f}",
+            f"grad norm: {metrics['grad-norm']:.3f}",
+            f"number of skipped iterations: {skipped:3d}",
+            f"tokens/s: {metrics['tokens/s']:.0f}",
+            f"mem: {metrics['mem-GiB']:.2f} GiB",
+            f"ETA: {left}",
+        ]
+        return " | ".join(cells) + " |"
+
+
+def memory_gib() -> float:
+    """Return the peak memory of this rank: of the GPU, or of the process without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _reopen(path: Path, first_iteration: int) -> Any:
+    """Open ``path`` to append after ``first_iteration``: a resumed run repeats no line."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["iteration"] <= first_iteration]
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text("".join(f"{line}\n" for line in kept))
+    aside.replace(path)
+    return path.open("a")
+
+
+def _brief(losses: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in losses.items())

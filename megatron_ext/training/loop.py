@@ -1,0 +1,207 @@
+"""The training loop: steps, evaluations and checkpoints until the end or a reason to stop."""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megatron_ext.errors import INTERRUPTED, RUNTIME, UserError
+from megatron_ext.training import state
+from megatron_ext.training.log import Log
+from megatron_ext.training.state import Run
+from megatron_ext.training.step import Batch, StepShape, evaluate, train_step
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+# Returns one iterator of micro-batches, from the given number of consumed samples on.
+MakeBatches = Callable[[int], Iterator[Batch]]
+
+
+def train(
+    run: Run,
+    *,
+    train_batches: MakeBatches,
+    valid_batches: MakeBatches | None,
+    eval_names: tuple[str, ...],
+    objective: dict[str, float],
+    log: Log,
+    flops_per_step: float,
+) -> int:
+    """Train ``run`` to ``--train-iters``. Collective.
+
+    Args:
+        run: at the iteration where it begins.
+        train_batches: makes the iterator of training micro-batches of this rank.
+        valid_batches: likewise; every evaluation reads the same samples. None: no evaluation.
+        eval_names: the losses of an evaluation.
+        objective: the weight of each loss in a training step.
+        log: where metrics go.
+        flops_per_step: of all ranks together.
+
+    Returns:
+        The exit code: 0, or ``INTERRUPTED`` after a signal or a time limit, with all saved.
+
+    Raises:
+        UserError: a loss or gradient is not finite. The weights are then those of the step before;
+            the last checkpoint stays.
+    """
+    flags, counters = run.flags, run.counters
+    shape = step_shape(run)
+    began, stop = time.perf_counter(), StopSignals()
+    batches = [train_batches(counters.consumed_train_samples) for _ in run.model]
+    skipped, saved_at = 0, counters.iteration
+    with stop:
+        while counters.iteration < flags.batch.train_iters:
+            losses, apply = train_step(
+                run.model, run.optimizer, batches, shape, objective, run.groups
+            )
+            where = f"iteration {counters.iteration + 1}"
+            _check_finite(losses, where, counters.consumed_train_samples, flags)
+            learning_rate = run.optimizer.param_groups[0]["lr"]
+            grad_norm = apply()
+            if not flags.precision.fp16:
+                _check_finite(
+                    {"grad norm": grad_norm}, where, counters.consumed_train_samples, flags
+                )
+            skipped += not math.isfinite(grad_norm)
+            run.schedule.step(increment=flags.batch.global_batch_size)
+            counters.iteration += 1
+            counters.consumed_train_samples += flags.batch.global_batch_size
+            counters.floating_point_operations += flops_per_step
+            log.step(
+                counters.iteration,
+                losses,
+                learning_rate=learning_rate,
+                grad_norm=grad_norm,
+                loss_scale=float(run.optimizer.get_loss_scale()),
+                skipped=skipped,
+            )
+            if valid_batches and _is_due(counters.iteration, flags.log.eval_interval):
+                validate(run, valid_batches, eval_names, log)
+            if flags.checkpoint.save and _is_due(
+                counters.iteration, flags.checkpoint.save_interval
+            ):
+                _save(run, log)
+                saved_at = counters.iteration
+            reason = _reason_to_stop(flags.batch, counters.iteration, began, stop)
+            if reason and counters.iteration < flags.batch.train_iters:
+                if flags.checkpoint.save and saved_at != counters.iteration:
+                    _save(run, log)
+                log.say(f"stopping after iteration {counters.iteration}: {reason}")
+                return INTERRUPTED
+    if flags.checkpoint.save and saved_at != counters.iteration:
+        _save(run, log)
+    return 0
+
+
+def step_shape(run: Run) -> StepShape:
+    """Return the sizes of one step of ``run`` on this rank."""
+    batch = run.flags.batch
+    return StepShape(
+        num_microbatches=batch.global_batch_size // (batch.micro_batch_size * run.groups.dp.size()),
+        micro_batch_size=batch.micro_batch_size,
+        seq_length=batch.seq_length,
+    )
+
+
+def validate(
+    run: Run, make_batches: MakeBatches, names: tuple[str, ...], log: Log, split: str = "validation"
+) -> dict[str, float]:
+    """Report the mean losses of ``--eval-iters`` global batches, always the same. Collective."""
+    batches = [make_batches(0) for _ in run.model]
+    num_batches = run.flags.log.eval_iters
+    totals = dict.fromkeys(names, 0.0)
+    with gathered_parameters(run):
+        for _ in range(num_batches):
+            losses = evaluate(run.model, batches, step_shape(run), names, run.groups)
+            for name, value in losses.items():
+                totals[name] += value / num_batches
+    log.evaluation(run.counters.iteration, totals, split)
+    return totals
+
+
+@contextlib.contextmanager
+def gathered_parameters(run: Run) -> Iterator[None]:
+    """Hold all parameters complete inside.
+
+    With --overlap-param-gather they otherwise arrive during the forward pass of a training step.
+    """
+    late = run.model if run.flags.parallel.overlap_param_gather else []
+    for chunk in late:
+        chunk.disable_forward_pre_hook()
+    yield
+    for chunk in late:
+        chunk.enable_forward_pre_hook()
+
+
+class StopSignals:
+    """Catches the signals that ask a run to stop, so that it can finish its step and save.
+
+    A second signal ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.caught: int = 0
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in STOP_SIGNALS:
+            self.previous[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: Any) -> None:
+        self.caught = number
+        signal.signal(number, self.previous[number])
+
+
+def _save(run: Run, log: Log) -> None:
+    with gathered_parameters(run):
+        state.save(run)
+    iteration = run.counters.iteration
+    log.say(
+        f"  successfully saved checkpoint from iteration {iteration:7d} to "
+        f"{run.flags.checkpoint.save}"
+    )
+
+
+def _is_due(iteration: int, interval: int | None) -> bool:
+    return bool(interval) and iteration % interval == 0
+
+
+def _check_finite(values: dict[str, float], where: str, sample: int, flags: Any) -> None:
+    """Raise on every rank alike if a value, equal on all of them, is not finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            last = sample + flags.batch.global_batch_size - 1
+            saved = f"the last checkpoint in {flags.checkpoint.save} is good" * bool(
+                flags.checkpoint.save
+            )
+            raise UserError(
+                f"{name} is {value} at {where} (training samples {sample} to {last}): lower --lr "
+                f"or look at the data. {saved}".strip(),
+                RUNTIME,
+            )
+
+
+def _reason_to_stop(batch: Any, iteration: int, began: float, stop: StopSignals) -> str | None:
+    """Return why to stop, the same on every rank: one small all-reduce."""
+    minutes = (time.perf_counter() - began) / 60
+    late = batch.exit_duration_in_mins is not None and minutes > batch.exit_duration_in_mins
+    flag = torch.tensor([stop.caught, int(late)], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    caught, late = flag.tolist()
+    if caught:
+        return f"received {signal.Signals(caught).name}"
+    if late:
+        return f"--exit-duration-in-mins {batch.exit_duration_in_mins} are over"
+    if _is_due(iteration, batch.exit_interval):
+        return f"--exit-interval {batch.exit_interval}"
+    return None

@@ -1,0 +1,299 @@
+"""What a run trains and what a checkpoint of it holds: model, optimizer, schedule, counters."""
+
+import random
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_ext import checkpoint
+from megatron_ext.arch import Arch
+from megatron_ext.flags import TrainFlags, flags_as_dict, megatron_command_line
+from megatron_ext.model import LanguageModel, model_state_dict
+from megatron_ext.training.step import wrap
+
+# Optimizer state as whole tensors: any layout reads it, also of the distributed optimizer.
+OPTIMIZER_LAYOUT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+
+
+@dataclass
+class Counters:
+    """How far a run is; the part of its state that changes outside of tensors."""
+
+    iteration: int = 0
+    consumed_train_samples: int = 0
+    floating_point_operations: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A model in training on this rank."""
+
+    flags: TrainFlags
+    arch: Arch
+    groups: ProcessGroupCollection
+    chunks: list[LanguageModel]
+    """What is trained and saved."""
+    model: list[DistributedDataParallel]
+    """What a step runs: ``chunks``, or each beside its teacher, with gradient buffers."""
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    tokenizer_sha256: str | None = None
+    counters: Counters = field(default_factory=Counters)
+
+
+def make_run(
+    flags: TrainFlags,
+    arch: Arch,
+    groups: ProcessGroupCollection,
+    chunks: list[LanguageModel],
+    modules: Sequence[MegatronModule],
+    tokenizer_sha256: str | None = None,
+) -> Run:
+    """Return a run at iteration 0; ``modules`` are ``chunks``, or each beside its teacher."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=flags.precision.bf16 and not flags.precision.grad_reduce_in_bf16,
+        overlap_grad_reduce=flags.parallel.overlap_grad_reduce,
+        overlap_param_gather=flags.parallel.overlap_param_gather,
+        use_distributed_optimizer=flags.parallel.use_distributed_optimizer,
+    )
+    model = wrap(modules, ddp_config, groups)
+    optimizer = get_megatron_optimizer(
+        _optimizer_config(flags, chunks[0].config.params_dtype),
+        model,
+        use_gloo_process_groups=False,
+        pg_collection=groups,
+    )
+    return Run(
+        flags=flags,
+        arch=arch,
+        groups=groups,
+        chunks=chunks,
+        model=model,
+        optimizer=optimizer,
+        schedule=_make_schedule(flags, optimizer),
+        tokenizer_sha256=tokenizer_sha256,
+    )
+
+
+def _optimizer_config(flags: TrainFlags, params_dtype: torch.dtype) -> OptimizerConfig:
+    options = flags.optimizer
+    return OptimizerConfig(
+        optimizer=options.optimizer,
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        sgd_momentum=options.sgd_momentum,
+        clip_grad=options.clip_grad,
+        bf16=flags.precision.bf16,
+        fp16=flags.precision.fp16,
+        params_dtype=params_dtype,
+        loss_scale=flags.precision.loss_scale,
+        initial_loss_scale=flags.precision.initial_loss_scale,
+        use_distributed_optimizer=flags.parallel.use_distributed_optimizer,
+        overlap_param_gather=flags.parallel.overlap_param_gather,
+    )
+
+
+def _make_schedule(flags: TrainFlags, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Return the schedule of learning rate and weight decay; megatron-core counts it in samples."""
+    options, batch_size = flags.optimizer, flags.batch.global_batch_size
+    decay_iters = options.lr_decay_iters or flags.batch.train_iters or 1
+    warmup_iters = options.lr_warmup_iters
+    if options.lr_warmup_fraction is not None:
+        warmup_iters = options.lr_warmup_fraction * decay_iters
+    has_incr = options.weight_decay_incr_style != "constant"
+    start_wd, end_wd = options.start_weight_decay, options.end_weight_decay
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=options.lr_warmup_init,
+        max_lr=options.lr or 0.0,
+        min_lr=options.min_lr,
+        lr_warmup_steps=int(warmup_iters * batch_size),
+        lr_decay_steps=decay_iters * batch_size,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=start_wd if has_incr else options.weight_decay,
+        end_wd=end_wd if has_incr else options.weight_decay,
+        wd_incr_steps=(flags.batch.train_iters or 1) * batch_size,
+        wd_incr_style=options.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=options.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=options.override_opt_param_scheduler,
+        wsd_decay_steps=(options.lr_wsd_decay_iters or 0) * batch_size or None,
+        lr_wsd_decay_style=options.lr_wsd_decay_style,
+    )
+
+
+def save(run: Run) -> None:
+    """Write ``run`` as a checkpoint of its iteration. Collective."""
+    flags, counters = run.flags, run.counters
+    state = model_state_dict(run.chunks)
+    if flags.checkpoint.save_optim:
+        state["optimizer"] = _optimizer_state(run, state, is_loading=False)
+        state["opt_param_scheduler"] = run.schedule.state_dict()
+    if flags.checkpoint.save_rng:
+        state["rng_state"] = _rng_state(run.groups)
+    state |= {
+        "args": saved_args(run),
+        "checkpoint_version": 3.0,
+        "iteration": counters.iteration,
+        "num_floating_point_operations_so_far": counters.floating_point_operations,
+    }
+    interval = flags.checkpoint.save_retain_interval
+    checkpoint.save(
+        flags.checkpoint.save,
+        checkpoint.iteration_name(counters.iteration),
+        state,
+        files={"megatron_args.sh": megatron_command_line(run.arch) + "\n"},
+        dp_group=run.groups.dp_cp,
+        content_metadata=OPTIMIZER_LAYOUT,
+        keep=lambda name: not interval or int(name.removeprefix("iter_")) % interval == 0,
+    )
+
+
+def saved_args(run: Run) -> Namespace:
+    """Return the flags and sizes of ``run`` under Megatron-LM's names; plain values only."""
+    parallel = run.flags.parallel
+    return Namespace(
+        **{
+            **flags_as_dict(run.flags),
+            **run.arch.to_args(),
+            "world_size": torch.distributed.get_world_size(),
+            "data_parallel_size": run.groups.dp.size(),
+            "params_dtype": run.chunks[0].config.params_dtype,
+            "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+            "no_save_optim": not run.flags.checkpoint.save_optim,
+            "no_save_rng": not run.flags.checkpoint.save_rng,
+            "ckpt_fully_parallel_save": True,
+            "consumed_train_samples": run.counters.consumed_train_samples,
+            "skipped_train_samples": 0,
+            "consumed_valid_samples": 0,
+            "tokenizer_sha256": run.tokenizer_sha256,
+        }
+    )
+
+
+def restore_weights(chunks: list[LanguageModel], source: checkpoint.Checkpoint) -> None:
+    """Fill ``chunks`` with the weights of ``source``, whatever layout wrote them. Collective."""
+    loaded = checkpoint.load(source.folder, model_state_dict(chunks))
+    _set_weights(chunks, loaded)
+
+
+def restore(run: Run, source: checkpoint.Checkpoint) -> None:
+    """Continue where ``source`` was saved: weights, optimizer, schedule, generators, counters.
+
+    Collective. Random state is taken up only under the layout that wrote it.
+    """
+    flags = run.flags
+    state = model_state_dict(run.chunks)
+    if flags.checkpoint.load_optim:
+        _allocate_torch_adam(run.optimizer)
+        state["optimizer"] = _optimizer_state(run, state, is_loading=True)
+    same_ranks = all(
+        source.args.get(name) == getattr(flags.parallel, name)
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    )
+    has_rng = same_ranks and not source.args.get("no_save_rng", False)
+    if flags.checkpoint.load_rng and has_rng:
+        state["rng_state"] = _rng_state(run.groups)
+    loaded = checkpoint.load(source.folder, state)
+    _set_weights(run.chunks, loaded)
+    if flags.checkpoint.load_optim:
+        run.optimizer.load_state_dict(loaded["optimizer"])
+        _unshare_steps(run.optimizer)
+        run.schedule.load_state_dict(loaded["opt_param_scheduler"])
+    if "rng_state" in state:
+        _set_rng_state(loaded["rng_state"])
+    run.counters.iteration = source.iteration
+    run.counters.consumed_train_samples = source.args["consumed_train_samples"]
+    run.counters.floating_point_operations = loaded["num_floating_point_operations_so_far"]
+
+
+def _set_weights(chunks: list[LanguageModel], loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"])
+
+
+def _optimizer_state(run: Run, model_state: ShardedStateDict, *, is_loading: bool) -> Any:
+    return run.optimizer.sharded_state_dict(
+        {key: value for key, value in model_state.items() if key.startswith("model")},
+        is_loading=is_loading,
+        metadata=OPTIMIZER_LAYOUT,
+    )
+
+
+def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [opt for opt in inner if isinstance(opt, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def _allocate_torch_adam(optimizer: MegatronOptimizer) -> None:
+    """Give torch's Adam the state of its first step.
+
+    megatron-core expects that state when it plans a load; Transformer Engine's and Apex's Adam get
+    it from megatron-core.
+    """
+    for inner in _torch_optimizers(optimizer):
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _unshare_steps(optimizer: MegatronOptimizer) -> None:
+    """Give each parameter a step counter of its own.
+
+    megatron-core's distributed optimizer loads one tensor into all of them, and torch's Adam then
+    counts it up once per parameter.
+    """
+    for inner in _torch_optimizers(optimizer):
+        for state in inner.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _rng_state(groups: ProcessGroupCollection) -> ShardedObject:
+    """Return this rank's generators as Megatron-LM does: an object per (pipeline, tensor) rank."""
+    state = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": numpy.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject(
+        "rng_state",
+        [state],
+        (groups.pp.size(), groups.tp.size()),
+        (groups.pp.rank(), groups.tp.rank()),
+        replica_id=groups.dp_cp.rank(),
+    )
+
+
+def _set_rng_state(loaded: list[dict[str, Any]]) -> None:
+    (state,) = loaded
+    random.setstate(state["random_rng_state"])
+    numpy.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    get_cuda_rng_tracker().set_states(state["rng_tracker_states"])

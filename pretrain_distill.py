@@ -1,0 +1,279 @@
+"""Train a language model alone, or distil it from a teacher in the same parallel groups.
+
+    torchrun --nproc-per-node 2 pretrain_distill.py --load pruned --teacher-load teacher --save out
+
+Flags are Megatron-LM's (--help). Sizes come from the checkpoint; only a new model needs them typed.
+Started again with the same command, a run goes on from its last checkpoint in --save.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ext import checkpoint, data, platform
+from megatron_ext.arch import Arch, forward_flops, num_parameters
+from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
+from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
+from megatron_ext.flags import (
+    TrainFlags,
+    check_against_checkpoint,
+    check_layout,
+    new_arch,
+    parse_train,
+    virtual_pipeline_size,
+)
+from megatron_ext.model import ModelOptions, build_model, choose_transformer_impl
+from megatron_ext.platform import Platform
+from megatron_ext.training import state
+from megatron_ext.training.log import Log
+from megatron_ext.training.loop import MakeBatches, train, validate
+from megatron_ext.training.step import Batch
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    source: Checkpoint | None
+    """None: random weights."""
+    resume: bool = False
+    """Take optimizer, schedule, generators and counters too, not the weights alone."""
+
+
+def main() -> int:
+    """Run the program; returns its exit code."""
+    flags = parse_train(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
+    start = find_start(flags)
+    teacher_load = flags.distill.teacher_load
+    teacher = checkpoint.read(teacher_load) if teacher_load else None
+    tokenizer = data.build_tokenizer(flags.data)
+    tokenizer_sha256 = data.tokenizer_sha256(flags.data)
+    arch = choose_arch(flags, start, tokenizer.vocab_size)
+    for source in (start.source, teacher):
+        if source is not None:
+            check_tokenizer(source, tokenizer.vocab_size, tokenizer_sha256)
+    if teacher is not None:
+        check_layout(teacher.arch, flags.parallel, seq_length=flags.batch.seq_length)
+        check_teacher(arch, teacher, flags)
+    pieces = virtual_pipeline_size(flags.parallel, arch.num_layers)
+    place = platform.initialize(
+        tensor_model_parallel_size=flags.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=flags.parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=pieces,
+        context_parallel_size=flags.parallel.context_parallel_size,
+        device=flags.parallel.device,
+        backend=flags.parallel.distributed_backend,
+        seed=flags.batch.seed,
+        timeout_minutes=flags.parallel.distributed_timeout_minutes,
+    )
+    try:
+        run, objective, eval_names = build(
+            flags, arch, teacher, start, place, pieces, tokenizer.vocab_size, tokenizer_sha256
+        )
+        code = go(run, objective, eval_names, teacher, tokenizer, place)
+    finally:
+        if not sys.exc_info()[0]:
+            platform.shut_down()
+    return code
+
+
+def find_start(flags: TrainFlags) -> Start:
+    """Return where to begin: --save's checkpoint, else --load's, else --pretrained-checkpoint's.
+
+    Raises:
+        UserError: --load names a folder without a checkpoint, and it is not the folder to save to.
+    """
+    options = flags.checkpoint
+    if options.save and options.save != options.load and checkpoint.find(options.save):
+        return Start(checkpoint.read(options.save), resume=True)
+    if options.load and checkpoint.find(options.load, options.ckpt_step):
+        source = checkpoint.read(options.load, options.ckpt_step)
+        is_own = options.load == options.save
+        resume = source.iteration > 0 and (is_own or not options.finetune)
+        return Start(source, resume)
+    may_be_new = options.load in (None, options.save) and not options.exit_on_missing_checkpoint
+    if options.load and not (may_be_new or options.pretrained_checkpoint):
+        raise UserError(
+            f"--load {options.load}: no checkpoint there. (Only a run whose --load is its --save "
+            "may begin without one.)",
+            CHECKPOINT,
+        )
+    if options.pretrained_checkpoint:
+        return Start(checkpoint.read(options.pretrained_checkpoint))
+    return Start(None)
+
+
+def choose_arch(flags: TrainFlags, start: Start, vocab_size: int) -> Arch:
+    """Return the checked architecture: the checkpoint's, or that of the typed sizes."""
+    if start.source is None:
+        arch = new_arch(flags.sizes, vocab_size)
+    else:
+        arch = check_against_checkpoint(flags.sizes, start.source.arch)
+    check_layout(arch, flags.parallel, seq_length=flags.batch.seq_length)
+    return arch
+
+
+def check_tokenizer(source: Checkpoint, vocab_size: int, sha256: str | None) -> None:
+    """Refuse a tokenizer that is not the one ``source`` was trained with."""
+    saved = source.args.get("tokenizer_sha256")
+    if source.arch.vocab_size != vocab_size:
+        raise UserError(
+            f"{source.folder} was trained with {source.arch.vocab_size} tokens, the tokenizer has "
+            f"{vocab_size}: give the checkpoint's own --tokenizer-model.",
+            CHECKPOINT,
+        )
+    if saved and sha256 and saved != sha256:
+        raise UserError(
+            f"{source.folder} was trained with another tokenizer of {vocab_size} tokens (SHA-256 "
+            f"{saved[:12]}, given {sha256[:12]}): give the checkpoint's own --tokenizer-model.",
+            CHECKPOINT,
+        )
+
+
+def check_teacher(arch: Arch, teacher: Checkpoint, flags: TrainFlags) -> None:
+    """Refuse a teacher whose vocabulary lies otherwise over the tensor-parallel ranks."""
+    tp = flags.parallel.tensor_model_parallel_size
+    if tp > 1 and teacher.arch.padded_vocab_size != arch.padded_vocab_size:
+        raise UserError(
+            f"--tensor-model-parallel-size {tp}: the vocabulary is padded to "
+            f"{teacher.arch.padded_vocab_size} in the teacher and to {arch.padded_vocab_size} in "
+            "the student, so ranks would hold different tokens of each; use 1.",
+            USAGE,
+        )
+
+
+def build(
+    flags: TrainFlags,
+    arch: Arch,
+    teacher: Checkpoint | None,
+    start: Start,
+    place: Platform,
+    pieces: int | None,
+    vocab_size: int,
+    tokenizer_sha256: str | None,
+) -> tuple[state.Run, dict[str, float], tuple[str, ...]]:
+    """Build and load the models; return the run, a step's objective and an evaluation's losses."""
+    options = model_options(flags, place, pieces)
+    seed = flags.batch.seed if start.source is None else None
+    chunks = build_model(arch, options, place.groups, seed=seed)
+    if flags.checkpoint.verify_integrity:
+        for source in filter(None, (start.source, teacher)):
+            checkpoint.verify_integrity(source.folder)
+    modules, objective, eval_names = chunks, {LM_LOSS: 1.0}, (LM_LOSS,)
+    if teacher is not None:
+        distillation = Distillation(
+            temperature=flags.distill.kd_temperature,
+            lm_loss_weight=flags.distill.kd_lm_loss_weight,
+            vocab_size=vocab_size,
+        )
+        teachers = build_model(teacher.arch, options, place.groups)
+        state.restore_weights(teachers, teacher)
+        modules = [
+            DistillationModel(student, frozen, distillation, place.groups.tp)
+            for student, frozen in zip(chunks, teachers, strict=True)
+        ]
+        objective, eval_names = distillation.objective, (KD_LOSS, LM_LOSS)
+    if start.source is not None and not start.resume:
+        state.restore_weights(chunks, start.source)
+    run = state.make_run(flags, arch, place.groups, chunks, modules, tokenizer_sha256)
+    if start.resume:
+        state.restore(run, start.source)
+    return run, objective, eval_names
+
+
+def model_options(flags: TrainFlags, place: Platform, pieces: int | None) -> ModelOptions:
+    """Return how this run holds its models."""
+    if flags.precision.fp16 and place.device.type == "cpu":
+        raise UserError("--fp16 needs a GPU; use --bf16 on a CPU.", USAGE)
+    half = torch.float16 if flags.precision.fp16 else torch.float32
+    return ModelOptions(
+        params_dtype=torch.bfloat16 if flags.precision.bf16 else half,
+        sequence_parallel=flags.parallel.sequence_parallel,
+        virtual_pipeline_model_parallel_size=pieces,
+        pipeline_model_parallel_layout=flags.parallel.pipeline_model_parallel_layout,
+        overlap_p2p_comm=bool(pieces) and flags.parallel.overlap_p2p_comm,
+        transformer_impl=choose_transformer_impl(flags.parallel.transformer_impl, place.device),
+        recompute={
+            "recompute_granularity": flags.batch.recompute_granularity,
+            "recompute_method": flags.batch.recompute_method,
+            "recompute_num_layers": flags.batch.recompute_num_layers,
+        },
+    )
+
+
+def go(
+    run: state.Run,
+    objective: dict[str, float],
+    eval_names: tuple[str, ...],
+    teacher: Checkpoint | None,
+    tokenizer: data.MegatronTokenizerBase,
+    place: Platform,
+) -> int:
+    """Train and evaluate; returns the exit code."""
+    flags, batch = run.flags, run.flags.batch
+    evaluates = bool(flags.log.eval_iters) and (flags.log.eval_interval or batch.skip_train)
+    num_valid = batch.global_batch_size * flags.log.eval_iters if evaluates else 0
+    num_train = 0 if batch.skip_train else batch.global_batch_size * batch.train_iters
+    datasets = data.build_datasets(
+        flags.data,
+        seq_length=batch.seq_length,
+        num_samples=(num_train, num_valid, num_valid),
+        tokenizer=tokenizer,
+        seed=batch.seed,
+    )
+    train_data, valid_data, test_data = (batch_maker(d, flags, place) for d in datasets)
+    flops = 3 * forward_flops(run.arch, batch.seq_length)
+    if teacher is not None:
+        flops += forward_flops(teacher.arch, batch.seq_length)
+    flops_per_step = flops * batch.seq_length * batch.global_batch_size
+    log = Log(flags, flops_per_step=flops_per_step, first_iteration=run.counters.iteration)
+    log.say(f"{num_parameters(run.arch):,} parameters, beginning at {run.counters.iteration}")
+    code = 0
+    if not batch.skip_train:
+        if valid_data and run.counters.iteration == 0:
+            validate(run, valid_data, eval_names, log)
+        code = train(
+            run,
+            train_batches=train_data,
+            valid_batches=valid_data,
+            eval_names=eval_names,
+            objective=objective,
+            log=log,
+            flops_per_step=flops_per_step,
+        )
+    if code == 0:
+        if valid_data and batch.skip_train:
+            validate(run, valid_data, eval_names, log)
+        if test_data:
+            validate(run, test_data, eval_names, log, "test")
+    log.close()
+    return code
+
+
+def batch_maker(dataset: object, flags: TrainFlags, place: Platform) -> MakeBatches | None:
+    """Return a function that begins this rank's micro-batches at a number of consumed samples."""
+    if dataset is None:
+        return None
+    groups = place.groups
+
+    def make(consumed_samples: int) -> Iterator[Batch]:
+        for batch in data.batches(
+            dataset,
+            micro_batch_size=flags.batch.micro_batch_size,
+            dp_rank=groups.dp.rank(),
+            dp_size=groups.dp.size(),
+            consumed_samples=consumed_samples,
+            num_workers=flags.data.num_workers,
+        ):
+            shard = data.shard_for_context_parallel(batch, groups.cp.rank(), groups.cp.size())
+            yield {key: x.to(place.device, non_blocking=True) for key, x in shard.items()}
+
+    return make
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,329 @@
+"""Checkpoint folders: resume bit for bit, any layout reads any other's, damage is seen."""
+
+import json
+import os
+import pickle
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_ext import checkpoint, platform
+from megatron_ext.checkpoint import sharded_tensors
+from megatron_ext.errors import UserError
+from megatron_ext.flags import parse_train, virtual_pipeline_size
+from megatron_ext.model import ModelOptions, build_model, model_state_dict
+from megatron_ext.training import state
+from megatron_ext.training.loop import step_shape
+from megatron_ext.training.step import train_step
+from tests.models import GPT2, LLAMA, random_batch
+from tests.ranks import run_ranks
+
+SEQ_LENGTH = 16
+LAYOUTS = {
+    "TP1": (1, []),
+    "TP2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "VPP": (
+        2,
+        ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"],
+    ),
+    "DP2": (2, []),
+    "DP2 distributed optimizer": (2, ["--use-distributed-optimizer"]),
+    "TP2xPP2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
+}
+
+
+def make_run(arch, folder, extra, *, seed=7):
+    """Return a run of ``arch`` under the flags ``extra``, with dropout on."""
+    argv = (
+        f"--load {folder} --save {folder} --save-interval 1 --mock-data --lr 0.01 --train-iters 9 "
+        f"--tokenizer-type NullTokenizer --vocab-size {arch.vocab_size - 1} --micro-batch-size 1 "
+        f"--global-batch-size 4 --seq-length {SEQ_LENGTH} --lr-warmup-iters 2"
+    )
+    flags = parse_train([*argv.split(), *extra], torch.distributed.get_world_size())
+    pieces = virtual_pipeline_size(flags.parallel, arch.num_layers)
+    place = platform.initialize(
+        tensor_model_parallel_size=flags.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=flags.parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=pieces,
+    )
+    options = ModelOptions(
+        params_dtype=torch.bfloat16 if flags.precision.bf16 else torch.float32,
+        sequence_parallel=flags.parallel.sequence_parallel,
+        virtual_pipeline_model_parallel_size=pieces,
+        overlap_p2p_comm=bool(pieces),
+    )
+    arch = replace(arch, hidden_dropout=0.1, attention_dropout=0.1)
+    chunks = build_model(arch, options, place.groups, seed=seed)
+    return state.make_run(flags, arch, place.groups, chunks, chunks)
+
+
+def do_steps(run, first, last):
+    """Train steps [first, last) and return their losses and gradient norms."""
+    results = []
+    for iteration in range(first, last):
+        batch = random_batch(run.arch, num_samples=4, seq_length=SEQ_LENGTH, seed=iteration)
+        dp, per_rank = run.groups.dp, 4 // run.groups.dp.size()
+        own = range(dp.rank() * per_rank, (dp.rank() + 1) * per_rank)
+        parts = [{key: x[i : i + 1] for key, x in batch.items()} for i in own]
+        losses, apply = train_step(
+            run.model,
+            run.optimizer,
+            [iter(parts) for _ in run.model],
+            step_shape(run),
+            {"lm loss": 1.0},
+            run.groups,
+        )
+        results.append((losses["lm loss"], apply()))
+        run.schedule.step(increment=4)
+        run.counters.iteration += 1
+        run.counters.consumed_train_samples += 4
+    return results
+
+
+def weights_of(run):
+    """Return this rank's weights by place."""
+    return {
+        (s.key, s.global_offset): s.data.clone()
+        for s in sharded_tensors(model_state_dict(run.chunks))
+    }
+
+
+def uninterrupted(arch, folder, extra):
+    run = make_run(arch, folder, extra)
+    do_steps(run, 0, 2)
+    state.save(run)
+    return do_steps(run, 2, 5), weights_of(run)
+
+
+def resumed(arch, folder, extra):
+    run = make_run(arch, folder, extra, seed=99)
+    state.restore(run, checkpoint.read(folder))
+    assert run.counters.iteration == 2
+    assert run.counters.consumed_train_samples == 8
+    return do_steps(run, 2, 5), weights_of(run)
+
+
+@pytest.mark.parametrize("bf16", [[], ["--bf16"]], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resume_is_bit_for_bit(layout, bf16, tmp_path):
+    world_size, extra = LAYOUTS[layout]
+    extra = [*extra, *bf16]
+    before = run_ranks(world_size, uninterrupted, LLAMA, str(tmp_path), extra)
+    after = run_ranks(world_size, resumed, LLAMA, str(tmp_path), extra)
+    for (losses, weights), (losses_after, weights_after) in zip(before, after, strict=True):
+        assert losses == losses_after
+        assert weights.keys() == weights_after.keys()
+        assert all(torch.equal(weights[key], weights_after[key]) for key in weights)
+
+
+def resume_elsewhere(arch, folder, extra):
+    """Load and train a step without dropout, which is the only thing that a layout may change."""
+    run = make_run(arch, folder, extra, seed=99)
+    state.restore(run, checkpoint.read(folder))
+    for chunk in run.chunks:
+        chunk.config.attention_dropout = 0.0
+        for module in chunk.modules():
+            if isinstance(module, torch.nn.Dropout) or hasattr(module, "dropout"):
+                module.p = module.dropout = 0.0
+            if hasattr(module, "hidden_dropout"):
+                module.hidden_dropout = 0.0
+    return do_steps(run, 2, 4)
+
+
+@pytest.mark.parametrize("arch", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("written", ["TP1", "TP2xPP2", "VPP", "DP2 distributed optimizer"])
+def test_any_layout_reads_any_other(arch, written, tmp_path):
+    world_size, extra = LAYOUTS[written]
+    run_ranks(world_size, uninterrupted, arch, str(tmp_path), extra)
+    kind = ["--use-distributed-optimizer"] * ("--use-distributed-optimizer" in extra)
+    results = {}
+    for layout in ("TP1", "TP2", "PP2", "DP2"):
+        world_size, extra = LAYOUTS[layout]
+        args = (arch, str(tmp_path), extra + kind)
+        results[layout] = run_ranks(world_size, resume_elsewhere, *args)[0]
+    for layout in results:
+        for step, reference in zip(results[layout], results["TP1"], strict=True):
+            assert step == pytest.approx(reference, rel=2e-6), layout
+
+
+def write(folder, arch, iteration=3, name=None):
+    place = platform.initialize()
+    chunks = build_model(arch, ModelOptions(), place.groups, seed=5)
+    common = {"args": Namespace(**arch.to_args()), "iteration": iteration}
+    name = name or checkpoint.iteration_name(iteration)
+    checkpoint.save(folder, name, model_state_dict(chunks) | common, files={"note.txt": "hello"})
+
+
+def read_into(folder, arch):
+    """Return the message with which loading into a model of ``arch`` fails, or None."""
+    place = platform.initialize()
+    chunks = build_model(arch, ModelOptions(), place.groups, seed=6)
+    source = checkpoint.read(folder)
+    try:
+        checkpoint.verify_integrity(source.folder)
+        state.restore_weights(chunks, source)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"padded_vocab_size": 112}, ["output_layer.weight", "[104, 48]", "[112, 48]"]),
+        ({"num_layers": 2}, ["mlp.linear_fc2.weight", "[4, 48, 80]", "[2, 48, 80]"]),
+        ({"untie_embeddings_and_output_weights": False}, ["output_layer.weight", "-"]),
+        ({"normalization": "LayerNorm"}, ["final_layernorm.bias", "-", "[48]"]),
+    ],
+    ids=["vocabulary", "fewer layers", "untied into tied", "norm"],
+)
+def test_strict_loading_names_what_differs(change, words, tmp_path):
+    """megatron-core's default takes all of these without a word."""
+    run_ranks(1, write, str(tmp_path), LLAMA)
+    (message,) = run_ranks(1, read_into, str(tmp_path), replace(LLAMA, **change))
+    assert "does not fit this model" in message
+    assert all(word in message for word in words), message
+
+
+def test_missing_optimizer_state_says_what_to_type(tmp_path):
+    run_ranks(1, write, str(tmp_path), LLAMA)
+    with pytest.raises(AssertionError, match="--no-load-optim"):
+        run_ranks(1, resumed, LLAMA, str(tmp_path), [])
+
+
+def test_damage_is_named_on_every_rank(tmp_path):
+    run_ranks(2, write, str(tmp_path), LLAMA)
+    shard = next((tmp_path / "iter_0000003").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    messages = run_ranks(2, read_into, str(tmp_path), LLAMA)
+    assert all(f"{shard} is damaged" in message for message in messages)
+    shard.unlink()
+    messages = run_ranks(2, read_into, str(tmp_path), LLAMA)
+    assert all(f"{shard} is missing" in message for message in messages)
+
+
+def save_that_dies(folder, arch, phase):
+    """Write iteration 3, then be killed in the given phase of writing iteration 4."""
+    write(folder, arch)
+
+    def die(*_, **__):
+        os._exit(9)
+
+    if phase == "shards":
+        torch.distributed.checkpoint.FileSystemWriter.write_data = die
+    elif phase == "metadata":
+        dist_checkpointing.serialization.save_config = die
+    elif phase == "publish":
+        checkpoint._finish = die
+    elif phase == "tracker":
+        checkpoint.write_text = die
+    place = platform.Platform(torch.device("cpu"), None, 0, 1)
+    assert place.rank == 0
+    chunks = build_model(arch, ModelOptions(), groups_now(), seed=8)
+    common = {"args": Namespace(**arch.to_args()), "iteration": 4}
+    checkpoint.save(folder, "iter_0000004", model_state_dict(chunks) | common, files={})
+
+
+def groups_now():
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+@pytest.mark.parametrize("phase", ["shards", "metadata", "publish", "tracker"])
+def test_a_kill_while_saving_leaves_a_good_checkpoint(phase, tmp_path):
+    with pytest.raises(AssertionError, match="died"):
+        run_ranks(1, save_that_dies, str(tmp_path), LLAMA, phase)
+    assert checkpoint.read(str(tmp_path)).iteration == 3
+    assert run_ranks(1, read_into, str(tmp_path), LLAMA) == [None]
+    run_ranks(1, write, str(tmp_path), LLAMA, 5)  # a later save clears what was left
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert checkpoint.read(str(tmp_path)).iteration == 5
+
+
+def save_that_fails(folder, arch):
+    write(folder, arch)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    torch.distributed.checkpoint.FileSystemWriter.write_data = full
+    try:
+        chunks = build_model(arch, ModelOptions(), groups_now(), seed=8)
+        checkpoint.save(
+            folder,
+            "iter_0000004",
+            model_state_dict(chunks) | {"args": Namespace(), "iteration": 4},
+            files={},
+        )
+    except UserError as error:
+        return str(error)
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
+    messages = run_ranks(2, save_that_fails, str(tmp_path), LLAMA)
+    assert all("No space left" in m and "GiB are free" in m for m in messages)
+    assert checkpoint.read(str(tmp_path)).iteration == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "iter_0000003",
+        "latest_checkpointed_iteration.txt",
+    ]
+
+
+def test_tracker_missing_wrong_or_empty(tmp_path, capsys):
+    run_ranks(1, write, str(tmp_path), LLAMA, 3)
+    run_ranks(1, write, str(tmp_path), LLAMA, 7)
+    tracker = tmp_path / checkpoint.TRACKER
+    assert tracker.read_text() == "7"
+    for text in ("", "nonsense", "12"):
+        tracker.write_text(text)
+        assert checkpoint.find(str(tmp_path)).name == "iter_0000007"
+        assert "WARNING" in capsys.readouterr().err
+    tracker.unlink()
+    (tmp_path / "iter_0000007" / "metadata.json").write_text("")  # an unfinished save
+    assert checkpoint.find(str(tmp_path)).name == "iter_0000003"
+    assert checkpoint.find(str(tmp_path / "iter_0000003")).name == "iter_0000003"
+    with pytest.raises(UserError, match=r"--ckpt-step 7: .*metadata\.json"):
+        checkpoint.find(str(tmp_path), 7)
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        checkpoint.read(str(tmp_path / "nothing"))
+
+
+def test_release_and_extra_files(tmp_path):
+    run_ranks(1, write, str(tmp_path), LLAMA, 0, checkpoint.RELEASE)
+    source = checkpoint.read(str(tmp_path))
+    assert (source.folder.name, source.iteration, source.arch) == ("release", 0, LLAMA)
+    assert (source.folder / "note.txt").read_text() == "hello"
+    integrity = json.loads((source.folder / checkpoint.INTEGRITY).read_text())
+    assert integrity["algorithm"] == "sha256"
+    assert {"common.pt", ".metadata", "metadata.json"} <= integrity["files"].keys()
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["common.pt", ".metadata"])
+def test_only_plain_data_is_unpickled(name, tmp_path):
+    run_ranks(1, write, str(tmp_path), LLAMA)
+    folder, mark = tmp_path / "iter_0000003", tmp_path / "executed"
+    (folder / checkpoint.INTEGRITY).unlink()
+    if name == "common.pt":
+        torch.save({"args": Malicious(str(mark))}, folder / name)
+        with pytest.raises(UserError, match=r"common\.pt cannot be read"):
+            checkpoint.read(str(tmp_path))
+    else:
+        (folder / name).write_bytes(pickle.dumps(Malicious(str(mark))))
+        (message,) = run_ranks(1, read_into, str(tmp_path), LLAMA)
+        assert "refused" in message
+    assert not mark.exists()

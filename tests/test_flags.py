@@ -1,0 +1,389 @@
+"""The command lines: what is accepted, what is refused and how."""
+
+import contextlib
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from megatron_ext.errors import USAGE, UserError
+from megatron_ext.flag_groups import IGNORED_IN_TRAINING
+from megatron_ext.flag_parser import REQUIRED, all_options, flag_fields
+from megatron_ext.flags import (
+    PruneFlags,
+    TrainFlags,
+    flags_as_dict,
+    format_flags,
+    parse_prune,
+    parse_train,
+)
+
+BATCH = "--micro-batch-size 2 --seq-length 16"
+TRAIN = f"{BATCH} --train-iters 10 --lr 1e-3 --load teacher"
+PRUNE = f"{BATCH} --load teacher --save pruned"
+NEW = "--num-layers 4 --hidden-size 96 --num-attention-heads 6 --max-position-embeddings 32"
+
+
+def train(extra="--mock-data", world_size=1, base=TRAIN):
+    return parse_train(shlex.split(f"{base} {extra}"), world_size)
+
+
+def prune(extra="--mock-data", world_size=1, base=PRUNE):
+    return parse_prune(shlex.split(f"{base} {extra}"), world_size)
+
+
+@contextlib.contextmanager
+def refused(message, code=USAGE):
+    """Expect a ``UserError`` that contains ``message``."""
+    with pytest.raises(UserError) as caught:
+        yield
+    assert message in str(caught.value)
+    assert caught.value.code == code
+
+
+PP2, VPP = "--pipeline-model-parallel-size 2", "--num-virtual-stages-per-pipeline-rank"
+PER_STAGE = "--num-layers-per-virtual-pipeline-stage 1"
+LAYOUT = "--pipeline-model-parallel-layout"
+# Typed after TRAIN and --mock-data: (flags, number of ranks, part of the message).
+REFUSED = [
+    ("--hiden-size 4", 1, "--hiden-size (did you mean --hidden-size?)"),
+    ("--hidden 4", 1, "unknown flag --hidden"),  # no abbreviations
+    ("--no-such-thing=3", 1, "unknown flag --no-such-thing. --help"),
+    ("--bf16 1", 1, "unexpected 1"),
+    ("--num-layers 1.5", 1, "--num-layers: invalid int value: '1.5'"),
+    ("--normalization BatchNorm", 1, "--normalization: invalid choice: 'BatchNorm'"),
+    ("--min-lr", 1, "--min-lr: expected one argument"),
+    ("--lr nan", 1, "--lr nan: must be a finite number"),
+    ("--clip-grad inf", 1, "--clip-grad inf: must be a finite number"),
+    ("--lr 0", 1, "--lr 0.0: must be > 0"),
+    ("--micro-batch-size 0", 1, "--micro-batch-size 0: must be >= 1"),
+    ("--eval-iters -1", 1, "--eval-iters -1: must be >= 0"),
+    ("--adam-beta2 1.0", 1, "--adam-beta2 1.0: must be < 1"),
+    ("--rotary-percent 1.5", 1, "--rotary-percent 1.5: must be <= 1"),
+    ("--kd-temperature 0", 1, "--kd-temperature 0.0: must be > 0"),
+    (PP2, 3, "3 ranks are not a multiple of --tensor-model-parallel-size 1 x --pipeline"),
+    ("--context-parallel-size 2 --seq-length 18", 2, "--seq-length 18 is not a multiple of 2 x"),
+    (
+        "--tensor-model-parallel-size 3 --sequence-parallel",
+        3,
+        "--seq-length 16 is not a multiple of --tensor-model-parallel-size 3",
+    ),
+    (
+        "--tensor-model-parallel-size 4 --context-parallel-size 4 --seq-length 24 "
+        "--sequence-parallel",
+        16,
+        "--seq-length 24 is not a multiple of --tensor-model-parallel-size 4 x --context-",
+    ),
+    (f"{PP2} {VPP} 2 {PER_STAGE}", 2, "place layers in different ways: give one"),
+    (f"{PP2} {VPP} 2 {LAYOUT} Et|tL", 2, "place layers in different ways: give one"),
+    (f"{VPP} 2", 1, f"{VPP} needs --pipeline-model-parallel-size above 1"),
+    (f"{LAYOUT} Et|tL", 1, f"{LAYOUT} needs --pipeline-model-parallel-size above 1"),
+    (f"{PP2} {LAYOUT} 'Et|t|tL'", 2, "has 3 stages, not a multiple of --pipeline"),
+    (f"{PP2} {LAYOUT} 'tt|tL'", 2, "write E (embedding)"),
+    (f"{PP2} {LAYOUT} 'Et|tx'", 2, "write E (embedding)"),
+    (f"{PP2} {VPP} 2 --no-overlap-p2p-communication", 2, "gradients come out wrong"),
+    (f"{PP2} {PER_STAGE} --no-overlap-p2p-communication", 2, "gradients come out wrong"),
+    (f"{PP2} {LAYOUT} Et|t|t|L --no-overlap-p2p-communication", 2, "gradients come out wrong"),
+    (
+        "--global-batch-size 6",
+        2,
+        "--global-batch-size 6 is not a multiple of --micro-batch-size 2 x 2",
+    ),
+    (f"{PP2} {VPP} 2 --global-batch-size 6", 2, "makes 3 micro-batches; virtual stages need"),
+    (f"{PP2} {LAYOUT} Et|t|t|L --global-batch-size 6", 2, "makes 3 micro-batches"),
+    ("--recompute-granularity full", 1, "needs --recompute-method and --recompute-num-layers"),
+    ("--recompute-num-layers 1", 1, "need --recompute-granularity full"),
+    ("--overlap-param-gather --overlap-grad-reduce", 1, "needs --use-distributed-optimizer"),
+    ("--min-lr 2e-3", 1, "--min-lr 0.002 is larger than --lr 0.001"),
+    ("--lr-warmup-init 2e-3", 1, "--lr-warmup-init 0.002 is larger than --lr 0.001"),
+    ("--lr-warmup-iters 10", 1, "--lr-warmup-iters 10 must be below --train-iters 10"),
+    (
+        "--lr-warmup-iters 5 --lr-decay-iters 5",
+        1,
+        "--lr-warmup-iters 5 must be below --lr-decay-iters 5",
+    ),
+    ("--lr-warmup-iters 2 --lr-warmup-fraction 0.1", 1, "both set the warm-up"),
+    ("--lr-decay-style WSD", 1, "--lr-decay-style WSD and --lr-wsd-decay-iters need each other"),
+    ("--lr-wsd-decay-iters 3", 1, "--lr-decay-style WSD and --lr-wsd-decay-iters need each other"),
+    (
+        "--lr-decay-style WSD --lr-wsd-decay-iters 11",
+        1,
+        "--lr-wsd-decay-iters 11 is above --train-iters 10",
+    ),
+    ("--start-weight-decay 0.1", 1, "need --weight-decay-incr-style linear or cosine"),
+    ("--weight-decay-incr-style linear", 1, "linear needs --start-weight-decay and --end-"),
+    (
+        "--weight-decay-incr-style cosine --start-weight-decay 0.2 --end-weight-decay 0.1",
+        1,
+        "--start-weight-decay 0.2 is larger than --end-weight-decay 0.1",
+    ),
+    (
+        "--override-opt_param-scheduler --use-checkpoint-opt-param-scheduler",
+        1,
+        "contradict each other",
+    ),
+    ("--bf16 --fp16", 1, "--bf16 and --fp16 contradict each other"),
+    ("--loss-scale 8", 1, "--loss-scale needs --fp16"),
+    ("--grad-reduce-in-bf16", 1, "--grad-reduce-in-bf16 needs --bf16"),
+    ("--swiglu --squared-relu", 1, "--swiglu and --squared-relu contradict each other"),
+    ("--save out", 1, "--save needs --save-interval"),
+    (
+        "--save out --save-interval 4 --save-retain-interval 6",
+        1,
+        "--save-retain-interval 6 is not a multiple of --save-interval 4",
+    ),
+    ("--finetune --pretrained-checkpoint x", 1, "--finetune and --pretrained-checkpoint"),
+    ("--kd-temperature 2", 1, "need --teacher-load"),
+    ("--data-path a", 1, "--mock-data and --data-path: give one source"),
+    ("--valid-data-path a", 1, "--mock-data and --train-data-path (or"),
+    ("--split 9;1", 1, "--split 9;1: write up to three shares"),
+    ("--split 0,0", 1, "--split 0,0: write up to three shares"),
+    ("--split 1,1,1,1", 1, "--split 1,1,1,1: write up to three shares"),
+    ("--tokenizer-type NullTokenizer", 1, "--tokenizer-type NullTokenizer needs --vocab-size"),
+    ("--tokenizer-type GPT2BPETokenizer", 1, "needs --vocab-file and --merge-file"),
+]
+
+
+@pytest.mark.parametrize(("extra", "world_size", "message"), REFUSED)
+def test_refused_training_flags(extra, world_size, message):
+    with refused(message):
+        train(f"--mock-data {extra}", world_size)
+
+
+def test_flags_that_are_refused_without_others():
+    with refused("no data: give --data-path or --mock-data"):
+        train("")
+    with refused("--split 9,1 divides --data-path"):
+        train("--train-data-path a --split 9,1")
+    for flags in ("--finetune", "--ckpt-step 3"):
+        with refused(f"{flags.split()[0]} needs --load"):
+            train(f"--mock-data {flags}", base=TRAIN.replace("--load teacher", NEW))
+
+
+def test_missing_flags_come_in_one_message():
+    with refused(
+        "missing --micro-batch-size, --seq-length, --train-iters, --lr, --num-layers, "
+        "--hidden-size, --num-attention-heads, --max-position-embeddings."
+    ):
+        train("--mock-data", base="")
+    with refused("missing --train-iters, --lr, --num-layers."):
+        train("", base=f"{BATCH} {NEW.removeprefix('--num-layers 4')}")
+    with refused("missing --train-iters."):
+        train("--lr 1", base=f"{BATCH} --pretrained-checkpoint x")
+    with refused("missing --micro-batch-size, --seq-length, --load."):
+        prune("", base="--save x")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--mock-data --lr 1e-3", "unknown flag --lr"),
+        ("--mock-data --hidden-size 8", "--hidden-size (did you mean --target-hidden-size?)"),
+        ("--mock-data --target-hidden-size 0", "--target-hidden-size 0: must be >= 1"),
+        ("--mock-data --calibration-samples 0", "--calibration-samples 0: must be >= 1"),
+        ("--mock-data --save teacher", "--save teacher is also --load"),
+        ("--mock-data --bf16 --fp16", "--bf16 and --fp16"),
+        ("--mock-data --num-virtual-stages-per-pipeline-rank 2", "above 1"),
+        ("--mock-data --tensor-model-parallel-size 2", "1 ranks are not a multiple"),
+        ("--scores absent.safetensors --plan absent.json", "no data"),
+        ("--plan absent.json --mock-data --data-path a", "give one source"),
+    ],
+)
+def test_refused_prune_flags(extra, message):
+    with refused(message):
+        prune(extra)
+
+
+def test_prune_needs_no_data_where_scores_or_a_plan_exist(tmp_path):
+    path = tmp_path / "plan.json"
+    path.touch()
+    assert prune(f"--plan {path}").prune.plan == str(path)
+    assert prune(f"--scores {path} --plan new.json").data.data_path == ()
+
+
+def test_prune_needs_something_to_write():
+    without_save = PRUNE.removesuffix("--save pruned")
+    with refused("nothing to write: give --save, --plan or --scores"):
+        prune(base=without_save)
+    assert prune("--mock-data --scores s", base=without_save).checkpoint.save is None
+
+
+# Every default of Megatron-LM core_v0.16.1 that is not None, off or 0 ...
+DEFAULTS = {
+    "num_query_groups": 1,
+    "position_embedding_type": "learned_absolute",
+    "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "rope_scaling_factor": 8.0,
+    "normalization": "LayerNorm",
+    "norm_epsilon": 1e-5,
+    "add_bias_linear": True,
+    "init_method_std": 0.02,
+    "attention_dropout": 0.1,
+    "hidden_dropout": 0.1,
+    "make_vocab_size_divisible_by": 128,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "overlap_p2p_comm": True,
+    "context_parallel_size": 1,
+    "distributed_timeout_minutes": 10,
+    "seed": 1234,
+    "optimizer": "adam",
+    "lr_decay_style": "linear",
+    "lr_wsd_decay_style": "exponential",
+    "weight_decay": 0.01,
+    "weight_decay_incr_style": "constant",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_eps": 1e-8,
+    "sgd_momentum": 0.9,
+    "clip_grad": 1.0,
+    "initial_loss_scale": 4294967296,
+    "num_workers": 2,
+    "mmap_bin_files": True,
+    "save_optim": True,
+    "load_optim": True,
+    "save_rng": True,
+    "load_rng": True,
+    "ckpt_format": "torch_dist",
+    "log_interval": 100,
+    "eval_iters": 100,
+}
+# ... and those of the flags that Megatron-LM does not have.
+OUR_DEFAULTS = {
+    "verify_integrity": True,
+    "kd_loss": "forward-kl",
+    "kd_temperature": 1.0,
+    "calibration_samples": 1024,
+}
+
+
+def test_defaults_are_those_of_megatron():
+    fields = [*flag_fields(TrainFlags), *flag_fields(PruneFlags)]
+    defaults = {f.name: f.default for f in fields if f.default and f.default is not REQUIRED}
+    assert defaults == DEFAULTS | OUR_DEFAULTS
+
+
+def test_typed_values_and_what_is_filled_in():
+    flags = train(
+        "--data-path 0.3 a 0.7 b --disable-bias-linear --no-save-optim --sequence-parallel "
+        "--use-rotary-position-embeddings --export-kd-teacher-load t --kd-temperature 2 "
+        "--persistent-save-interval 5",
+        world_size=3,
+    )
+    assert flags.sizes == {"add_bias_linear": False, "position_embedding_type": "rope"}
+    assert flags.data.data_path == ("0.3", "a", "0.7", "b")
+    assert not flags.checkpoint.save_optim
+    assert flags.checkpoint.load_optim
+    assert flags.checkpoint.save_interval == 5
+    assert (flags.distill.teacher_load, flags.distill.kd_temperature) == ("t", 2.0)
+    assert flags.batch.global_batch_size == 6
+    assert not flags.parallel.sequence_parallel
+    flags = train("--mock-data --sequence-parallel --tensor-model-parallel-size 2", world_size=4)
+    assert flags.batch.global_batch_size == 4
+    assert flags.parallel.sequence_parallel
+
+
+def test_evaluation_needs_neither_steps_nor_a_learning_rate():
+    flags = train("--mock-data --skip-train --save x", base=f"{BATCH} --load teacher")
+    assert flags.batch.train_iters is None
+
+
+def test_flags_without_effect_are_named_once_on_rank_0(monkeypatch, capsys):
+    words = [name + " 1" * num_values for name, (num_values, _) in IGNORED_IN_TRAINING.items()]
+    expected = train()
+    assert train(f"--mock-data {' '.join(words)} --use-flash-attn") == expected
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert all(
+        lines[0].split().count(name) <= 1 and name in lines[0] for name in IGNORED_IN_TRAINING
+    )
+    monkeypatch.setenv("RANK", "1")
+    train("--mock-data --use-flash-attn")
+    assert capsys.readouterr().err == ""
+
+
+def test_help_shows_defaults_and_exits_0(capsys):
+    for parse in (parse_train, parse_prune):
+        with pytest.raises(SystemExit) as caught:
+            parse(["--help"], 1)
+        assert caught.value.code == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "--seed N of data order, new weights and dropout; default 1234" in text
+        assert "--seq-length N tokens of a sample; required" in text
+
+
+def test_argument_dump_has_the_form_that_people_grep():
+    lines = format_flags(train("--mock-data --hidden-size 8")).splitlines()
+    assert lines[0] == "------------------------ arguments ------------------------"
+    assert lines[-1] == "-------------------- end of arguments ---------------------"
+    assert f"  hidden_size {'.' * 37} 8" in lines
+    assert lines[1:-1] == sorted(lines[1:-1], key=str.lower)
+
+
+def test_flags_as_plain_values():
+    values = flags_as_dict(train("--data-path a b --hidden-size 8"))
+    assert json.loads(json.dumps(values)) == values
+    assert (values["data_path"], values["hidden_size"], values["lr"]) == (["a", "b"], 8, 1e-3)
+    assert "num_layers" not in values
+
+
+# Frozen: a new flag is a change to see here.
+TRAIN_OPTIONS = """
+    --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --apply-layernorm-1p --attention-dropout
+    --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size --data-cache-path
+    --data-path --device --disable-bias-linear --distributed-backend
+    --distributed-timeout-minutes --end-weight-decay --eod-mask-loss --eval-interval
+    --eval-iters --exit-duration-in-mins --exit-interval --exit-on-missing-checkpoint
+    --export-kd-teacher-load --ffn-hidden-size --finetune --fp16 --global-batch-size
+    --grad-reduce-in-bf16 --group-query-attention --help --hidden-dropout --hidden-size
+    --init-method-std --initial-loss-scale --kd-lm-loss-weight --kd-loss --kd-temperature
+    --kv-channels --load --log-interval --loss-scale --lr --lr-decay-iters --lr-decay-style
+    --lr-warmup-fraction --lr-warmup-init --lr-warmup-iters --lr-wsd-decay-iters
+    --lr-wsd-decay-style --make-vocab-size-divisible-by --max-position-embeddings --merge-file
+    --micro-batch-size --min-lr --mock-data --no-load-optim --no-load-rng --no-mmap-bin-files
+    --no-overlap-p2p-communication --no-save-optim --no-save-rng --no-verify-integrity
+    --norm-epsilon --normalization --num-attention-heads --num-layers
+    --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --num-virtual-stages-per-pipeline-rank --num-workers --optimizer --overlap-grad-reduce
+    --overlap-param-gather --override-opt-param-scheduler --override-opt_param-scheduler
+    --persistent-save-interval --pipeline-model-parallel-layout --pipeline-model-parallel-size
+    --position-embedding-type --pretrained-checkpoint --progress --qk-layernorm
+    --recompute-granularity --recompute-method --recompute-num-layers --reset-attention-mask
+    --reset-position-ids --rope-scaling-factor --rotary-base --rotary-percent --save
+    --save-interval --save-retain-interval --seed --seq-length --sequence-parallel
+    --sgd-momentum --skip-train --split --squared-relu --start-weight-decay --swiglu
+    --teacher-load --tensor-model-parallel-size --tensorboard-dir --test-data-path
+    --tokenizer-model --tokenizer-type --train-data-path --train-iters --transformer-impl
+    --trust-remote-code --untie-embeddings-and-output-weights
+    --use-checkpoint-opt-param-scheduler --use-checkpoint-opt_param-scheduler
+    --use-distributed-optimizer --use-rope-scaling --use-rotary-position-embeddings
+    --valid-data-path --vocab-file --vocab-size --weight-decay --weight-decay-incr-style
+"""
+PRUNE_OPTIONS = """
+    --bf16 --calibration-samples --ckpt-step --context-parallel-size --data-cache-path
+    --data-path --device --distributed-backend --distributed-timeout-minutes --fp16 --help
+    --load --merge-file --micro-batch-size --mock-data --no-mmap-bin-files
+    --no-overlap-p2p-communication --no-verify-integrity --num-layers-per-virtual-pipeline-stage
+    --num-virtual-stages-per-pipeline-rank --num-workers --pipeline-model-parallel-layout
+    --pipeline-model-parallel-size --plan --reset-attention-mask --reset-position-ids --save
+    --scores --seed --seq-length --sequence-parallel --split --target-ffn-hidden-size
+    --target-hidden-size --target-num-attention-heads --target-num-layers
+    --tensor-model-parallel-size --tokenizer-model --tokenizer-type --transformer-impl
+    --trust-remote-code --vocab-file --vocab-size
+"""
+
+
+def test_the_command_lines_are_frozen():
+    assert all_options(TrainFlags) == TRAIN_OPTIONS.split()
+    assert all_options(PruneFlags) == PRUNE_OPTIONS.split()
+
+
+def test_flags_import_neither_torch_nor_megatron():
+    code = (
+        "import sys, megatron_ext.flags; print({'torch', 'numpy', 'megatron'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

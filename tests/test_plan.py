@@ -1,0 +1,227 @@
+"""Plans: what is kept, how units spread over tensor axes, what a file may not say."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_ext.arch import dim_sizes
+from megatron_ext.errors import CHECKPOINT, USAGE, UserError
+from megatron_ext.pruning.plan import (
+    Plan,
+    check_plan,
+    contradiction,
+    highest,
+    kept_indices,
+    load_plan,
+    make_plan,
+    save_plan,
+    target_arch,
+)
+from tests.models import GPT2, LLAMA, NEMOTRON
+from tests.test_scores import random_scores
+
+TINY = replace(  # 2 query groups of 3 heads, 2 channels each: rows that one can count
+    LLAMA,
+    num_layers=2,
+    hidden_size=4,
+    ffn_hidden_size=5,
+    num_attention_heads=6,
+    num_query_groups=2,
+    kv_channels=2,
+)
+
+
+def with_vectors(arch, **vectors):
+    """Return scores of ``arch`` with some vectors replaced; dots in names are written ``__``."""
+    scores = random_scores(arch)
+    changed = {
+        k.replace("__", "."): torch.tensor(v, dtype=torch.float32) for k, v in vectors.items()
+    }
+    return replace(scores, vectors={**scores.vectors, **changed})
+
+
+def test_the_highest_are_kept_in_ascending_order_and_ties_go_to_the_lower_index():
+    assert highest(torch.tensor([0.1, 0.9, 0.5, 0.7]), 2) == (1, 3)
+    assert highest(torch.tensor([1.0, 2.0, 1.0, 1.0, 2.0]), 3) == (0, 1, 4)
+    assert highest(torch.ones(1000), 700) == tuple(range(700))
+
+
+def test_heads_are_ranked_within_their_query_group():
+    scores = with_vectors(TINY, heads__0=[9, 8, 7, 1, 2, 3], heads__1=[1, 1, 1, 5, 6, 5])
+    plan = make_plan(scores, TINY, target_arch(TINY, num_attention_heads=4))
+    assert plan.heads == {0: (0, 1, 4, 5), 1: (0, 1, 3, 4)}
+    assert plan.target.num_query_groups == 2
+
+
+def test_without_query_groups_heads_of_a_layer_compete_and_take_their_keys_along():
+    scores = with_vectors(GPT2, heads__0=[1, 4, 2, 3])
+    plan = make_plan(scores, GPT2, target_arch(GPT2, num_attention_heads=3))
+    assert plan.heads[0] == (1, 2, 3)
+    assert plan.target.num_query_groups == 3
+    rows = kept_indices(plan, "qkv", 0)
+    assert torch.equal(rows, torch.arange(3 * 8, 4 * 3 * 8))  # head 0: its query, key and value
+
+
+def test_layers_and_their_own_neurons():
+    scores = with_vectors(LLAMA, layers=[0.5, 0.1, 0.2, 0.4])
+    plan = make_plan(scores, LLAMA, target_arch(LLAMA, num_layers=3, ffn_hidden_size=16))
+    assert plan.layers == (0, 2, 3)
+    assert plan.ffn == {i: highest(scores.vectors[f"ffn.{i}"], 16) for i in (0, 2, 3)}
+    assert plan.made == {"aggregation": "batch=l2,seq=mean", "samples": 8, "seq_length": 16}
+
+
+def test_identity_needs_no_scores_and_keeps_everything():
+    plan = make_plan(None, LLAMA, target_arch(LLAMA))
+    assert plan.target == LLAMA
+    assert all(kept_indices(plan, dim, 1) is None for dim in dim_sizes(LLAMA))
+    vectors = {"hidden": torch.rand(48)}  # the other axes do not change
+    plan = make_plan(
+        replace(random_scores(LLAMA), vectors=vectors), LLAMA, target_arch(LLAMA, hidden_size=32)
+    )
+    assert len(plan.hidden) == 32
+    assert plan.layers == (0, 1, 2, 3)
+
+
+def test_missing_scores_are_named():
+    with pytest.raises(UserError, match=r"needs scores 'ffn.0'"):
+        make_plan(None, LLAMA, target_arch(LLAMA, ffn_hidden_size=16))
+
+
+def test_indices_of_every_dim():
+    plan = Plan(
+        source=TINY,
+        target=replace(TINY, num_layers=1, hidden_size=2, ffn_hidden_size=2, num_attention_heads=4),
+        layers=(1,),
+        hidden=(0, 3),
+        ffn={1: (1, 4)},
+        heads={1: (0, 2, 3, 4)},
+    )
+    assert contradiction(plan) is None
+    assert kept_indices(plan, "hidden", None).tolist() == [0, 3]
+    assert kept_indices(plan, "ffn", 1).tolist() == [1, 4]
+    assert kept_indices(plan, "fc1", 1).tolist() == [1, 4, 6, 9]  # gate, then up
+    assert kept_indices(plan, "heads", 1).tolist() == [0, 1, 4, 5, 6, 7, 8, 9]
+    # Rows of a group: 3 queries (6), key (2), value (2).
+    group = [0, 1, 4, 5, 6, 7, 8, 9], [10, 11, 12, 13, 16, 17, 18, 19]
+    assert kept_indices(plan, "qkv", 1).tolist() == group[0] + group[1]
+    assert all(kept_indices(plan, dim, None) is None for dim in ("vocab", "position", "head_dim"))
+    plain = replace(plan, source=replace(TINY, swiglu=False))
+    assert kept_indices(plain, "fc1", 1).tolist() == [1, 4]
+    with pytest.raises(AssertionError, match="'experts'"):
+        kept_indices(plan, "experts", 1)
+
+
+@pytest.mark.parametrize("arch", [LLAMA, GPT2, NEMOTRON, TINY])
+def test_indices_fit_source_and_target(arch):
+    target = target_arch(
+        arch, num_layers=1, hidden_size=3, ffn_hidden_size=2, num_attention_heads=2
+    )
+    plan = make_plan(random_scores(arch), arch, target)
+    for dim, size in dim_sizes(arch).items():
+        kept = kept_indices(plan, dim, plan.layers[0])
+        kept = torch.arange(size) if kept is None else kept
+        assert len(kept) == dim_sizes(target)[dim]
+        assert (kept.diff() > 0).all()
+        assert kept.min() >= 0
+        assert kept.max() < size
+
+
+def pruned_plan():
+    target = target_arch(
+        LLAMA, num_layers=3, hidden_size=32, ffn_hidden_size=16, num_attention_heads=2
+    )
+    return make_plan(random_scores(LLAMA), LLAMA, target)
+
+
+def test_round_trip(tmp_path):
+    plan = pruned_plan()
+    save_plan(tmp_path / "plan.json", plan)
+    assert load_plan(tmp_path / "plan.json") == plan
+    lines = (tmp_path / "plan.json").read_text().splitlines()
+    assert len(lines) < 100  # one per size and per vector: people read it
+    check_plan(plan, LLAMA)
+    check_plan(plan, replace(LLAMA, hidden_dropout=0.1))
+
+
+def edited(change):
+    values = json.loads(pruned_plan().to_json())
+    change(values)
+    return json.dumps(values)
+
+
+def set_in(*path, value):
+    def change(values):
+        for key in path[:-1]:
+            values = values[key]
+        values[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.pop("hidden"), "has no entry 'hidden'"),
+        (lambda v: v["source"].pop("num_layers"), "num_layers"),
+        (set_in("format", value="other"), "format is not"),
+        (set_in("extra", value=1), "unknown entry 'extra'"),
+        (set_in("layers", value=[0, 1.5, 2]), "list of integers"),
+        (set_in("layers", value="012"), "list of integers"),
+        (set_in("hidden", 0, value=True), "list of integers"),
+        (set_in("ffn", value=[]), "cannot be read"),
+        (set_in("source", "hidden_size", value="48"), "hidden_size is '48'"),
+        (set_in("source", "num_experts", value=8), "unknown size 'num_experts'"),
+        (set_in("layers", value=[0, 2]), "layers keeps 2 units, the target has 3"),
+        (set_in("hidden", -1, value=48), "hidden names unit 48 of 48"),
+        (set_in("hidden", 0, value=-1), "hidden names unit -1 of 48"),
+        (lambda v: v["hidden"].sort(reverse=True), "hidden does not ascend"),
+        (lambda v: v["hidden"].__setitem__(1, v["hidden"][0]), "hidden does not ascend or repeats"),
+        (lambda v: v["ffn"].pop(next(iter(v["ffn"]))), "ffn names layers"),
+        (lambda v: v["heads"].update({"3": [0, 1]}), "heads"),
+        (lambda v: v["heads"].update({k: [0, 1] for k in v["heads"]}), "of its query groups"),
+        (set_in("target", "vocab_size", value=7), "vocab_size is 100 in the source and 7"),
+        (set_in("target", "num_query_groups", value=1), "2 query groups would become 1"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(tmp_path, change, message):
+    path = tmp_path / "plan.json"
+    path.write_text(edited(change))
+    with pytest.raises(UserError, match=message) as error:
+        load_plan(path)
+    assert error.value.code == CHECKPOINT
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", None])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"--plan .*plan\.json"):
+        load_plan(path)
+
+
+def test_a_plan_for_another_model_is_refused():
+    with pytest.raises(UserError, match="rotary_base 10000, this one has 500000"):
+        check_plan(pruned_plan(), replace(LLAMA, rotary_base=500000))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 64}, "--target-hidden-size 64: choose from 1 to the source's 48"),
+        ({"num_layers": 0}, "--target-num-layers 0"),
+        ({"num_attention_heads": 3}, "not a multiple of the 2 query groups"),
+    ],
+)
+def test_impossible_targets_are_refused(sizes, message):
+    with pytest.raises(UserError, match=message) as error:
+        target_arch(LLAMA, **sizes)
+    assert error.value.code == USAGE
+
+
+def test_a_target_of_another_kind_is_refused():
+    with pytest.raises(UserError, match="swiglu is True in the source and False"):
+        make_plan(random_scores(LLAMA), LLAMA, replace(LLAMA, swiglu=False))
