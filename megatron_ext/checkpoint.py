@@ -20,7 +20,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -46,6 +46,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_ext import safe_load
 from megatron_ext.arch import Arch
 from megatron_ext.errors import CHECKPOINT, RUNTIME, UserError
+from megatron_ext.together import gather, on_first_rank
 
 TRACKER = "latest_checkpointed_iteration.txt"
 INTEGRITY = "integrity.json"
@@ -53,8 +54,6 @@ RELEASE = "release"
 MAX_ROWS = 10
 # Tensors of a checkpoint that are not weights: a run that does not ask for them may leave them.
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state", "common_state")
-
-T = TypeVar("T")
 
 safe_load.install()
 
@@ -176,7 +175,7 @@ def verify_integrity(folder: Path) -> None:
             problems.append(f"{path} is missing")
         elif _sha256(path) != expected[name]:
             problems.append(f"{path} is damaged: its SHA-256 differs from {INTEGRITY}")
-    problems = [problem for part in _gather(problems) for problem in part]
+    problems = [problem for part in gather(problems) for problem in part]
     if problems:
         raise UserError(f"{problems[0]}.", CHECKPOINT)
 
@@ -210,7 +209,7 @@ def sharded_tensors(state: ShardedStateDict) -> Iterator[ShardedTensor]:
 
 def _check_tensors(folder: Path, state: ShardedStateDict) -> None:
     wanted = {tensor.key: tuple(tensor.global_shape) for tensor in sharded_tensors(state)}
-    for others in _gather(wanted):
+    for others in gather(wanted):
         wanted |= others
     try:
         metadata = dist_checkpointing.load_tensors_metadata(str(folder))
@@ -315,7 +314,7 @@ def _hash_own_files(folder: Path) -> dict[str, str]:
     if rank == 0:
         own += [folder / name for name in ("common.pt", "metadata.json", ".metadata")]
     hashes: dict[str, str] = {}
-    for part in _gather({path.name: _sha256(path) for path in own}):
+    for part in gather({path.name: _sha256(path) for path in own}):
         hashes |= part
     return hashes
 
@@ -353,26 +352,6 @@ def write_text(path: Path, text: str) -> None:
     aside.write_text(text)
     _fsync(aside)
     os.replace(aside, path)
-
-
-def on_first_rank(function: Callable[[], T]) -> T:
-    """Return ``function()`` of rank 0 on every rank, or raise its error on every rank."""
-    outcome: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except Exception as error:
-            outcome[1] = error
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def _gather(value: T) -> list[T]:
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def _sha256(path: Path) -> str:

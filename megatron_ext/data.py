@@ -9,10 +9,10 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -26,8 +26,7 @@ from megatron_ext.data_check import DEFAULT_SPLIT, Source, all_prefixes, check_d
 from megatron_ext.errors import DATA, USAGE, UserError
 from megatron_ext.flag_checks import TOKENIZER_NEEDS
 from megatron_ext.flag_parser import dashed
-
-Result = TypeVar("Result")
+from megatron_ext.together import on_all_ranks, on_first_rank
 
 
 def build_tokenizer(data: Any) -> MegatronTokenizerBase:
@@ -126,12 +125,11 @@ def build_datasets(
         cache = None
     else:
         used = sources(data, num_samples)
-        is_first = _rank() == 0
-        cache, scratch = _on_all_ranks(lambda: prepare() if is_first else None)[0]
+        cache, scratch = on_first_rank(prepare)
         if scratch:
-            build(scratch, on_this_rank=is_first)
-            _on_all_ranks(lambda: _publish(scratch, cache) if is_first else None)
-        _on_all_ranks(lambda: _check_visible([cache, *_files(used)]))
+            build(scratch, on_this_rank=_rank() == 0)
+            on_first_rank(lambda: _publish(scratch, cache))
+        on_all_ranks(lambda: _check_visible([cache, *_files(used)]))
     datasets = build(cache)
     for dataset in filter(None, datasets):
         # The masks of the first sample that a process reads are reused for all others, with the
@@ -240,22 +238,6 @@ def _dataset_config(
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _on_all_ranks(action: Callable[[], Result]) -> list[Result]:
-    """Return the results of ``action`` by rank, or raise on all ranks what one of them raised."""
-    try:
-        outcome = action(), None
-    except UserError as error:
-        outcome = None, error
-    outcomes = [outcome]
-    if torch.distributed.is_initialized():
-        outcomes = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(outcomes, outcome)
-    for _, error in outcomes:
-        if error is not None:
-            raise error
-    return [result for result, _ in outcomes]
 
 
 def _files(used: tuple[Source | None, ...]) -> list[str]:

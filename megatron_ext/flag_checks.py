@@ -222,10 +222,9 @@ def distill_problems(distill: group.Distill) -> Iterator[str]:
         yield "--kd-temperature and --kd-lm-loss-weight need --teacher-load."
 
 
-def data_problems(
-    data: group.Data, *, per_split: bool = False, needed: bool = True
-) -> Iterator[str]:
+def data_problems(data: group.Data, *, needed: bool = True) -> Iterator[str]:
     """Exactly one source (at most one where no data is ``needed``), and its tokenizer."""
+    per_split = any((data.train_data_path, data.valid_data_path, data.test_data_path))
     sources = {
         "--mock-data": data.mock_data,
         "--data-path": bool(data.data_path),

@@ -179,6 +179,7 @@ class Data:
     data_path: tuple[str, ...] = flag(
         (), "indexed data without .bin and .idx: PATH, or WEIGHT PATH WEIGHT PATH ..."
     )
+    train_data_path: tuple[str, ...] = flag((), "as --data-path, for training only")
     split: str | None = flag(
         None, "shares of --data-path for training, validation and test; default 969,30,1"
     )
@@ -210,12 +211,15 @@ class Data:
     )
     trust_remote_code: bool = flag(False, "let a Hugging Face tokenizer run its own code")
 
+    # What pruning does not offer: it reads the training split and computes no loss.
+    valid_data_path = test_data_path = ()
+    eod_mask_loss = False
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainData(Data):
     """Data and tokenizer."""
 
-    train_data_path: tuple[str, ...] = flag((), "as --data-path, for training only")
     valid_data_path: tuple[str, ...] = flag((), "as --data-path, for validation only")
     test_data_path: tuple[str, ...] = flag((), "as --data-path, for the test only")
     eod_mask_loss: bool = flag(False, "no loss on end-of-document tokens")

@@ -96,7 +96,6 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
     dp = world_size // check.model_parallel_size(parallel)
     batch_size = batch.global_batch_size or batch.micro_batch_size * dp
     batch = replace(batch, global_batch_size=batch_size)
-    per_split = any((data.train_data_path, data.valid_data_path, data.test_data_path))
     check.refuse(
         check.batch_problems(batch, parallel, dp),
         check.schedule_problems(flags.optimizer, batch.train_iters) if training else (),
@@ -105,7 +104,7 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
         check.model_problems(flags.sizes),
         check.checkpoint_problems(flags.checkpoint, training=training),
         check.distill_problems(flags.distill),
-        check.data_problems(data, per_split=per_split),
+        check.data_problems(data),
     )
     return replace(flags, parallel=_without_idle_sequence_parallel(parallel), batch=batch)
 

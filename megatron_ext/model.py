@@ -12,6 +12,9 @@ from megatron.core.activations import squared_relu
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    set_defaults_if_not_set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -106,7 +109,10 @@ def transformer_config(
         apply_rope_fusion=has_engine and arch.position_embedding_type == "rope",
         gradient_accumulation_fusion=False,
         init_method_std=arch.init_method_std,
-        perform_initialization=False,
+        # The tensor-parallel layers mark their weights as split when they initialise them.
+        init_method=_leave_unset,
+        output_layer_init_method=_leave_unset,
+        embedding_init_method=_leave_unset,
         calculate_per_token_loss=True,
         params_dtype=options.params_dtype,
         pipeline_dtype=options.params_dtype,
@@ -126,6 +132,11 @@ def transformer_config(
         use_cpu_initialization=False,
         **options.recompute,
     )
+
+
+def _leave_unset(weight: Tensor) -> Tensor:
+    """Stand in for megatron-core's initialisation, which would depend on the layout."""
+    return weight
 
 
 def build_model(
@@ -185,9 +196,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     for parameter in model.parameters():
-        # The tensor-parallel layers leave this to Megatron-LM's training code.
-        if not hasattr(parameter, "tensor_model_parallel"):
-            parameter.tensor_model_parallel = False
+        set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     return model.to(torch.cuda.current_device())
 
 

@@ -62,6 +62,8 @@ class SliceReader:
                 for key, entry in metadata.state_dict_metadata.items()
                 if isinstance(entry, TensorStorageMetadata)
             }
+            # Names of what is no tensor: <key>/shard_<place>_<shape>.
+            self.objects = metadata.state_dict_metadata.keys() - self._tensors.keys()
             self._files = metadata.storage_data
             self.shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
                 key: (tuple(entry.size), entry.properties.dtype)

@@ -1,4 +1,4 @@
-"""Datasets against their documents, batches against the serial order, and every kind of bad data."""
+"""Datasets against their documents, batches against the serial order, every kind of bad data."""
 
 import multiprocessing
 import os
@@ -66,23 +66,21 @@ def corpus(tmp_path):
 # ---------------------------------------------------------------------------- datasets
 
 
-def test_samples_are_runs_of_the_shuffled_documents(corpus):
+def test_samples_are_the_windows_of_the_shuffled_documents(corpus):
     train, valid, test = build(flags(data_path=(corpus,), split="70,30,0"), (30, 10, 10))
     assert test is None
-    text = " ".join(str(t) for d in documents(0)[:28] for t in d)
-    first = documents(0)[0]
-    for i in range(len(train)):
-        sample = train[i]
-        assert sample.keys() == {"tokens", "labels", "loss_mask", "position_ids"}
-        assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
-        assert sample["position_ids"].tolist() == list(range(SEQ))
-        assert str(sample["tokens"][0].item()) in text
-    # One epoch holds every token of the split: the first document's, but none of the last twelve's.
-    epoch = {t for i in range(len(train)) for t in train[i]["tokens"].tolist()}
-    assert set(first.tolist()) <= epoch
-    assert {t for i in range(len(valid)) for t in valid[i]["tokens"].tolist()} <= {
-        t for d in documents(0)[28:] for t in d.tolist()
-    }
+    for dataset, mine in ((train, range(28)), (valid, range(28, 40))):
+        assert set(dataset.document_index) == set(mine)
+        stream = numpy.concatenate([documents(0)[i] for i in dataset.document_index])
+        windows = [stream[i : i + SEQ + 1] for i in range(0, len(stream) - SEQ, SEQ)]
+        samples = [dataset[i] for i in range(len(dataset))]
+        for sample in samples:
+            assert sample.keys() == {"tokens", "labels", "loss_mask", "position_ids"}
+            assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
+            assert sample["loss_mask"].tolist() == [1] * SEQ
+            assert sample["position_ids"].tolist() == list(range(SEQ))
+        seen = [[*sample["tokens"].tolist(), sample["labels"][-1].item()] for sample in samples]
+        assert sorted(seen) == sorted(window.tolist() for window in windows)
 
 
 def test_masks_follow_the_end_of_document(tmp_path):
@@ -284,6 +282,13 @@ def test_bad_data_flags(name, corpus):
     }
     with pytest.raises(UserError, match=message):
         check_data(flags(**typed), seq_length=SEQ, num_samples=(5, 5, 0), vocab_size=VOCAB)
+
+
+def test_documents_are_counted_as_megatron_rounds_them(corpus):
+    """98.5 % of 40 documents are 39: one is left for validation."""
+    data = flags(data_path=(corpus,), split="98.5,1.5")
+    check_data(data, seq_length=SEQ, num_samples=(5, 5, 0), vocab_size=VOCAB)
+    assert set(build(data, (5, 5, 0))[1].document_index) == {39}
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ LAYOUTS = {
 
 
 def gradients_of_one_step(arch, layout, options, teacher=None, dtype=torch.float64):
-    """Return the loss and {(key, offset): gradient} of this rank's shards."""
+    """Return the losses with the gradient norm, and {(key, offset): gradient} of this rank."""
     place = platform.initialize(**layout)
     groups = place.groups
     options = ModelOptions(params_dtype=dtype, **options)
@@ -77,7 +77,7 @@ def gradients_of_one_step(arch, layout, options, teacher=None, dtype=torch.float
     shape = StepShape(
         num_microbatches=len(micro_batches), micro_batch_size=1, seq_length=SEQ_LENGTH
     )
-    losses, _ = train_step(
+    losses, apply = train_step(
         model, optimizer, [iter(micro_batches) for _ in model], shape, objective, groups
     )
     gradient_of = {p.data_ptr(): p.main_grad for chunk in chunks for p in chunk.parameters()}
@@ -88,7 +88,7 @@ def gradients_of_one_step(arch, layout, options, teacher=None, dtype=torch.float
         start = shard.data.storage_offset() - base.storage_offset()
         gradient = gradient.flatten()[start : start + shard.data.numel()].view(shard.local_shape)
         gradients[shard.key, tuple(shard.global_offset)] = gradient.clone()
-    return losses, gradients
+    return {**losses, "grad norm": apply()}, gradients
 
 
 def _share_of_batch(batch, groups):

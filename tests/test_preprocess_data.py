@@ -18,9 +18,9 @@ NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "99"]
 
 
 def run(tmp_path, inputs, *typed, tokenizer=NULL):
+    output = str(tmp_path / "out" / "set")
     preprocess_data.main(
-        ["--input", *map(str, inputs), "--output-prefix", str(tmp_path / "out" / "set")]
-        + [*tokenizer, *typed]
+        ["--input", *map(str, inputs), "--output-prefix", output, *tokenizer, *typed]
     )
     return read(tmp_path / "out" / "set_text_document")
 

@@ -196,18 +196,18 @@ def encode_in_order(
     # Forked, so that the tokenizer is built once. An executor, because a pool waits for ever for a
     # worker that was killed.
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, fork, _start_worker, (encode,)) as executor:
-        ahead: deque = deque()
-        try:
-            for chunk in chunks:
-                ahead.append((chunk, executor.submit(_work, chunk)))
-                if len(ahead) > 4 * workers:  # bounds memory: reading is faster than tokenizing
-                    chunk, future = ahead.popleft()
-                    yield chunk, future.result()
-            for chunk, future in ahead:
+    executor = ProcessPoolExecutor(workers, fork, _start_worker, (encode,))
+    ahead: deque = deque()
+    try:
+        for chunk in chunks:
+            ahead.append((chunk, executor.submit(_work, chunk)))
+            if len(ahead) > 4 * workers:  # bounds memory: reading is faster than tokenizing
+                chunk, future = ahead.popleft()
                 yield chunk, future.result()
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+        for chunk, future in ahead:
+            yield chunk, future.result()
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def _start_worker(encode: Callable[[Chunk], Encoded]) -> None:

@@ -5,15 +5,16 @@ holds global tensors, so that global indices are all there is to cut with, howev
 spread over ranks when it was saved.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from torch import Tensor
 
-from megatron_ext.arch import Arch, Weight, shape, weights
+from megatron_ext.arch import LAYER_PREFIX, Arch, Weight, shape, weights
 from megatron_ext.checkpoint import NOT_WEIGHTS
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.pruning.plan import Plan, kept_indices
@@ -52,7 +53,7 @@ def trim_tensor(tensor: Tensor, dims: tuple[str, ...], plan: Plan, layer: int | 
 
 def trimmed_share(
     reader: SliceReader, plan: Plan, rank: int, world_size: int
-) -> dict[str, ShardedTensor]:
+) -> dict[str, ShardedTensor | ShardedObject]:
     """Read and trim this rank's share of the weights. No collectives.
 
     All ranks' shares together are the target's checkpoint, layers stacked; every element is held by
@@ -64,7 +65,7 @@ def trimmed_share(
             this rank alone, if a file is damaged: gather errors before the next collective.
     """
     check_tensors(reader, plan.source)
-    share = {}
+    share = empty_extra_states(reader, plan.target) if rank == 0 else {}
     spare = None
     for piece in deal(pieces(plan), plan.target, world_size)[rank]:
         key, dims = piece.weight.key, piece.weight.dims
@@ -80,6 +81,22 @@ def trimmed_share(
         spare = None if trimmed is source else source
         share[name] = ShardedTensor.from_rank_offsets(key, trimmed, *place, prepend_axis_num=axes)
     return share
+
+
+def empty_extra_states(reader: SliceReader, target: Arch) -> dict[str, ShardedObject]:
+    """Return the ``_extra_state`` objects of the target: those of the source, without content.
+
+    A model does not load without them. What they may hold, Transformer Engine's FP8 scales, comes
+    from activations that trimming has changed.
+    """
+    states = {}
+    for name in sorted(reader.objects):
+        key = re.sub(rf"^{re.escape(LAYER_PREFIX)}\d+\.", LAYER_PREFIX, name.split("/")[0])
+        if key.endswith("_extra_state"):
+            count = target.num_layers if key.startswith(LAYER_PREFIX) else 1
+            for place in range(count):
+                states[f"{key}.{place}"] = ShardedObject(key, None, (count,), (place,))
+    return states
 
 
 def pieces(plan: Plan) -> Iterator[Piece]:

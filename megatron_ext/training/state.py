@@ -20,6 +20,7 @@ from megatron_ext import checkpoint
 from megatron_ext.arch import Arch
 from megatron_ext.flags import TrainFlags, flags_as_dict, megatron_command_line
 from megatron_ext.model import LanguageModel, model_state_dict
+from megatron_ext.training import torch_adam
 from megatron_ext.training.step import wrap
 
 # Optimizer state as whole tensors: any layout reads it, also of the distributed optimizer.
@@ -205,7 +206,7 @@ def restore(run: Run, source: checkpoint.Checkpoint) -> None:
     flags = run.flags
     state = model_state_dict(run.chunks)
     if flags.checkpoint.load_optim:
-        _allocate_torch_adam(run.optimizer)
+        torch_adam.allocate(run.optimizer)
         state["optimizer"] = _optimizer_state(run, state, is_loading=True)
     same_ranks = all(
         source.args.get(name) == getattr(flags.parallel, name)
@@ -218,7 +219,7 @@ def restore(run: Run, source: checkpoint.Checkpoint) -> None:
     _set_weights(run.chunks, loaded)
     if flags.checkpoint.load_optim:
         run.optimizer.load_state_dict(loaded["optimizer"])
-        _unshare_steps(run.optimizer)
+        torch_adam.unshare_steps(run.optimizer)
         run.schedule.load_state_dict(loaded["opt_param_scheduler"])
     if "rng_state" in state:
         _set_rng_state(loaded["rng_state"])
@@ -238,38 +239,6 @@ def _optimizer_state(run: Run, model_state: ShardedStateDict, *, is_loading: boo
         is_loading=is_loading,
         metadata=OPTIMIZER_LAYOUT,
     )
-
-
-def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
-    return [opt for opt in inner if isinstance(opt, torch.optim.Adam | torch.optim.AdamW)]
-
-
-def _allocate_torch_adam(optimizer: MegatronOptimizer) -> None:
-    """Give torch's Adam the state of its first step.
-
-    megatron-core expects that state when it plans a load; Transformer Engine's and Apex's Adam get
-    it from megatron-core.
-    """
-    for inner in _torch_optimizers(optimizer):
-        for parameter in (p for group in inner.param_groups for p in group["params"]):
-            if not inner.state[parameter]:
-                inner.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-
-def _unshare_steps(optimizer: MegatronOptimizer) -> None:
-    """Give each parameter a step counter of its own.
-
-    megatron-core's distributed optimizer loads one tensor into all of them, and torch's Adam then
-    counts it up once per parameter.
-    """
-    for inner in _torch_optimizers(optimizer):
-        for state in inner.state.values():
-            state["step"] = state["step"].clone()
 
 
 def _rng_state(groups: ProcessGroupCollection) -> ShardedObject:

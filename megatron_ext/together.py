@@ -1,0 +1,47 @@
+"""All ranks succeed together or fail together.
+
+A rank that raises alone leaves the others waiting in their next collective until the timeout. These
+functions run what may fail on some ranks only, and raise what failed on every rank. Each is one
+collective over all ranks of small Python objects; without torch.distributed this process is alone.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def gather(value: T) -> list[T]:
+    """Return the values of all ranks, by rank."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def on_all_ranks(action: Callable[[], T]) -> T:
+    """Return ``action()`` of this rank, or raise the error of the first rank that failed."""
+    result, error = _try(action)
+    for other in gather(error):
+        if other is not None:
+            raise other
+    return result
+
+
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Return ``action()`` of rank 0, which alone runs it, or raise its error."""
+    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    result, error = gather(_try(action) if is_first else None)[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def _try(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error

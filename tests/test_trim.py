@@ -1,0 +1,438 @@
+"""Trimming against naive slices, and as models: masked = trimmed, permuted = same, identity = same.
+
+The naive reference reshapes a whole weight so that every unit has an axis of its own; it shares no
+code with ``kept_indices``.
+"""
+
+import math
+from argparse import Namespace
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from megatron_ext import checkpoint, platform
+from megatron_ext.arch import shape, weights
+from megatron_ext.errors import CHECKPOINT, UserError
+from megatron_ext.model import ModelOptions, build_model, model_state_dict
+from megatron_ext.pruning.plan import Plan, make_plan, target_arch
+from megatron_ext.pruning.trim import (
+    check_tensors,
+    deal,
+    empty_extra_states,
+    pieces,
+    trim_tensor,
+    trimmed_share,
+)
+from megatron_ext.slices import SliceReader, layer_key
+from megatron_ext.training.state import restore_weights
+from tests.models import GPT2, LLAMA, NEMOTRON, random_batch
+from tests.ranks import run_ranks
+from tests.test_scores import random_scores
+
+SMALLER = {"num_layers": 3, "hidden_size": 28, "ffn_hidden_size": 20, "num_attention_heads": 2}
+MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON}
+
+
+def plan_of(arch, **sizes):
+    return make_plan(random_scores(arch), arch, target_arch(arch, **sizes))
+
+
+# Naive reference.
+
+
+def naive_trim(tensor, dims, plan, layer):
+    for axis, dim in enumerate(dims):
+        tensor = naive_cut(tensor.movedim(axis, 0), dim, plan, layer).movedim(0, axis)
+    return tensor
+
+
+def naive_cut(x, dim, plan, layer):
+    """Keep units along the first axis of ``x``."""
+    arch, rest = plan.source, x.shape[1:]
+    heads, groups, width = arch.num_attention_heads, arch.num_query_groups, arch.kv_channels
+    if dim == "hidden":
+        return x[list(plan.hidden)]
+    if dim == "ffn" or (dim == "fc1" and not arch.swiglu):
+        return x[list(plan.ffn[layer])]
+    if dim == "fc1":
+        gate, up = x.chunk(2)
+        return torch.cat([gate[list(plan.ffn[layer])], up[list(plan.ffn[layer])]])
+    if dim == "heads":
+        return x.reshape(heads, width, *rest)[list(plan.heads[layer])].reshape(-1, *rest)
+    if dim == "qkv":
+        x = x.reshape(groups, heads // groups + 2, width, *rest)
+        per_group = x[:, :-2].flatten(0, 1), x[:, -2], x[:, -1]  # queries [heads], keys, values
+        kept = []
+        for group in range(groups):
+            mine = [h for h in plan.heads[layer] if h // (heads // groups) == group]
+            if mine:
+                kept += [per_group[0][h] for h in mine] + [per_group[1][group], per_group[2][group]]
+        return torch.cat(kept)
+    return x
+
+
+@pytest.mark.parametrize("arch", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_every_weight_is_cut_as_by_naive_slices(arch, dtype):
+    plan = plan_of(arch, **SMALLER)
+    for weight in weights(arch):
+        x = torch.randn(shape(weight, arch)).to(dtype)
+        for layer in plan.layers if weight.per_layer else [None]:
+            trimmed = trim_tensor(x, weight.dims, plan, layer)
+            assert trimmed.dtype == dtype
+            assert trimmed.shape == shape(weight, plan.target)
+            assert torch.equal(trimmed, naive_trim(x, weight.dims, plan, layer)), weight.key
+
+
+def test_numbers_that_one_can_read():
+    arch = replace(
+        LLAMA, num_layers=1, hidden_size=3, ffn_hidden_size=4, num_attention_heads=4, kv_channels=1
+    )
+    plan = Plan(
+        source=arch,
+        target=replace(arch, hidden_size=2, ffn_hidden_size=2, num_attention_heads=2),
+        layers=(0,),
+        hidden=(0, 2),
+        ffn={0: (1, 3)},
+        heads={0: (1, 2)},
+    )
+
+    def trim(rows, columns, *dims):
+        numbers = 10 * torch.arange(rows).unsqueeze(1) + torch.arange(columns)
+        return trim_tensor(numbers, dims, plan, 0).tolist()
+
+    # Row 1, column 2 holds 12. Rows of qkv: q0 q1 k v | q2 q3 k v.
+    assert trim(8, 3, "qkv", "hidden") == [
+        [10, 12], [20, 22], [30, 32], [40, 42], [60, 62], [70, 72]
+    ]  # fmt: skip
+    assert trim(3, 4, "hidden", "heads") == [[1, 2], [21, 22]]
+    assert trim(8, 3, "fc1", "hidden") == [[10, 12], [30, 32], [50, 52], [70, 72]]
+    assert trim(3, 4, "hidden", "ffn") == [[1, 3], [21, 23]]
+
+
+def test_identity_returns_the_tensor_itself():
+    plan = plan_of(LLAMA)
+    for weight in weights(LLAMA):
+        x = torch.randn(shape(weight, LLAMA))
+        assert trim_tensor(x, weight.dims, plan, 1) is x
+
+
+# Checkpoints.
+
+
+def random_checkpoint(arch, dtype=torch.bfloat16):
+    """Return a whole model as {key: [...]} and {key: [L, ...]}."""
+    generator = torch.Generator().manual_seed(5)
+    layers = {True: (arch.num_layers,), False: ()}
+    return {
+        w.key: torch.randn(*layers[w.per_layer], *shape(w, arch), generator=generator).to(dtype)
+        for w in weights(arch)
+    }
+
+
+def save_tensors(root, tensors, stacked):
+    state = {"args": Namespace()}
+    for key, tensor in tensors.items():
+        if stacked or not key.startswith("decoder.layers."):
+            state[key] = ShardedTensor.from_rank_offsets(key, tensor)
+            continue
+        for layer, x in enumerate(tensor):
+            name = layer_key(key, layer)
+            state[name] = ShardedTensor.from_rank_offsets(name, x.clone())
+    checkpoint.save(root, "release", state, files={})
+
+
+def shares(folder, plan, world_size):
+    """Return every rank's share as {key: (offset, data, global shape)} lists."""
+    reader = SliceReader(folder)
+    return [list(trimmed_share(reader, plan, r, world_size).values()) for r in range(world_size)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Checkpoints of LLAMA in both styles."""
+    roots = [tmp_path_factory.mktemp("checkpoint") for _ in range(2)]
+    for root, stacked in zip(roots, (True, False), strict=True):
+        run_ranks(1, save_tensors, str(root), random_checkpoint(LLAMA), stacked)
+    return [root / "release" for root in roots]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("style", [0, 1], ids=["stacked", "per layer"])
+def test_shares_cover_every_element_of_the_target_once(folders, style, world_size):
+    plan, source = plan_of(LLAMA, **SMALLER), random_checkpoint(LLAMA)
+    expected = {}
+    for weight in weights(LLAMA):
+        x = source[weight.key]
+        if weight.per_layer:
+            cut = [naive_trim(x[layer], weight.dims, plan, layer) for layer in plan.layers]
+            expected[weight.key] = torch.stack(cut)
+        else:
+            expected[weight.key] = naive_trim(x, weight.dims, plan, None)
+    seen = {key: torch.zeros(x.shape) for key, x in expected.items()}
+    for share in shares(folders[style], plan, world_size):
+        for shard in share:
+            axes = shard.prepend_axis_num
+            place = (*shard.global_offset[:axes],) if axes else slice(None)
+            assert shard.global_shape == expected[shard.key].shape
+            assert shard.data.dtype == torch.bfloat16
+            assert torch.equal(shard.data, expected[shard.key][place]), shard.key
+            seen[shard.key][place] += 1
+    assert all((count == 1).all() for count in seen.values())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_ranks_hold_about_the_same(world_size):
+    plan = plan_of(LLAMA, num_layers=3)
+    sizes = [
+        [math.prod(shape(piece.weight, plan.target)) for piece in hand]
+        for hand in deal(pieces(plan), plan.target, world_size)
+    ]
+    loads = [sum(hand) for hand in sizes]
+    assert max(loads) - min(loads) <= min(max(hand) for hand in sizes)
+
+
+def test_identity_gives_the_same_bytes(folders):
+    plan, source = make_plan(None, LLAMA, LLAMA), random_checkpoint(LLAMA)
+    (share,) = shares(folders[0], plan, 1)
+    for shard in share:
+        x = source[shard.key]
+        x = x[shard.global_offset[0]] if shard.prepend_axis_num else x
+        assert torch.equal(shard.data.view(torch.int16), x.view(torch.int16))
+
+
+def test_tensors_that_the_table_does_not_expect_are_named(folders):
+    reader = SliceReader(folders[0])
+    check_tensors(reader, LLAMA)
+    for ignored in ("optimizer.state.exp_avg.x", "chained_0.x", "rng_state/0", "a._extra_state/0"):
+        reader.shapes[ignored] = ((3,), torch.float32)
+    check_tensors(reader, LLAMA)
+    for arch, message in (
+        (replace(LLAMA, ffn_hidden_size=79), r"linear_fc1.weight is \[4, 160, 48\], .* 158, 48\]"),
+        (replace(LLAMA, num_layers=3), r"is \[4, 48\], the saved args say \[3, 48\]"),
+        (replace(LLAMA, qk_layernorm=True), "has no tensor .*q_layernorm.weight"),
+        (replace(LLAMA, untie_embeddings_and_output_weights=False), "tensor output_layer.weight"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            check_tensors(reader, arch)
+        assert error.value.code == CHECKPOINT
+    reader.shapes["decoder.layers.mlp.router.weight"] = ((4, 8, 48), torch.float32)
+    with pytest.raises(UserError, match=r"router\.weight has no row in the table"):
+        check_tensors(reader, LLAMA)
+
+
+def test_extra_states_follow_the_layers_and_are_empty():
+    objects = {
+        "decoder.layers.mlp.linear_fc1._extra_state/shard_3_4",
+        "decoder.layers.0.mlp.linear_fc2._extra_state/shard_0_1",
+        "decoder.layers.3.mlp.linear_fc2._extra_state/shard_0_1",
+        "output_layer._extra_state/shard_0_1",
+        "rng_state/shard_0_1",
+    }
+    states = empty_extra_states(SimpleNamespace(objects=objects), replace(LLAMA, num_layers=2))
+    assert all(state.data is None for state in states.values())
+    assert {state.unique_key for state in states.values()} == {
+        "decoder.layers.mlp.linear_fc1._extra_state/shard_0_2",
+        "decoder.layers.mlp.linear_fc1._extra_state/shard_1_2",
+        "decoder.layers.mlp.linear_fc2._extra_state/shard_0_2",
+        "decoder.layers.mlp.linear_fc2._extra_state/shard_1_2",
+        "output_layer._extra_state/shard_0_1",
+    }
+
+
+# Models. Source and target run in float64, where what differs is a mistake.
+
+
+def logits(chunks, arch):
+    batch = random_batch(arch, num_samples=2, seq_length=12)
+    with torch.no_grad():
+        return chunks[0](batch["tokens"], batch["position_ids"], None)
+
+
+def save_model(root, chunks, arch):
+    checkpoint.save(
+        root, "release", model_state_dict(chunks) | {"args": Namespace(**arch.to_args())}, files={}
+    )
+
+
+def load_model(root, arch, groups):
+    chunks = build_model(arch, ModelOptions(params_dtype=torch.float64), groups)
+    restore_weights(chunks, checkpoint.read(root))
+    return chunks
+
+
+def random_model(arch, groups):
+    """Return a model whose norms and biases are not trivial."""
+    chunks = build_model(arch, ModelOptions(params_dtype=torch.float64), groups, seed=7)
+    generator = torch.Generator().manual_seed(9)
+    for parameter in chunks[0].parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return chunks
+
+
+def save_share(root, source, plan):
+    share = trimmed_share(
+        SliceReader(f"{source}/release"),
+        plan,
+        torch.distributed.get_rank(),
+        torch.distributed.get_world_size(),
+    )
+    checkpoint.save(
+        root, "release", {"model": share, "args": Namespace(**plan.target.to_args())}, files={}
+    )
+
+
+def cut(x, axis, kept, block=1):
+    """Zero in place the blocks of ``x`` along ``axis`` that are not kept."""
+    x = x.data.movedim(axis, 0)
+    for unit in set(range(len(x) // block)) - set(kept):
+        x[unit * block : (unit + 1) * block] = 0
+
+
+def mask(model, plan):
+    """Switch off in a whole model the units that ``plan`` drops."""
+    arch = plan.source
+    for number, layer in enumerate(model.decoder.layers):
+        proj, fc2 = layer.self_attention.linear_proj, layer.mlp.linear_fc2
+        if number not in plan.layers:
+            for parameter in (*proj.parameters(), *fc2.parameters()):
+                parameter.data.zero_()
+            continue
+        cut(proj.weight, 1, plan.heads[number], arch.kv_channels)
+        cut(fc2.weight, 1, plan.ffn[number])
+
+
+def mask_hidden(model, plan, correct_norms):
+    """Hold dropped channels of the residual stream at zero.
+
+    The root mean square over d channels of which d' are kept is sqrt(d'/d) of that over the d'
+    kept ones: with ``correct_norms``, gamma takes that factor and epsilon its square.
+    """
+    cut(model.embedding.word_embeddings.weight, 1, plan.hidden)
+    norms = [model.decoder.final_layernorm]
+    for layer in model.decoder.layers:
+        for linear in (layer.self_attention.linear_proj, layer.mlp.linear_fc2):
+            for parameter in linear.parameters():
+                cut(parameter, 0, plan.hidden)
+        norms += [layer.input_layernorm, layer.pre_mlp_layernorm]
+    if correct_norms:
+        ratio = plan.target.hidden_size / plan.source.hidden_size
+        for norm in norms:
+            norm.weight.data *= ratio**0.5
+            norm.eps *= ratio
+
+
+def masked_and_trimmed(root, plans):
+    """Return (logits of the trimmed model, logits of the masked source) for each plan.
+
+    A plan that drops channels of the residual stream also returns the latter without the norms
+    corrected.
+    """
+    groups = platform.initialize().groups
+    save_model(f"{root}/source", random_model(plans[0].source, groups), plans[0].source)
+    results = []
+    for plan in plans:
+        save_share(f"{root}/target", f"{root}/source", plan)
+        source = load_model(f"{root}/source", plan.source, groups)
+        target = load_model(f"{root}/target", plan.target, groups)
+        mask(source[0], plan)
+        results.append([logits(target, plan.target)])
+        if plan.target.hidden_size < plan.source.hidden_size:
+            mask_hidden(source[0], plan, correct_norms=False)
+            results[-1].append(logits(source, plan.source))
+            mask_hidden(source[0], plan, correct_norms=True)
+        results[-1].insert(1, logits(source, plan.source))
+    return results
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trimming_equals_masking(name, tmp_path):
+    plans = [
+        plan_of(MODELS[name], **sizes)
+        for sizes in (
+            {"ffn_hidden_size": 24},
+            {"num_attention_heads": 2},
+            {"num_layers": 2},
+            {"num_layers": 3, "ffn_hidden_size": 17, "num_attention_heads": 2},
+        )
+    ]
+    for trimmed, masked in run_ranks(1, masked_and_trimmed, str(tmp_path), plans)[0]:
+        torch.testing.assert_close(trimmed, masked, rtol=1e-11, atol=1e-11)
+
+
+def test_trimming_hidden_equals_masking_with_the_norms_corrected(tmp_path):
+    plans = [plan_of(LLAMA, hidden_size=40), plan_of(LLAMA, **SMALLER)]
+    for trimmed, masked, uncorrected in run_ranks(1, masked_and_trimmed, str(tmp_path), plans)[0]:
+        torch.testing.assert_close(trimmed, masked, rtol=1e-10, atol=1e-10)
+        assert (trimmed - uncorrected).abs().max() > 1e-2
+
+
+def permuted_logits(root, arch):
+    """Return logits of a model and of the same with all units in another order."""
+    groups = platform.initialize().groups
+    source = random_model(arch, groups)
+    save_model(f"{root}/source", source, arch)
+    save_share(f"{root}/target", f"{root}/source", permutation(arch))
+    return logits(source, arch), logits(load_model(f"{root}/target", arch, groups), arch)
+
+
+def permutation(arch):
+    """Return a plan that keeps all units in another order (a valid plan keeps their order)."""
+    generator = torch.Generator().manual_seed(2)
+
+    def shuffled(length):
+        return tuple(torch.randperm(length, generator=generator).tolist())
+
+    per_group = arch.num_attention_heads // arch.num_query_groups
+    # Groups in their order, except where each head is a group of its own.
+    groups = shuffled(arch.num_query_groups) if per_group == 1 else range(arch.num_query_groups)
+    layers = range(arch.num_layers)
+    return Plan(
+        source=arch,
+        target=arch,
+        layers=tuple(layers),
+        hidden=shuffled(arch.hidden_size),
+        ffn={layer: shuffled(arch.ffn_hidden_size) for layer in layers},
+        heads={
+            layer: tuple(g * per_group + h for g in groups for h in shuffled(per_group))
+            for layer in layers
+        },
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_permuting_units_changes_no_logit(name, tmp_path):
+    before, after = run_ranks(1, permuted_logits, str(tmp_path), MODELS[name])[0]
+    torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-10)
+
+
+# Layouts: written by one, trimmed by some ranks, read by another.
+
+
+def save_source(root, layout):
+    groups = platform.initialize(**layout).groups
+    chunks = build_model(LLAMA, ModelOptions(params_dtype=torch.float64), groups, seed=7)
+    save_model(root, chunks, LLAMA)
+
+
+def load_whole(root, arch):
+    groups = platform.initialize().groups
+    return [p.data for p in load_model(root, arch, groups)[0].parameters()]
+
+
+def test_no_layout_changes_a_trimmed_weight(tmp_path):
+    plan, weights_of = plan_of(LLAMA, **SMALLER), []
+    for name, layout, writers, trimmers in (
+        ("TP1", {}, 1, 1),
+        ("TP2xPP2", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 4, 2),
+    ):
+        source, target = str(tmp_path / name), str(tmp_path / f"{name} trimmed")
+        run_ranks(writers, save_source, source, layout)
+        run_ranks(trimmers, save_share, target, source, plan)
+        weights_of += run_ranks(1, load_whole, target, plan.target)
+    for other in weights_of[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(weights_of[0], other, strict=True))
