@@ -11,8 +11,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from megatron_ext import checkpoint, data, platform
 from megatron_ext.arch import Arch, forward_flops, num_parameters
 from megatron_ext.checkpoint import Checkpoint
@@ -24,10 +22,10 @@ from megatron_ext.flags import (
     check_layout,
     new_arch,
     parse_train,
-    virtual_pipeline_size,
 )
-from megatron_ext.model import ModelOptions, build_model, choose_transformer_impl
+from megatron_ext.model import build_model
 from megatron_ext.platform import Platform
+from megatron_ext.startup import check_tokenizer, join_ranks, model_options
 from megatron_ext.training import state
 from megatron_ext.training.log import Log
 from megatron_ext.training.loop import MakeBatches, train, validate
@@ -59,20 +57,10 @@ def main() -> int:
     if teacher is not None:
         check_layout(teacher.arch, flags.parallel, seq_length=flags.batch.seq_length)
         check_teacher(arch, teacher, flags)
-    pieces = virtual_pipeline_size(flags.parallel, arch.num_layers)
-    place = platform.initialize(
-        tensor_model_parallel_size=flags.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=flags.parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=pieces,
-        context_parallel_size=flags.parallel.context_parallel_size,
-        device=flags.parallel.device,
-        backend=flags.parallel.distributed_backend,
-        seed=flags.batch.seed,
-        timeout_minutes=flags.parallel.distributed_timeout_minutes,
-    )
+    place = join_ranks(flags, arch.num_layers)
     try:
         run, objective, eval_names = build(
-            flags, arch, teacher, start, place, pieces, tokenizer.vocab_size, tokenizer_sha256
+            flags, arch, teacher, start, place, tokenizer.vocab_size, tokenizer_sha256
         )
         code = go(run, objective, eval_names, teacher, tokenizer, place)
     finally:
@@ -117,23 +105,6 @@ def choose_arch(flags: TrainFlags, start: Start, vocab_size: int) -> Arch:
     return arch
 
 
-def check_tokenizer(source: Checkpoint, vocab_size: int, sha256: str | None) -> None:
-    """Refuse a tokenizer that is not the one ``source`` was trained with."""
-    saved = source.args.get("tokenizer_sha256")
-    if source.arch.vocab_size != vocab_size:
-        raise UserError(
-            f"{source.folder} was trained with {source.arch.vocab_size} tokens, the tokenizer has "
-            f"{vocab_size}: give the checkpoint's own --tokenizer-model.",
-            CHECKPOINT,
-        )
-    if saved and sha256 and saved != sha256:
-        raise UserError(
-            f"{source.folder} was trained with another tokenizer of {vocab_size} tokens (SHA-256 "
-            f"{saved[:12]}, given {sha256[:12]}): give the checkpoint's own --tokenizer-model.",
-            CHECKPOINT,
-        )
-
-
 def check_teacher(arch: Arch, teacher: Checkpoint, flags: TrainFlags) -> None:
     """Refuse a teacher whose vocabulary lies otherwise over the tensor-parallel ranks."""
     tp = flags.parallel.tensor_model_parallel_size
@@ -152,12 +123,18 @@ def build(
     teacher: Checkpoint | None,
     start: Start,
     place: Platform,
-    pieces: int | None,
     vocab_size: int,
     tokenizer_sha256: str | None,
 ) -> tuple[state.Run, dict[str, float], tuple[str, ...]]:
     """Build and load the models; return the run, a step's objective and an evaluation's losses."""
-    options = model_options(flags, place, pieces)
+    options = model_options(
+        flags,
+        place,
+        arch.num_layers,
+        recompute_granularity=flags.batch.recompute_granularity,
+        recompute_method=flags.batch.recompute_method,
+        recompute_num_layers=flags.batch.recompute_num_layers,
+    )
     seed = flags.batch.seed if start.source is None else None
     chunks = build_model(arch, options, place.groups, seed=seed)
     if flags.checkpoint.verify_integrity:
@@ -183,26 +160,6 @@ def build(
     if start.resume:
         state.restore(run, start.source)
     return run, objective, eval_names
-
-
-def model_options(flags: TrainFlags, place: Platform, pieces: int | None) -> ModelOptions:
-    """Return how this run holds its models."""
-    if flags.precision.fp16 and place.device.type == "cpu":
-        raise UserError("--fp16 needs a GPU; use --bf16 on a CPU.", USAGE)
-    half = torch.float16 if flags.precision.fp16 else torch.float32
-    return ModelOptions(
-        params_dtype=torch.bfloat16 if flags.precision.bf16 else half,
-        sequence_parallel=flags.parallel.sequence_parallel,
-        virtual_pipeline_model_parallel_size=pieces,
-        pipeline_model_parallel_layout=flags.parallel.pipeline_model_parallel_layout,
-        overlap_p2p_comm=bool(pieces) and flags.parallel.overlap_p2p_comm,
-        transformer_impl=choose_transformer_impl(flags.parallel.transformer_impl, place.device),
-        recompute={
-            "recompute_granularity": flags.batch.recompute_granularity,
-            "recompute_method": flags.batch.recompute_method,
-            "recompute_num_layers": flags.batch.recompute_num_layers,
-        },
-    )
 
 
 def go(

@@ -16,7 +16,7 @@ import torch
 from megatron_ext import checkpoint, data, platform
 from megatron_ext.arch import num_parameters
 from megatron_ext.checkpoint import Checkpoint
-from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
+from megatron_ext.errors import USAGE, UserError, run_main
 from megatron_ext.flags import (
     PruneFlags,
     check_layout,
@@ -24,9 +24,8 @@ from megatron_ext.flags import (
     format_flags,
     megatron_command_line,
     parse_prune,
-    virtual_pipeline_size,
 )
-from megatron_ext.model import ModelOptions, build_model, choose_transformer_impl
+from megatron_ext.model import build_model
 from megatron_ext.platform import Platform
 from megatron_ext.pruning.calibrate import calibrate
 from megatron_ext.pruning.importance import AGGREGATION
@@ -34,6 +33,7 @@ from megatron_ext.pruning.plan import Plan, check_plan, load_plan, make_plan, sa
 from megatron_ext.pruning.scores import Scores, check_scores, load_scores, save_scores
 from megatron_ext.pruning.trim import trimmed_share
 from megatron_ext.slices import SliceReader
+from megatron_ext.startup import check_tokenizer, join_ranks, model_options
 from megatron_ext.together import on_all_ranks, on_first_rank
 from megatron_ext.training.state import restore_weights
 
@@ -46,21 +46,11 @@ def main() -> int:
     check_targets(source.arch, flags.prune)
     if flags.checkpoint.save and checkpoint.find(flags.checkpoint.save):
         raise UserError(f"--save {flags.checkpoint.save}: a checkpoint is there already.", USAGE)
-    pieces = virtual_pipeline_size(flags.parallel, source.arch.num_layers)
-    place = platform.initialize(
-        tensor_model_parallel_size=flags.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=flags.parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=pieces,
-        context_parallel_size=flags.parallel.context_parallel_size,
-        device=flags.parallel.device,
-        backend=flags.parallel.distributed_backend,
-        seed=flags.batch.seed,
-        timeout_minutes=flags.parallel.distributed_timeout_minutes,
-    )
+    place = join_ranks(flags, source.arch.num_layers)
     say(format_flags(flags))
     if flags.checkpoint.verify_integrity:
         checkpoint.verify_integrity(source.folder)
-    plan = get_plan(flags, source, place, pieces)
+    plan = get_plan(flags, source, place)
     if flags.checkpoint.save:
         trim(source, plan, flags.checkpoint.save)
     say(summary(plan))
@@ -68,7 +58,7 @@ def main() -> int:
     return 0
 
 
-def get_plan(flags: PruneFlags, source: Checkpoint, place: Platform, pieces: int | None) -> Plan:
+def get_plan(flags: PruneFlags, source: Checkpoint, place: Platform) -> Plan:
     """Return the plan of --plan, or make one from scores and write it there. Collective."""
     path, options = flags.prune.plan, flags.prune
     target = target_arch(
@@ -88,15 +78,13 @@ def get_plan(flags: PruneFlags, source: Checkpoint, place: Platform, pieces: int
                 USAGE,
             )
         return plan
-    plan = make_plan(get_scores(flags, source, place, pieces), source.arch, target)
+    plan = make_plan(get_scores(flags, source, place), source.arch, target)
     if path:
         on_first_rank(lambda: save_plan(path, plan))
     return plan
 
 
-def get_scores(
-    flags: PruneFlags, source: Checkpoint, place: Platform, pieces: int | None
-) -> Scores:
+def get_scores(flags: PruneFlags, source: Checkpoint, place: Platform) -> Scores:
     """Return the scores of --scores, or measure them and write them there. Collective."""
     path = flags.prune.scores
     if path and Path(path).exists():
@@ -104,7 +92,7 @@ def get_scores(
         check_scores(scores, source.arch)
         return scores
     scores = Scores(
-        vectors=measure(flags, source, place, pieces),
+        vectors=measure(flags, source, place),
         source=source.arch,
         aggregation=AGGREGATION,
         samples=flags.prune.calibration_samples,
@@ -115,9 +103,7 @@ def get_scores(
     return scores
 
 
-def measure(
-    flags: PruneFlags, source: Checkpoint, place: Platform, pieces: int | None
-) -> dict[str, torch.Tensor]:
+def measure(flags: PruneFlags, source: Checkpoint, place: Platform) -> dict[str, torch.Tensor]:
     """Return the scores of every axis from forward passes over the calibration samples."""
     num_samples, micro_batch_size = flags.prune.calibration_samples, flags.batch.micro_batch_size
     per_pass = micro_batch_size * place.groups.dp.size()
@@ -128,21 +114,8 @@ def measure(
             USAGE,
         )
     tokenizer = data.build_tokenizer(flags.data)
-    source_tokens = source.arch.vocab_size
-    if tokenizer.vocab_size != source_tokens:
-        raise UserError(
-            f"{source.folder} was trained with {source_tokens} tokens, the tokenizer has "
-            f"{tokenizer.vocab_size}: give the checkpoint's own --tokenizer-model.",
-            CHECKPOINT,
-        )
-    options = ModelOptions(
-        params_dtype=torch.bfloat16 if flags.precision.bf16 else torch.float32,
-        sequence_parallel=flags.parallel.sequence_parallel,
-        virtual_pipeline_model_parallel_size=pieces,
-        pipeline_model_parallel_layout=flags.parallel.pipeline_model_parallel_layout,
-        overlap_p2p_comm=bool(pieces) and flags.parallel.overlap_p2p_comm,
-        transformer_impl=choose_transformer_impl(flags.parallel.transformer_impl, place.device),
-    )
+    check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
+    options = model_options(flags, place, source.arch.num_layers)
     chunks = build_model(source.arch, options, place.groups)
     restore_weights(chunks, source)
     dataset, _, _ = data.build_datasets(

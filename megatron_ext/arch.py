@@ -20,6 +20,12 @@ from typing import Any
 
 LAYER_PREFIX = "decoder.layers."
 
+# Sizes that Megatron-LM 0.16 saves under the names of megatron-core's configuration.
+RENAMED = {
+    "norm_epsilon": "layernorm_epsilon",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arch:
@@ -78,6 +84,7 @@ class Arch:
 
         Raises ``KeyError`` with the name of a size that is missing.
         """
+        args = {**{name: args.get(new) for name, new in RENAMED.items()}, **args}
         known = {f.name: args[f.name] for f in fields(cls) if args.get(f.name) is not None}
         known.setdefault("vocab_size", args["padded_vocab_size"])
         if not args.get("group_query_attention"):
@@ -89,7 +96,9 @@ class Arch:
 
     def to_args(self) -> dict[str, Any]:
         """Return the inverse of ``from_args``: the names that Megatron-LM reads back."""
-        return asdict(self) | {
+        sizes = asdict(self)
+        return sizes | {
+            **{new: sizes[name] for name, new in RENAMED.items()},
             "group_query_attention": self.num_query_groups != self.num_attention_heads,
             "add_position_embedding": self.position_embedding_type == "learned_absolute",
         }

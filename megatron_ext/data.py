@@ -1,6 +1,6 @@
 """Tokenizers, indexed datasets, blends and batches: megatron-core's, with what it leaves out.
 
-``data`` is a ``flags.DataFlags`` everywhere. Shape letters: b micro-batch, s sequence length.
+``data`` is a ``flag_groups.Data`` everywhere. Shape letters: b micro-batch, s sequence length.
 """
 
 import hashlib

@@ -54,7 +54,7 @@ def sources(
     """Return where train, valid and test come from; None without samples or with weight 0.
 
     Raises:
-        UserError: ``data``, a ``flags.DataFlags``, names no data, a bad split or bad weights.
+        UserError: ``data``, a ``flag_groups.Data``, names no data, a bad split or bad weights.
     """
     per_split = (data.train_data_path, data.valid_data_path, data.test_data_path)
     if data.data_path:
@@ -100,7 +100,7 @@ def check_data(
     Reads the index and some documents of every prefix that a requested split uses.
 
     Args:
-        data: a ``flags.DataFlags``.
+        data: a ``flag_groups.Data``.
         seq_length: tokens of a sample.
         num_samples: requested of train, valid and test.
         vocab_size: of the tokenizer, without padding.

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import os
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,16 +16,11 @@ from typing import Any
 
 import numpy
 import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-# megatron-core says on import, several times over, that Apex and Transformer Engine are missing.
-warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|full scope).*")
-warnings.filterwarnings("ignore", message=".*dynamic_context.py.*", category=DeprecationWarning)
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
-
-from megatron_ext.errors import USAGE, UserError  # noqa: E402
+from megatron_ext.errors import USAGE, UserError
 
 TENSOR_FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
 

@@ -38,6 +38,9 @@ from megatron_ext.errors import UserError
 AGGREGATION = "batch=l2,seq=mean"
 TP_SPLIT_AXES = ("ffn", "heads")
 
+# Elements that hooks turn into float32 at a time: 4 MiB, enough to fill a GPU and within caches.
+BLOCK_NUMEL = 2**22
+
 # (input [s, B, ...], output [s, B, ...]) of a module -> sums over its positions, [B, c] float32.
 PositionSums = Callable[[Tensor, Tensor], Tensor]
 
@@ -190,7 +193,7 @@ class Importance:
 
     def _channels(self, x: Tensor) -> Tensor:
         """Return sum_s |x|, [B, C] float32, of [s, B, C]."""
-        return self._copy(0, x).abs_().sum(dim=0)
+        return sum(block.abs_().sum(dim=0) for (block,) in self._blocks(x))
 
     def _heads(self, x: Tensor) -> Tensor:
         """Return sum_s of the L2 norm of each head, [B, c] float32, of [s, B, c * D]."""
@@ -199,11 +202,13 @@ class Importance:
 
     def _change(self, before: Tensor, after: Tensor) -> Tensor:
         """Return sum_s (1 - cos(before, after)), [B, 1] float32, of two [s, B, H]."""
-        x, y = self._copy(0, before), self._copy(1, after)
-        lengths = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
-        cosine = x.mul_(y).sum(dim=-1, keepdim=True) / lengths.clamp_min_(1e-12).unsqueeze(-1)
-        # A layer that changes nothing must not score below 0 by rounding.
-        return (1 - cosine).clamp_(0, 2).sum(dim=0)
+        return sum(_one_minus_cosine(x, y).sum(dim=0) for x, y in self._blocks(before, after))
+
+    def _blocks(self, *tensors: Tensor) -> Iterator[list[Tensor]]:
+        """Yield ``tensors`` [s, B, C] in blocks of positions, as float32 copies to overwrite."""
+        num_positions = max(1, BLOCK_NUMEL // tensors[0][0].numel())
+        for parts in zip(*(x.split(num_positions) for x in tensors), strict=True):
+            yield [self._copy(number, x) for number, x in enumerate(parts)]
 
     def _copy(self, number: int, x: Tensor) -> Tensor:
         """Return ``x`` as float32 in shared buffer ``number``, which grows as needed."""
@@ -253,6 +258,14 @@ class Importance:
                 cell[tp_rank * len(mine) : (tp_rank + 1) * len(mine)] = mine
             elif tp_rank == 0:
                 cell[:-1] = mine
+
+
+def _one_minus_cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Return 1 - cos over the last dim, [..., 1]. Overwrites ``x``."""
+    lengths = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
+    cosine = x.mul_(y).sum(dim=-1) / lengths.clamp_min_(1e-12)
+    # A layer that changes nothing must not score below 0 by rounding.
+    return (1 - cosine).clamp_(0, 2).unsqueeze(-1)
 
 
 def _units(arch: Arch) -> dict[str, int]:

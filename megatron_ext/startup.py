@@ -1,0 +1,69 @@
+"""What both programs do before they touch a weight: join the ranks, choose how to hold models."""
+
+from typing import Any
+
+import torch
+
+from megatron_ext import platform
+from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.errors import CHECKPOINT, USAGE, UserError
+from megatron_ext.flags import PruneFlags, TrainFlags, virtual_pipeline_size
+from megatron_ext.model import ModelOptions, choose_transformer_impl
+from megatron_ext.platform import Platform
+
+
+def join_ranks(flags: TrainFlags | PruneFlags, num_layers: int) -> Platform:
+    """Return this rank's place in the layout of ``flags``, for models of ``num_layers``."""
+    parallel = flags.parallel
+    return platform.initialize(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size(parallel, num_layers),
+        context_parallel_size=parallel.context_parallel_size,
+        device=parallel.device,
+        backend=parallel.distributed_backend,
+        seed=flags.batch.seed,
+        timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+
+
+def model_options(
+    flags: TrainFlags | PruneFlags, place: Platform, num_layers: int, **recompute: Any
+) -> ModelOptions:
+    """Return how this run holds models of ``num_layers``; ``recompute`` as in ``ModelOptions``."""
+    if flags.precision.fp16 and place.device.type == "cpu":
+        raise UserError("--fp16 needs a GPU; use --bf16 on a CPU.", USAGE)
+    half = torch.float16 if flags.precision.fp16 else torch.float32
+    pieces = virtual_pipeline_size(flags.parallel, num_layers)
+    return ModelOptions(
+        params_dtype=torch.bfloat16 if flags.precision.bf16 else half,
+        sequence_parallel=flags.parallel.sequence_parallel,
+        virtual_pipeline_model_parallel_size=pieces,
+        pipeline_model_parallel_layout=flags.parallel.pipeline_model_parallel_layout,
+        overlap_p2p_comm=bool(pieces) and flags.parallel.overlap_p2p_comm,
+        transformer_impl=choose_transformer_impl(flags.parallel.transformer_impl, place.device),
+        recompute=recompute,
+    )
+
+
+def check_tokenizer(source: Checkpoint, vocab_size: int, sha256: str | None) -> None:
+    """Refuse a tokenizer that is not the one ``source`` was trained with.
+
+    Args:
+        source: a checkpoint.
+        vocab_size: tokens of the tokenizer at hand.
+        sha256: of its files (``data.tokenizer_sha256``), or None if it has none.
+    """
+    saved = source.args.get("tokenizer_sha256")
+    if source.arch.vocab_size != vocab_size:
+        raise UserError(
+            f"{source.folder} was trained with {source.arch.vocab_size} tokens, the tokenizer has "
+            f"{vocab_size}: give the checkpoint's own --tokenizer-model.",
+            CHECKPOINT,
+        )
+    if saved and sha256 and saved != sha256:
+        raise UserError(
+            f"{source.folder} was trained with another tokenizer of {vocab_size} tokens (SHA-256 "
+            f"{saved[:12]}, given {sha256[:12]}): give the checkpoint's own --tokenizer-model.",
+            CHECKPOINT,
+        )
