@@ -49,23 +49,18 @@ def main() -> int:
     teacher_load = flags.distill.teacher_load
     teacher = checkpoint.read(teacher_load) if teacher_load else None
     tokenizer = data.build_tokenizer(flags.data)
-    tokenizer_sha256 = data.tokenizer_sha256(flags.data)
     arch = choose_arch(flags, start, tokenizer.vocab_size)
-    for source in (start.source, teacher):
-        if source is not None:
-            check_tokenizer(source, tokenizer.vocab_size, tokenizer_sha256)
+    for source in filter(None, (start.source, teacher)):
+        check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
     if teacher is not None:
-        check_layout(teacher.arch, flags.parallel, seq_length=flags.batch.seq_length)
         check_teacher(arch, teacher, flags)
     place = join_ranks(flags, arch.num_layers)
-    try:
-        run, objective, eval_names = build(
-            flags, arch, teacher, start, place, tokenizer.vocab_size, tokenizer_sha256
-        )
-        code = go(run, objective, eval_names, teacher, tokenizer, place)
-    finally:
-        if not sys.exc_info()[0]:
-            platform.shut_down()
+    if flags.checkpoint.verify_integrity:
+        for source in filter(None, (start.source, teacher)):
+            checkpoint.verify_integrity(source.folder)
+    run = build(flags, arch, start, teacher, place)
+    code = go(run, tokenizer, place)
+    platform.shut_down()
     return code
 
 
@@ -106,7 +101,8 @@ def choose_arch(flags: TrainFlags, start: Start, vocab_size: int) -> Arch:
 
 
 def check_teacher(arch: Arch, teacher: Checkpoint, flags: TrainFlags) -> None:
-    """Refuse a teacher whose vocabulary lies otherwise over the tensor-parallel ranks."""
+    """Refuse a teacher that this layout cannot hold beside the student."""
+    check_layout(teacher.arch, flags.parallel, seq_length=flags.batch.seq_length)
     tp = flags.parallel.tensor_model_parallel_size
     if tp > 1 and teacher.arch.padded_vocab_size != arch.padded_vocab_size:
         raise UserError(
@@ -118,15 +114,9 @@ def check_teacher(arch: Arch, teacher: Checkpoint, flags: TrainFlags) -> None:
 
 
 def build(
-    flags: TrainFlags,
-    arch: Arch,
-    teacher: Checkpoint | None,
-    start: Start,
-    place: Platform,
-    vocab_size: int,
-    tokenizer_sha256: str | None,
-) -> tuple[state.Run, dict[str, float], tuple[str, ...]]:
-    """Build and load the models; return the run, a step's objective and an evaluation's losses."""
+    flags: TrainFlags, arch: Arch, start: Start, teacher: Checkpoint | None, place: Platform
+) -> state.Run:
+    """Build the models, load them and return the run where it begins. Collective."""
     options = model_options(
         flags,
         place,
@@ -137,15 +127,13 @@ def build(
     )
     seed = flags.batch.seed if start.source is None else None
     chunks = build_model(arch, options, place.groups, seed=seed)
-    if flags.checkpoint.verify_integrity:
-        for source in filter(None, (start.source, teacher)):
-            checkpoint.verify_integrity(source.folder)
-    modules, objective, eval_names = chunks, {LM_LOSS: 1.0}, (LM_LOSS,)
+    modules, objective, eval_losses = chunks, {LM_LOSS: 1.0}, (LM_LOSS,)
+    flops = 3 * forward_flops(arch, flags.batch.seq_length)
     if teacher is not None:
         distillation = Distillation(
             temperature=flags.distill.kd_temperature,
             lm_loss_weight=flags.distill.kd_lm_loss_weight,
-            vocab_size=vocab_size,
+            vocab_size=arch.vocab_size,
         )
         teachers = build_model(teacher.arch, options, place.groups)
         state.restore_weights(teachers, teacher)
@@ -153,23 +141,26 @@ def build(
             DistillationModel(student, frozen, distillation, place.groups.tp)
             for student, frozen in zip(chunks, teachers, strict=True)
         ]
-        objective, eval_names = distillation.objective, (KD_LOSS, LM_LOSS)
+        objective, eval_losses = distillation.objective, (KD_LOSS, LM_LOSS)
+        flops += forward_flops(teacher.arch, flags.batch.seq_length)
     if start.source is not None and not start.resume:
         state.restore_weights(chunks, start.source)
-    run = state.make_run(flags, arch, place.groups, chunks, modules, tokenizer_sha256)
+    run = state.make_run(
+        flags,
+        arch,
+        place.groups,
+        chunks,
+        modules,
+        objective=objective,
+        eval_losses=eval_losses,
+        flops_per_token=flops,
+    )
     if start.resume:
         state.restore(run, start.source)
-    return run, objective, eval_names
+    return run
 
 
-def go(
-    run: state.Run,
-    objective: dict[str, float],
-    eval_names: tuple[str, ...],
-    teacher: Checkpoint | None,
-    tokenizer: data.MegatronTokenizerBase,
-    place: Platform,
-) -> int:
+def go(run: state.Run, tokenizer: data.MegatronTokenizerBase, place: Platform) -> int:
     """Train and evaluate; returns the exit code."""
     flags, batch = run.flags, run.flags.batch
     evaluates = bool(flags.log.eval_iters) and (flags.log.eval_interval or batch.skip_train)
@@ -183,30 +174,15 @@ def go(
         seed=batch.seed,
     )
     train_data, valid_data, test_data = (batch_maker(d, flags, place) for d in datasets)
-    flops = 3 * forward_flops(run.arch, batch.seq_length)
-    if teacher is not None:
-        flops += forward_flops(teacher.arch, batch.seq_length)
-    flops_per_step = flops * batch.seq_length * batch.global_batch_size
-    log = Log(flags, flops_per_step=flops_per_step, first_iteration=run.counters.iteration)
+    log = Log(flags, flops_per_step=run.flops_per_step, first_iteration=run.counters.iteration)
     log.say(f"{num_parameters(run.arch):,} parameters, beginning at {run.counters.iteration}")
     code = 0
+    if valid_data and (batch.skip_train or run.counters.iteration == 0):
+        validate(run, valid_data, log, "validation")
     if not batch.skip_train:
-        if valid_data and run.counters.iteration == 0:
-            validate(run, valid_data, eval_names, log)
-        code = train(
-            run,
-            train_batches=train_data,
-            valid_batches=valid_data,
-            eval_names=eval_names,
-            objective=objective,
-            log=log,
-            flops_per_step=flops_per_step,
-        )
-    if code == 0:
-        if valid_data and batch.skip_train:
-            validate(run, valid_data, eval_names, log)
-        if test_data:
-            validate(run, test_data, eval_names, log, "test")
+        code = train(run, train_batches=train_data, valid_batches=valid_data, log=log)
+    if test_data and code == 0:
+        validate(run, test_data, log, "test")
     log.close()
     return code
 

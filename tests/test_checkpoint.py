@@ -58,7 +58,8 @@ def make_run(arch, folder, extra, *, seed=7):
     )
     arch = replace(arch, hidden_dropout=0.1, attention_dropout=0.1)
     chunks = build_model(arch, options, place.groups, seed=seed)
-    return state.make_run(flags, arch, place.groups, chunks, chunks)
+    losses = {"objective": {"lm loss": 1.0}, "eval_losses": ("lm loss",), "flops_per_token": 1.0}
+    return state.make_run(flags, arch, place.groups, chunks, chunks, **losses)
 
 
 def do_steps(run, first, last):

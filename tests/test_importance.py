@@ -17,6 +17,7 @@ from megatron_ext import platform
 from megatron_ext.errors import UserError
 from megatron_ext.layers import shard_positions
 from megatron_ext.model import ModelOptions, build_model
+from megatron_ext.pruning import importance
 from megatron_ext.pruning.importance import Importance
 from megatron_ext.pruning.scores import Scores, check_scores
 from megatron_ext.training.step import StepShape, evaluate
@@ -120,8 +121,8 @@ def score_shards(layout, sequence_parallel, micro_batch_size, activations):
     groups = platform.initialize(**layout).groups
     numbers = part(torch.arange(len(activations)), 0, groups.pp).tolist()
     chunks = [FakeModel([number + 1]) for number in numbers]  # as many virtual stages as layers
-    importance = Importance(chunks, LLAMA, groups, sequence_parallel=sequence_parallel)
-    with importance.attached():
+    taps = Importance(chunks, LLAMA, groups, sequence_parallel=sequence_parallel)
+    with taps.attached():
         for number, chunk in zip(numbers, chunks, strict=True):
             mine = {
                 tap: shard(tap, x, groups, sequence_parallel).split(micro_batch_size, dim=1)
@@ -129,7 +130,7 @@ def score_shards(layout, sequence_parallel, micro_batch_size, activations):
             }
             for micro_batch in zip(*mine.values(), strict=True):
                 chunk.decoder.layers[0].run(dict(zip(mine, micro_batch, strict=True)))
-    return importance.collect()
+    return taps.collect()
 
 
 TP2, CP2, PP2 = (
@@ -173,6 +174,21 @@ def test_adding_finished_scores_of_positions_would_be_wrong():
     whole = x.abs().mean(0).square().sum(0)
     halves = [half.abs().mean(0).square().sum(0) for half in x.chunk(2)]
     assert not torch.allclose(whole, (halves[0] + halves[1]) / 2, rtol=1e-2)
+
+
+def score_in_blocks(activations, numel):
+    importance.BLOCK_NUMEL = numel
+    return score_shards({}, False, 4, activations)
+
+
+def test_blocks_of_positions_change_nothing():
+    activations = random_activations()
+    for numel in (
+        1,
+        3 * 4 * LLAMA.hidden_size,
+    ):  # one position at a time; three, the last block two
+        vectors = run_ranks(1, score_in_blocks, activations, numel)[0]
+        assert_scores_equal(vectors, reference(activations))
 
 
 def test_half_precision_is_summed_in_float32():
@@ -239,10 +255,10 @@ def score_fused_norm(normalization, x, weight, bias):
     linear = layer.self_attention.linear_qkv
     linear.layer_norm_weight, linear.layer_norm_bias = weight, bias
     linear.normalization, linear.eps, linear.zero_centered_gamma = normalization, 1e-5, True
-    importance = Importance([model], replace(LLAMA, num_layers=1), groups, sequence_parallel=False)
-    with importance.attached():
+    taps = Importance([model], replace(LLAMA, num_layers=1), groups, sequence_parallel=False)
+    with taps.attached():
         linear(layer.input_layernorm(x))
-    return next(t.accumulator.total for t in importance.taps if t.axis == "hidden")
+    return next(t.accumulator.total for t in taps.taps if t.axis == "hidden")
 
 
 # Real models.
@@ -252,7 +268,7 @@ def score_model(arch, layout, options, micro_batch_size=1):
     place = platform.initialize(**layout)
     groups, options = place.groups, ModelOptions(**options)
     chunks = build_model(arch, options, groups, seed=7)
-    importance = Importance(chunks, arch, groups, sequence_parallel=options.sequence_parallel)
+    taps = Importance(chunks, arch, groups, sequence_parallel=options.sequence_parallel)
     batch = random_batch(arch, num_samples=4, seq_length=16)
     positions = shard_positions(16 // groups.cp.size(), groups.cp, groups.cp.rank())
     mine = {key: part(x, 0, groups.dp)[:, positions] for key, x in batch.items()}
@@ -263,9 +279,9 @@ def score_model(arch, layout, options, micro_batch_size=1):
     shape = StepShape(
         num_microbatches=len(micro_batches), micro_batch_size=micro_batch_size, seq_length=16
     )
-    with importance.attached():
+    with taps.attached():
         evaluate(chunks, [iter(micro_batches) for _ in chunks], shape, ["lm loss"], groups)
-    return importance.collect()
+    return taps.collect()
 
 
 def capture_model(arch):
@@ -325,7 +341,7 @@ def test_scores_of_a_real_model(world_size, layout, options, expected_of_llama):
 def loss_and_gradients_with_and_without_taps(arch):
     groups = platform.initialize().groups
     (model,) = build_model(arch, ModelOptions(), groups, seed=7)
-    importance = Importance([model], arch, groups, sequence_parallel=False)
+    taps = Importance([model], arch, groups, sequence_parallel=False)
     batch = random_batch(arch, num_samples=2, seq_length=16)
 
     def run():
@@ -334,7 +350,7 @@ def loss_and_gradients_with_and_without_taps(arch):
         losses.sum().backward()
         return [losses.detach(), *(p.grad.clone() for p in model.parameters())]
 
-    with importance.attached():
+    with taps.attached():
         tapped = run()
     return tapped, run(), [len(m._forward_hooks) for m in model.modules()]
 

@@ -38,7 +38,8 @@ from megatron_ext.errors import UserError
 AGGREGATION = "batch=l2,seq=mean"
 TP_SPLIT_AXES = ("ffn", "heads")
 
-# Elements that hooks turn into float32 at a time: 4 MiB, enough to fill a GPU and within caches.
+# Elements that a hook turns into float32 at a time, 16 MiB: enough to fill a GPU, and no float32
+# copy of a whole activation.
 BLOCK_NUMEL = 2**22
 
 # (input [s, B, ...], output [s, B, ...]) of a module -> sums over its positions, [B, c] float32.
@@ -136,7 +137,7 @@ class Importance:
         self.arch, self.groups = arch, groups
         self.sequence_parallel = sequence_parallel
         self.device = next(model_chunks[0].parameters()).device
-        # Float32 copies go to memory that all taps share: allocating costs more than the sums.
+        # All taps share this memory: allocating it anew would cost more than the sums.
         self.scratch = [torch.empty(0, dtype=torch.float32, device=self.device) for _ in range(2)]
         self.taps = [
             tap

@@ -26,10 +26,7 @@ def train(
     *,
     train_batches: MakeBatches,
     valid_batches: MakeBatches | None,
-    eval_names: tuple[str, ...],
-    objective: dict[str, float],
     log: Log,
-    flops_per_step: float,
 ) -> int:
     """Train ``run`` to ``--train-iters``. Collective.
 
@@ -37,10 +34,7 @@ def train(
         run: at the iteration where it begins.
         train_batches: makes the iterator of training micro-batches of this rank.
         valid_batches: likewise; every evaluation reads the same samples. None: no evaluation.
-        eval_names: the losses of an evaluation.
-        objective: the weight of each loss in a training step.
         log: where metrics go.
-        flops_per_step: of all ranks together.
 
     Returns:
         The exit code: 0, or ``INTERRUPTED`` after a signal or a time limit, with all saved.
@@ -57,7 +51,7 @@ def train(
     with stop:
         while counters.iteration < flags.batch.train_iters:
             losses, apply = train_step(
-                run.model, run.optimizer, batches, shape, objective, run.groups
+                run.model, run.optimizer, batches, shape, run.objective, run.groups
             )
             where = f"iteration {counters.iteration + 1}"
             _check_finite(losses, where, counters.consumed_train_samples, flags)
@@ -71,7 +65,7 @@ def train(
             run.schedule.step(increment=flags.batch.global_batch_size)
             counters.iteration += 1
             counters.consumed_train_samples += flags.batch.global_batch_size
-            counters.floating_point_operations += flops_per_step
+            counters.floating_point_operations += run.flops_per_step
             log.step(
                 counters.iteration,
                 losses,
@@ -81,7 +75,7 @@ def train(
                 skipped=skipped,
             )
             if valid_batches and _is_due(counters.iteration, flags.log.eval_interval):
-                validate(run, valid_batches, eval_names, log)
+                validate(run, valid_batches, log, "validation")
             if flags.checkpoint.save and _is_due(
                 counters.iteration, flags.checkpoint.save_interval
             ):
@@ -108,20 +102,17 @@ def step_shape(run: Run) -> StepShape:
     )
 
 
-def validate(
-    run: Run, make_batches: MakeBatches, names: tuple[str, ...], log: Log, split: str = "validation"
-) -> dict[str, float]:
+def validate(run: Run, make_batches: MakeBatches, log: Log, split: str) -> None:
     """Report the mean losses of ``--eval-iters`` global batches, always the same. Collective."""
     batches = [make_batches(0) for _ in run.model]
     num_batches = run.flags.log.eval_iters
-    totals = dict.fromkeys(names, 0.0)
+    totals = dict.fromkeys(run.eval_losses, 0.0)
     with gathered_parameters(run):
         for _ in range(num_batches):
-            losses = evaluate(run.model, batches, step_shape(run), names, run.groups)
+            losses = evaluate(run.model, batches, step_shape(run), run.eval_losses, run.groups)
             for name, value in losses.items():
                 totals[name] += value / num_batches
     log.evaluation(run.counters.iteration, totals, split)
-    return totals
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import random
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_ext import checkpoint
 from megatron_ext.arch import Arch
+from megatron_ext.data import tokenizer_sha256
 from megatron_ext.flags import TrainFlags, flags_as_dict, megatron_command_line
 from megatron_ext.model import LanguageModel, model_state_dict
 from megatron_ext.training import torch_adam
@@ -54,7 +55,12 @@ class Run:
     """What a step runs: ``chunks``, or each beside its teacher, with gradient buffers."""
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
-    tokenizer_sha256: str | None = None
+    objective: Mapping[str, float]
+    """The weight of each loss in what a step minimises."""
+    eval_losses: tuple[str, ...]
+    """The losses that an evaluation reports."""
+    flops_per_step: float
+    """Floating-point operations of one step on all ranks together."""
     counters: Counters = field(default_factory=Counters)
 
 
@@ -64,7 +70,10 @@ def make_run(
     groups: ProcessGroupCollection,
     chunks: list[LanguageModel],
     modules: Sequence[MegatronModule],
-    tokenizer_sha256: str | None = None,
+    *,
+    objective: Mapping[str, float],
+    eval_losses: tuple[str, ...],
+    flops_per_token: float,
 ) -> Run:
     """Return a run at iteration 0; ``modules`` are ``chunks``, or each beside its teacher."""
     ddp_config = DistributedDataParallelConfig(
@@ -88,7 +97,9 @@ def make_run(
         model=model,
         optimizer=optimizer,
         schedule=_make_schedule(flags, optimizer),
-        tokenizer_sha256=tokenizer_sha256,
+        objective=objective,
+        eval_losses=eval_losses,
+        flops_per_step=flops_per_token * flags.batch.global_batch_size * flags.batch.seq_length,
     )
 
 
@@ -187,7 +198,7 @@ def saved_args(run: Run) -> Namespace:
             "consumed_train_samples": run.counters.consumed_train_samples,
             "skipped_train_samples": 0,
             "consumed_valid_samples": 0,
-            "tokenizer_sha256": run.tokenizer_sha256,
+            "tokenizer_sha256": tokenizer_sha256(run.flags.data),
         }
     )
 
