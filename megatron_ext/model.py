@@ -37,6 +37,8 @@ class ModelOptions:
     overlap_p2p_comm: bool = False
     """With virtual stages only: send activations while computing."""
     transformer_impl: str = "local"
+    fuse_kernels: bool = False
+    """Let megatron-core fuse element-wise operations (torch.compile); for GPUs."""
     recompute: dict[str, str | int | None] = field(default_factory=dict)
     """megatron-core's recompute_granularity, recompute_method and recompute_num_layers."""
 
@@ -97,7 +99,9 @@ def transformer_config(
         layernorm_zero_centered_gamma=arch.apply_layernorm_1p,
         gated_linear_unit=arch.swiglu,
         activation_func=squared_relu if arch.squared_relu else gate,
-        bias_activation_fusion=False,
+        # Gelu is left as it is: megatron-core's fused one is the tanh approximation.
+        bias_activation_fusion=options.fuse_kernels and arch.swiglu,
+        bias_dropout_fusion=options.fuse_kernels,
         add_bias_linear=arch.add_bias_linear,
         add_qkv_bias=arch.add_qkv_bias or arch.add_bias_linear,
         qk_layernorm=arch.qk_layernorm,

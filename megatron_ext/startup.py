@@ -42,6 +42,8 @@ def model_options(
         pipeline_model_parallel_layout=flags.parallel.pipeline_model_parallel_layout,
         overlap_p2p_comm=bool(pieces) and flags.parallel.overlap_p2p_comm,
         transformer_impl=choose_transformer_impl(flags.parallel.transformer_impl, place.device),
+        # The compiler that fuses them is not on every machine without a GPU.
+        fuse_kernels=place.device.type == "cuda",
         recompute=recompute,
     )
 

@@ -17,7 +17,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PRELOAD = ["torch", "megatron.core.models.gpt", "megatron.core.dist_checkpointing", "tests.ranks"]
+PRELOAD = ["prune", "pretrain_distill", "tests.ranks"]
 
 
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 120) -> list[Any]:

@@ -144,7 +144,7 @@ class Log:
 
 def memory_gib() -> float:
     """Return the peak memory of this rank: of the GPU, or of the process without one."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 

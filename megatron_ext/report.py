@@ -1,0 +1,129 @@
+"""What came out: metrics of runs as tables and curves, scores as pictures.
+
+Nothing here knows where a run ran: files in, Markdown and matplotlib Axes out. Axes are an
+argument, so that a caller decides what stands beside what.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ext.errors import RUNTIME, UserError
+from megatron_ext.pruning.plan import Plan
+from megatron_ext.pruning.scores import Scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Metrics = list[dict[str, float]]
+Curve = tuple[list[float], list[float]]
+
+
+def read_metrics(path: str | os.PathLike) -> Metrics:
+    """Return the lines of a run's metrics.jsonl: ``iteration`` and what was measured there.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not a JSON object with an iteration.
+    """
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", RUNTIME) from error
+    metrics = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["iteration"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}:{number}: not a line of metrics ({error}).", RUNTIME) from None
+        metrics.append(row)
+    return metrics
+
+
+def curve(metrics: Metrics, name: str, *, tokens_per_step: int = 1) -> Curve:
+    """Return the points of one metric: steps, or with ``tokens_per_step`` tokens, and values."""
+    rows = [row for row in metrics if name in row]
+    return [row["iteration"] * tokens_per_step for row in rows], [row[name] for row in rows]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table whose first column is text and whose others are numbers, aligned.
+
+    None is written as "-", an int with thousands separators, a float with three digits.
+    """
+    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    assert all(len(row) == len(header) for row in cells), "rows and header differ in length"
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        for row in cells
+    ]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def new_figure(rows: int, columns: int) -> "tuple[Figure, Sequence[Axes]]":
+    """Return a figure without a window and its rows * columns Axes, row by row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def plot_curves(
+    axes: "Axes", curves: Mapping[str, Curve], *, title: str, x: str, y: str, log: bool = False
+) -> None:
+    """Draw one line per curve; a curve of one point is a marker.
+
+    With ``log``, values of 0 and below are left out: a logarithm has no place for them.
+    """
+    for name, (xs, ys) in curves.items():
+        points = [(a, b) for a, b in zip(xs, ys, strict=True) if b > 0 or not log]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    if log:
+        axes.set_yscale("log")
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def plot_ranked_scores(
+    axes: "Axes", scores: Scores, plan: Plan, axis: str, *, num_kept: int
+) -> None:
+    """Draw the scores of ``ffn`` or ``hidden`` from high to low, over their mean.
+
+    The plan's cut is a vertical line: what stands right of it was removed. ``ffn`` has a line per
+    layer of the source.
+    """
+    layers = range(plan.source.num_layers)
+    names = [axis] if axis in scores.vectors else [f"{axis}.{layer}" for layer in layers]
+    for name in names:
+        vector = scores.vectors[name]
+        ranked = (vector / vector.mean()).sort(descending=True).values
+        axes.plot(ranked.tolist(), label=name)
+    axes.axvline(num_kept - 0.5, color="black", linestyle="--", label=f"{num_kept} kept")
+    axes.set_yscale("log")
+    axes.set(title=f"scores of {axis}, ranked", xlabel="rank", ylabel="score / mean")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def plot_layer_scores(axes: "Axes", scores: Scores) -> None:
+    """Draw the block importance of every layer: 1 - cosine of its input and output."""
+    values = scores.vectors["layers"].tolist()
+    axes.bar(range(len(values)), values)
+    axes.set(title="block importance", xlabel="layer", ylabel="1 - cos(input, output)")
+    axes.set_xticks(range(len(values)))
+    axes.grid(alpha=0.3, axis="y")

@@ -1,0 +1,63 @@
+"""What fails on one rank fails on all, and nobody waits."""
+
+import pytest
+import torch
+
+from megatron_ext.errors import UserError
+from megatron_ext.together import gather, on_all_ranks, on_first_rank
+from tests.ranks import run_ranks
+
+
+def _fail_on_rank_1():
+    rank = torch.distributed.get_rank()
+
+    def action():
+        if rank == 1:
+            raise UserError("seven", 4)
+        return rank
+
+    try:
+        on_all_ranks(action)
+    except UserError as error:
+        return str(error), error.code
+    return None
+
+
+def _first_rank_only(fails):
+    def action():
+        if fails:
+            raise OSError(28, "full")
+        return torch.distributed.get_rank() + 10
+
+    try:
+        return on_first_rank(action)
+    except OSError as error:
+        return error.errno
+
+
+def _gather_ranks():
+    return gather(torch.distributed.get_rank() * 2), on_all_ranks(torch.distributed.get_rank)
+
+
+def test_one_failing_rank_fails_all():
+    assert run_ranks(3, _fail_on_rank_1) == [("seven", 4)] * 3
+
+
+def test_first_rank_acts_for_all():
+    assert run_ranks(2, _first_rank_only, False) == [10, 10]
+    assert run_ranks(2, _first_rank_only, True) == [28, 28]
+
+
+def test_gather():
+    assert run_ranks(2, _gather_ranks) == [([0, 2], 0), ([0, 2], 1)]
+
+
+def test_alone_without_torch_distributed():
+    assert gather(5) == [5]
+    assert on_first_rank(lambda: 6) == 6
+    with pytest.raises(ValueError, match="eight"):
+        on_all_ranks(lambda: _raise("eight"))
+
+
+def _raise(text):
+    raise ValueError(text)

@@ -1,0 +1,205 @@
+"""Continue texts with a checkpoint, in one process; the likeliest token each time, or sampled.
+
+    python tools/generate.py --load ckpt/student --tokenizer-type HuggingFaceTokenizer \
+        --tokenizer-model NAME --prompt "def main(" "Once upon a time" --max-new-tokens 64
+
+Sizes and precision are the checkpoint's. Every token costs a forward pass over all tokens before
+it: this is for looking at a model, not for serving it.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_ext import checkpoint, data, platform
+from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
+from megatron_ext.flag_checks import TOKENIZER_NEEDS
+from megatron_ext.flag_parser import REQUIRED, build, flag, missing, read
+from megatron_ext.model import ModelOptions, build_model, choose_transformer_impl
+from megatron_ext.platform import Platform
+from megatron_ext.training.state import restore_weights
+
+# Tokens [n], n >= 1, to the logits of the token that follows them, [padded_vocab_size].
+NextLogits = Callable[[list[int]], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Generation."""
+
+    load: str = flag(REQUIRED, "folder of the checkpoint")
+    ckpt_step: int | None = flag(None, "iteration to read; default the latest", at_least=0)
+    prompt: tuple[str, ...] = flag(REQUIRED, "texts to continue")
+    max_new_tokens: int = flag(64, "tokens after each prompt, unless the document ends", at_least=1)
+    temperature: float = flag(0.0, "of sampling; 0 takes the likeliest token", at_least=0)
+    top_k: int | None = flag(None, "sample from the K likeliest tokens; default all", at_least=1)
+    seed: int = flag(1234, "of sampling; each prompt begins with it", at_least=0)
+    device: str | None = flag(None, "default cuda where there is one", choices=("cpu", "cuda"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """Tokenizer."""
+
+    tokenizer_type: str = flag(REQUIRED, "kind of tokenizer", choices=tuple(TOKENIZER_NEEDS))
+    tokenizer_model: str | None = flag(None, "tokenizer file, or a Hugging Face folder or name")
+    vocab_file: str | None = flag(None, "vocab.json of GPT2BPETokenizer")
+    merge_file: str | None = flag(None, "merges.txt of GPT2BPETokenizer")
+    vocab_size: int | None = flag(None, "tokens of NullTokenizer", at_least=1)
+    trust_remote_code: bool = flag(False, "let a Hugging Face tokenizer run its own code")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags:
+    """Continue texts with a checkpoint."""
+
+    generation: Generation
+    tokenizer: Tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print each prompt and its continuation."""
+    flags = parse(sys.argv[1:] if argv is None else argv)
+    options = flags.generation
+    source = checkpoint.read(options.load, options.ckpt_step)
+    tokenizer = data.build_tokenizer(flags.tokenizer)
+    check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.tokenizer))
+    prompts = [tokenizer.tokenize(text) for text in options.prompt]
+    for text, ids in zip(options.prompt, prompts, strict=True):
+        check_prompt(text, ids, options.max_new_tokens, source.arch.max_position_embeddings)
+
+    place = platform.initialize(device=options.device)
+    next_logits = load_model(source, place)
+    for text, ids in zip(options.prompt, prompts, strict=True):
+        new = continue_tokens(
+            next_logits,
+            ids,
+            max_new_tokens=options.max_new_tokens,
+            eod=tokenizer.eod,
+            vocab_size=tokenizer.vocab_size,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            seed=options.seed,
+        )
+        # Many tokenizers drop a space at the beginning of what they turn into text.
+        whole, head = tokenizer.detokenize(ids + new), tokenizer.detokenize(ids)
+        print(f"--- prompt\n{text}\n--- continuation, {len(new)} tokens\n{whole[len(head) :]}\n")
+    platform.shut_down()
+
+
+def parse(argv: Sequence[str]) -> GenerateFlags:
+    """Return the checked flags."""
+    typed = read(GenerateFlags, argv, {})
+    if absent := missing(GenerateFlags, typed):
+        raise UserError(f"missing {' '.join(absent)}.", USAGE)
+    if list(argv).count("--prompt") > 1:
+        raise UserError("--prompt is given twice: put all texts behind one --prompt.", USAGE)
+    flags = build(GenerateFlags, typed)
+    options = flags.generation
+    if not options.prompt:
+        raise UserError("--prompt: no text behind it.", USAGE)
+    if options.top_k is not None and options.temperature == 0:
+        raise UserError(f"--top-k {options.top_k} needs --temperature above 0.", USAGE)
+    return flags
+
+
+def check_tokenizer(source: Checkpoint, vocab_size: int, sha256: str | None) -> None:
+    """Refuse a tokenizer that is not the one ``source`` was trained with."""
+    saved = source.args.get("tokenizer_sha256")
+    if source.arch.vocab_size != vocab_size:
+        theirs, ours = f"{source.arch.vocab_size} tokens", f"{vocab_size}"
+    elif saved and sha256 and saved != sha256:
+        theirs, ours = f"a tokenizer of SHA-256 {saved[:12]}", sha256[:12]
+    else:
+        return
+    raise UserError(
+        f"{source.folder} was trained with {theirs}, the tokenizer has {ours}: give the "
+        "checkpoint's own --tokenizer-model.",
+        CHECKPOINT,
+    )
+
+
+def check_prompt(text: str, ids: list[int], max_new_tokens: int, num_positions: int) -> None:
+    """Refuse a prompt without tokens, or too long to be continued."""
+    if not ids:
+        raise UserError(f"--prompt {text!r} has no tokens: give at least one to continue.", USAGE)
+    if len(ids) + max_new_tokens > num_positions:
+        raise UserError(
+            f"--max-new-tokens {max_new_tokens} after the {len(ids)} tokens of --prompt "
+            f"{text[:40]!r} is more than the model's {num_positions} positions; at most "
+            f"{max(num_positions - len(ids), 0)} fit.",
+            USAGE,
+        )
+
+
+def load_model(source: Checkpoint, place: Platform) -> NextLogits:
+    """Return the model of ``source`` in the precision that it was saved in, on this process."""
+    options = ModelOptions(
+        params_dtype=source.args.get("params_dtype", torch.float32),
+        transformer_impl=choose_transformer_impl(None, place.device),
+    )
+    (model,) = build_model(source.arch, options, place.groups)
+    restore_weights([model], source)
+    model.eval()
+
+    def next_logits(ids: list[int]) -> Tensor:
+        tokens = torch.tensor([ids], device=place.device)
+        positions = torch.arange(len(ids), device=place.device).unsqueeze(0)
+        return model(tokens, positions, None)[-1, 0]  # of [s, 1, padded_vocab_size]
+
+    return next_logits
+
+
+@torch.no_grad()
+def continue_tokens(
+    next_logits: NextLogits,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    eod: int,
+    vocab_size: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 1234,
+) -> list[int]:
+    """Return up to ``max_new_tokens`` tokens that follow ``prompt``; the end of document is none.
+
+    Args:
+        next_logits: the model.
+        prompt: one token or more.
+        max_new_tokens: where to stop at the latest.
+        eod: the token that ends a document.
+        vocab_size: logits from here on are padding and are never chosen.
+        temperature: 0 takes the likeliest token, the lower one of two equal ones.
+        top_k: sample from that many tokens; None from all.
+        seed: of sampling.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    new: list[int] = []
+    for _ in tqdm(range(max_new_tokens), "generating", unit="token", disable=None, leave=False):
+        logits = next_logits(prompt + new)[:vocab_size].float().cpu()
+        token = choose(logits, temperature, top_k, generator)
+        if token == eod:
+            break
+        new.append(token)
+    return new
+
+
+def choose(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
+) -> int:
+    """Return the token of [vocab_size] float32 logits: the likeliest, or one drawn."""
+    if temperature == 0:
+        return int(logits.argmax())
+    values, tokens = logits.topk(min(top_k or len(logits), len(logits)))
+    drawn = torch.multinomial((values / temperature).softmax(0), 1, generator=generator)
+    return int(tokens[drawn])
+
+
+if __name__ == "__main__":
+    run_main(main)
