@@ -68,7 +68,7 @@ def get_plan(flags: PruneFlags, source: Checkpoint, place: Platform) -> Plan:
         num_attention_heads=options.target_num_attention_heads,
         num_layers=options.target_num_layers,
     )
-    if path and Path(path).exists():
+    if _exists(path):
         plan = load_plan(path)
         check_plan(plan, source.arch)
         if target not in (source.arch, plan.target):
@@ -87,7 +87,7 @@ def get_plan(flags: PruneFlags, source: Checkpoint, place: Platform) -> Plan:
 def get_scores(flags: PruneFlags, source: Checkpoint, place: Platform) -> Scores:
     """Return the scores of --scores, or measure them and write them there. Collective."""
     path = flags.prune.scores
-    if path and Path(path).exists():
+    if _exists(path):
         scores = load_scores(path)
         check_scores(scores, source.arch)
         return scores
@@ -135,6 +135,11 @@ def measure(flags: PruneFlags, source: Checkpoint, place: Platform) -> dict[str,
         seq_length=flags.batch.seq_length,
         num_workers=flags.data.num_workers,
     )
+
+
+def _exists(path: str | None) -> bool:
+    """Whether rank 0 finds the file: a late rank would already see what rank 0 writes next."""
+    return on_first_rank(lambda: path is not None and Path(path).exists())
 
 
 def trim(source: Checkpoint, plan: Plan, save: str) -> None:

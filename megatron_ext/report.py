@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.errors import RUNTIME, UserError
-from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.scores import Scores
 
 if TYPE_CHECKING:
@@ -99,17 +98,14 @@ def plot_curves(
     axes.legend(fontsize="small")
 
 
-def plot_ranked_scores(
-    axes: "Axes", scores: Scores, plan: Plan, axis: str, *, num_kept: int
-) -> None:
-    """Draw the scores of ``ffn`` or ``hidden`` from high to low, over their mean.
+def plot_ranked_scores(axes: "Axes", scores: Scores, axis: str, *, num_kept: int) -> None:
+    """Draw the scores of ``hidden``, ``ffn`` or ``heads`` from high to low, over their mean.
 
-    The plan's cut is a vertical line: what stands right of it was removed. ``ffn`` has a line per
-    layer of the source.
+    There is a line per layer where each layer has its own units. What stands right of the vertical
+    line was removed.
     """
-    layers = range(plan.source.num_layers)
-    names = [axis] if axis in scores.vectors else [f"{axis}.{layer}" for layer in layers]
-    for name in names:
+    layers = [f"{axis}.{layer}" for layer in range(scores.source.num_layers)]
+    for name in [axis] if axis in scores.vectors else layers:
         vector = scores.vectors[name]
         ranked = (vector / vector.mean()).sort(descending=True).values
         axes.plot(ranked.tolist(), label=name)

@@ -1,0 +1,254 @@
+"""The quickstart's results as report.md and report.png, also printed.
+
+python examples/quickstart/report.py --output runs/quickstart
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from megatron_ext.arch import num_parameters
+from megatron_ext.errors import USAGE, UserError, run_main
+from megatron_ext.flag_parser import REQUIRED, build, flag, missing, read
+from megatron_ext.pruning.plan import Plan, load_plan
+from megatron_ext.pruning.scores import Scores, load_scores
+from megatron_ext.report import (
+    Curve,
+    Metrics,
+    curve,
+    markdown_table,
+    new_figure,
+    plot_curves,
+    plot_layer_scores,
+    plot_ranked_scores,
+    read_metrics,
+)
+
+KL, LM = "kd loss validation", "lm loss validation"
+# Folder of each arm that trains the pruned shape, and what it is called.
+ARMS = {
+    "distilled": "pruned, KL to the teacher",
+    "control-random": "random weights, KL to the teacher",
+    "control-ce": "pruned, cross entropy",
+}
+PACKAGES = ("torch", "megatron-core", "megatron-minitron")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Report."""
+
+    output: str = flag(REQUIRED, "folder of the quickstart's runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportFlags:
+    """Report on the quickstart."""
+
+    report: Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What the quickstart left in its folder."""
+
+    folder: Path
+    settings: dict[str, str]
+    plan: Plan
+    scores: Scores
+    runs: dict[str, Metrics]
+    """Metrics by folder: teacher, each arm, and control-ce-kl, an evaluation."""
+
+    def curve(self, run: str, name: str) -> Curve:
+        """Return the points of a metric over the tokens of ``run``."""
+        tokens = int(self.settings["BATCH"]) * int(self.settings["SEQ_LENGTH"])
+        return curve(self.runs[run], name, tokens_per_step=tokens)
+
+    def kl(self, arm: str) -> Curve:
+        """Return the KL to the teacher over the tokens of ``arm``.
+
+        Cross entropy trains without a teacher: its KL is known before and after.
+        """
+        if arm != "control-ce":
+            return self.curve(arm, KL)
+        tokens, _ = self.curve(arm, LM)
+        before, after = self.curve("distilled", KL)[1][0], self.curve("control-ce-kl", KL)[1][-1]
+        return [tokens[0], tokens[-1]], [before, after]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write report.md and report.png and print the first."""
+    typed = read(ReportFlags, sys.argv[1:] if argv is None else argv, {})
+    if absent := missing(ReportFlags, typed):
+        raise UserError(f"missing {' '.join(absent)}.", USAGE)
+    results = load(Path(build(ReportFlags, typed).report.output))
+    draw(results)
+    text = "\n\n".join(
+        [
+            "# Quickstart: a teacher, its pruned half, and three ways to train that",
+            results_table(results),
+            findings(results),
+            "![curves and scores](report.png)",
+            "## What they write",
+            texts(results.folder),
+            "## Wall time",
+            times(results.folder),
+            "## Where",
+            machine(results),
+        ]
+    )
+    (results.folder / "report.md").write_text(text + "\n")
+    print(f"\n{text}\n\nwritten: {results.folder / 'report.md'}, {results.folder / 'report.png'}")
+
+
+def load(folder: Path) -> Results:
+    """Read the folder of a finished quickstart."""
+    lines = (folder / "settings.txt").read_text().splitlines()
+    return Results(
+        folder=folder,
+        settings=dict(line.split("=", 1) for line in lines),
+        plan=load_plan(folder / "plan.json"),
+        scores=load_scores(folder / "scores.safetensors"),
+        runs={
+            run: read_metrics(folder / run / "metrics.jsonl")
+            for run in ("teacher", *ARMS, "control-ce-kl")
+        },
+    )
+
+
+def results_table(results: Results) -> str:
+    """Return parameters, tokens, KL and loss of every model, before and after its training."""
+
+    def sizes(arch: object) -> list[int]:
+        return [num_parameters(arch), num_parameters(arch, embeddings=False)]
+
+    source, target = sizes(results.plan.source), sizes(results.plan.target)
+    tokens, loss = results.curve("teacher", LM)
+    rows = [["teacher", *source, tokens[-1], None, 0.0, loss[0], loss[-1]]]
+    for arm, name in ARMS.items():
+        (tokens, kl), (_, loss) = results.kl(arm), results.curve(arm, LM)
+        rows.append([name, *target, tokens[-1], kl[0], kl[-1], loss[0], loss[-1]])
+    header = [
+        "model",
+        "parameters",
+        "non-embedding",
+        "tokens",
+        "KL before",
+        "KL after",
+        "loss before",
+        "loss after",
+    ]
+    note = (
+        "KL(teacher ‖ model) and language-model loss on the validation text, nats per token. "
+        'The pruned model, untouched, is "before" in the rows that begin with it.'
+    )
+    return f"{markdown_table(header, rows)}\n\n{note}"
+
+
+def findings(results: Results) -> str:
+    """Say in sentences what the numbers show, whichever way they came out."""
+    kl = {arm: results.kl(arm)[1] for arm in ARMS}
+    loss = {arm: results.curve(arm, LM)[1] for arm in ARMS}
+    teacher = results.curve("teacher", LM)[1]
+
+    def compare(arm: str, curves: dict[str, list[float]]) -> str:
+        ours, theirs = curves["distilled"][-1], curves[arm][-1]
+        word = "lower" if ours < theirs else "higher" if ours > theirs else "the same"
+        return f"{word} ({ours:.3f} against {theirs:.3f})"
+
+    sentences = [
+        f"Pruning to {results.plan.target.hidden_size} channels and "
+        f"{results.plan.target.ffn_hidden_size} neurons moved the loss from {teacher[-1]:.3f} to "
+        f"{loss['distilled'][0]:.3f}; distillation brought it to {loss['distilled'][-1]:.3f}, and "
+        f"the KL from {kl['distilled'][0]:.3f} to {kl['distilled'][-1]:.3f}.",
+        "Against the same shape from random weights, with the same loss on the same tokens, the "
+        f"distilled student's KL is {compare('control-random', kl)} and its loss is "
+        f"{compare('control-random', loss)}.",
+        "Against the same pruned weights trained with cross entropy on the same tokens, its KL is "
+        f"{compare('control-ce', kl)} and its loss is {compare('control-ce', loss)}.",
+        f"In its last eighth of training the teacher's own loss still fell by "
+        f"{teacher[-2] - teacher[-1]:.3f}: a student can learn from the text, and not from its "
+        "teacher, what the teacher does not know yet. One seed; small differences mean nothing.",
+    ]
+    return "\n".join(f"* {sentence}" for sentence in sentences)
+
+
+def draw(results: Results) -> None:
+    """Write report.png."""
+    figure, axes = new_figure(2, 3)
+    tokens = {"x": "tokens trained on", "y": "nats per token"}
+    kls = {name: results.kl(arm) for arm, name in ARMS.items()}
+    plot_curves(axes[0], kls, title="validation KL to the teacher", log=True, **tokens)
+    losses = {name: results.curve(arm, LM) for arm, name in ARMS.items()}
+    plot_curves(axes[1], losses, title="validation loss", **tokens)
+    axes[1].axhline(results.curve("teacher", LM)[1][-1], color="black", linestyle=":")
+    teacher = {"teacher": results.curve("teacher", LM)}
+    plot_curves(axes[2], teacher, title="validation loss of the teacher", **tokens)
+    for place, (axis, size) in zip(
+        axes[3:5], {"hidden": "hidden_size", "ffn": "ffn_hidden_size"}.items(), strict=True
+    ):
+        kept = getattr(results.plan.target, size)
+        plot_ranked_scores(place, results.scores, axis, num_kept=kept)
+    plot_layer_scores(axes[5], results.scores)
+    figure.savefig(results.folder / "report.png", dpi=110)
+
+
+def texts(folder: Path) -> str:
+    """Return what the models wrote, as code blocks."""
+    blocks = []
+    for model in ("teacher", "pruned", "distilled"):
+        text = (folder / "texts" / f"{model}.txt").read_text().rstrip()
+        blocks.append(f"### {model}\n\n````text\n{text}\n````")
+    return "\n\n".join(blocks)
+
+
+def times(folder: Path) -> str:
+    """Return the seconds of every step; a step that was started again counts all its starts."""
+    seconds: dict[str, int] = {}
+    for line in (folder / "times.tsv").read_text().splitlines():
+        name, value = line.split("\t")
+        seconds[name] = seconds.get(name, 0) + int(value)
+    rows = [*seconds.items(), ("all", sum(seconds.values()))]
+    return markdown_table(["step", "seconds"], rows)
+
+
+def machine(results: Results) -> str:
+    """Return machine, date, commit, versions and settings."""
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    rows = [
+        ["CPU", f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores"],
+        ["date", f"{datetime.now():%F %R}"],
+        ["commit", commit()],
+        ["versions", f"Python {platform.python_version()}, {versions}"],
+        ["settings", " ".join(f"{key}={value}" for key, value in results.settings.items())],
+    ]
+    return "\n".join(f"* {name}: {value}" for name, value in rows)
+
+
+def cpu_model() -> str:
+    """Return the processor's name as Linux gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def commit() -> str:
+    """Return the commit of this file's repository, and if files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.decode().strip() + " with changes" * bool(changes.stdout.strip())
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# The whole method on two CPU cores in about nine minutes: a corpus and a tokenizer, a teacher from
+# random weights, its pruned half, distillation, two controls, generated text and a report.
+#
+#     bash examples/quickstart/run.sh [OUT]        default OUT: runs/quickstart
+#
+# Started again, it goes on after the last finished step, and training after its last checkpoint.
+# QUICK=1 makes everything tiny: the flow in about a minute, no result worth reading.
+set -euo pipefail
+OUT=$(realpath -m "${1:-${OUT:-runs/quickstart}}")
+cd "$(dirname "$0")/../.."
+source tools/venv.sh
+
+# Sizes. Those of the environment win:  TEACHER_ITERS=2000 OUT=runs/long bash ...
+if [ "${QUICK:-0}" = 1 ]; then
+    : "${VOCAB_SIZE:=512}" "${SEQ_LENGTH:=32}" "${LAYERS:=2}" "${HIDDEN:=32}" "${FFN:=64}"
+    : "${KV_CHANNELS:=16}" "${TEACHER_ITERS:=4}" "${DISTILL_ITERS:=4}" "${EVAL_ITERS:=2}"
+    : "${EVALS:=2}" "${CALIBRATION_SAMPLES:=16}" "${NEW_TOKENS:=4}" "${STUDENT_HIDDEN:=24}"
+    : "${STUDENT_FFN:=32}" "${WARMUP:=1}"
+fi
+: "${VOCAB_SIZE:=2048}" "${SEQ_LENGTH:=128}" "${MICRO_BATCH:=8}" "${BATCH:=16}"
+: "${LAYERS:=4}" "${HIDDEN:=256}" "${FFN:=704}" "${HEADS:=4}" "${QUERY_GROUPS:=2}"
+: "${KV_CHANNELS:=64}" "${TEACHER_ITERS:=800}" "${TEACHER_LR:=3e-3}" "${TEACHER_MIN_LR:=3e-4}"
+: "${STUDENT_HIDDEN:=192}" "${STUDENT_FFN:=384}" "${CALIBRATION_SAMPLES:=256}"
+: "${DISTILL_ITERS:=200}" "${DISTILL_LR:=1e-3}" "${DISTILL_MIN_LR:=1e-4}" "${WARMUP:=20}"
+: "${EVALS:=8}" "${EVAL_ITERS:=16}" "${NEW_TOKENS:=80}"
+SETTINGS="VOCAB_SIZE SEQ_LENGTH MICRO_BATCH BATCH LAYERS HIDDEN FFN HEADS QUERY_GROUPS KV_CHANNELS
+    TEACHER_ITERS TEACHER_LR TEACHER_MIN_LR STUDENT_HIDDEN STUDENT_FFN CALIBRATION_SAMPLES
+    DISTILL_ITERS DISTILL_LR DISTILL_MIN_LR WARMUP EVALS EVAL_ITERS NEW_TOKENS"
+PROMPTS=($'def read_lines(path):\n    """Return the lines of a file."""\n' "The following table")
+
+# A thread per process: the two processes of a step have a core each. The others keep memory that
+# was freed: fresh pages from the system cost more than the arithmetic.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999
+
+fail() {
+    echo "ERROR: $1" >&2
+    exit 1
+}
+
+# step NAME COMMAND...: run it once, its output on the screen and in OUT/logs/NAME.log.
+step() {
+    local name=$1 log=$OUT/logs/$1.log code=0 began=$SECONDS
+    shift
+    [ ! -e "$OUT/done/$name" ] || return 0
+    printf '\n=== %s\n' "$name"
+    # No pipe: a process that a killed step leaves behind would keep it open, and this script
+    # waiting. Bash hides Ctrl-C from what runs in the background: it is passed on as SIGTERM, upon
+    # which training saves.
+    "$@" >"$log" 2>&1 &
+    local pid=$! stopped=0
+    tail -n +1 -f -s 0.2 --pid="$pid" "$log" &
+    trap 'stopped=1; kill -TERM "$pid" 2>/dev/null || true' INT TERM
+    while :; do
+        wait "$pid" && code=0 || code=$?
+        kill -0 "$pid" 2>/dev/null || break # a signal ends wait, not the step
+    done
+    wait
+    trap - INT TERM
+    printf '%s\t%d\n' "$name" $((SECONDS - began)) >>"$OUT/times.tsv"
+    if [ $stopped = 1 ]; then
+        printf '\nstopped in step %s; start again to go on\n' "$name" >&2
+        exit 130
+    elif [ $code != 0 ]; then
+        printf '\n' >&2
+        fail "step $name ended with code $code: $(reason "$log") (all of it: $log)"
+    fi
+    touch "$OUT/done/$name"
+}
+
+# The program's own last word: torchrun prints a long summary after it.
+reason() {
+    local lines errors
+    lines=$(tr '\r' '\n' <"$1" | grep -v -e ChildFailedError -e '^[[:space:]]*$' || true)
+    errors=$(grep -a -E '^ERROR: |^(\[rank[0-9]+\]: )?[A-Za-z_.]*(Error|Exception)\b' <<<"$lines" ||
+        tail -n 1 <<<"$lines")
+    tail -n 1 <<<"$errors" | sed 's/^ERROR: //'
+}
+
+# What a step runs ends in exec, so that it is the step's process that gets the signal.
+launch() { exec torchrun --standalone --nproc-per-node 2 "$@"; }
+
+preprocess() {
+    exec python tools/preprocess_data.py --input "$OUT/corpus/$1.jsonl" --output-prefix "$OUT/data/$1" \
+        --append-eod "${TOKENIZER[@]}"
+}
+
+# train NAME ITERS LR MIN_LR FLAGS...: every arm has the same data, batch and shape of schedule.
+train() {
+    local name=$1 iters=$2 lr=$3 min_lr=$4
+    shift 4
+    launch pretrain_distill.py "${DATA[@]}" "${SHAPE[@]}" --global-batch-size "$BATCH" \
+        --save "$OUT/$name" --save-interval $((iters / 4)) --train-iters "$iters" \
+        --lr "$lr" --min-lr "$min_lr" --lr-decay-style cosine --lr-warmup-iters "$WARMUP" \
+        --adam-beta2 0.95 --weight-decay 0.1 --log-interval 25 --progress \
+        --eval-interval $((iters / EVALS > 0 ? iters / EVALS : 1)) --eval-iters "$EVAL_ITERS" "$@"
+}
+
+prune() {
+    rm -rf "$OUT/pruned" # of a start that was killed between the checkpoint and the end
+    launch prune.py --load "$OUT/teacher" --save "$OUT/pruned" --tensor-model-parallel-size 2 \
+        "${TRAIN_DATA[@]}" "${SHAPE[@]}" --calibration-samples "$CALIBRATION_SAMPLES" \
+        --target-hidden-size "$STUDENT_HIDDEN" --target-ffn-hidden-size "$STUDENT_FFN" \
+        --scores "$OUT/scores.safetensors" --plan "$OUT/plan.json"
+}
+
+from_scratch() { # the pruned model's sizes, which its checkpoint writes down as flags
+    local sizes
+    read -ra sizes <"$OUT/pruned/release/megatron_args.sh"
+    train control-random "$DISTILL_ITERS" "$DISTILL_LR" "$DISTILL_MIN_LR" "${sizes[@]}" \
+        --teacher-load "$OUT/teacher"
+}
+
+evaluate() { # the KL to the teacher of a run that had none
+    launch pretrain_distill.py "${DATA[@]}" "${SHAPE[@]}" --global-batch-size "$BATCH" \
+        --skip-train --eval-iters "$EVAL_ITERS" --no-load-optim --no-load-rng \
+        --load "$OUT/$1" --teacher-load "$OUT/teacher" --save "$OUT/$1-kl"
+}
+
+generate() {
+    exec python tools/generate.py --load "$OUT/$1" "${TOKENIZER[@]}" --prompt "${PROMPTS[@]}" \
+        --max-new-tokens "$NEW_TOKENS" >"$OUT/texts/$1.txt"
+}
+
+mkdir -p "$OUT"/{logs,done,texts}
+typed=$(for name in $SETTINGS; do echo "$name=${!name}"; done)
+if [ -e "$OUT/settings.txt" ]; then
+    changed=$(diff "$OUT/settings.txt" - <<<"$typed" | grep '^[<>]' | tr '\n' ' ') || true
+    [ -z "$changed" ] || fail "$OUT has results of other settings ($changed): remove it or give another OUT."
+fi
+echo "$typed" >"$OUT/settings.txt"
+
+TOKENIZER=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$OUT/corpus/tokenizer.model")
+TRAIN_DATA=(--train-data-path "$OUT/data/train_text_document" --num-workers 0 "${TOKENIZER[@]}")
+DATA=("${TRAIN_DATA[@]}" --valid-data-path "$OUT/data/valid_text_document")
+SHAPE=(--bf16 --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH")
+
+step corpus python examples/quickstart/corpus.py --output "$OUT/corpus" --vocab-size "$VOCAB_SIZE"
+step preprocess-train preprocess train
+step preprocess-valid preprocess valid
+step teacher train teacher "$TEACHER_ITERS" "$TEACHER_LR" "$TEACHER_MIN_LR" \
+    --num-layers "$LAYERS" --hidden-size "$HIDDEN" --ffn-hidden-size "$FFN" --swiglu \
+    --num-attention-heads "$HEADS" --kv-channels "$KV_CHANNELS" \
+    --group-query-attention --num-query-groups "$QUERY_GROUPS" \
+    --position-embedding-type rope --max-position-embeddings 256 --normalization RMSNorm \
+    --disable-bias-linear --untie-embeddings-and-output-weights \
+    --attention-dropout 0 --hidden-dropout 0
+step prune prune
+step distilled train distilled "$DISTILL_ITERS" "$DISTILL_LR" "$DISTILL_MIN_LR" \
+    --load "$OUT/pruned" --teacher-load "$OUT/teacher"
+step control-random from_scratch
+step control-ce train control-ce "$DISTILL_ITERS" "$DISTILL_LR" "$DISTILL_MIN_LR" \
+    --load "$OUT/pruned"
+step control-ce-kl evaluate control-ce
+for model in teacher pruned distilled; do step "generate-$model" generate "$model"; done
+python examples/quickstart/report.py --output "$OUT"
