@@ -1,0 +1,117 @@
+"""Say what is in a checkpoint: sizes, parameters, tensors, and what it was pruned from.
+
+    python tools/inspect_checkpoint.py --load ckpt/pruned [--tensors]
+
+Reads no weights and needs no model, no GPU and no other rank.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from megatron_ext import checkpoint
+from megatron_ext.arch import Arch, num_parameters
+from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.errors import USAGE, UserError, run_main
+from megatron_ext.flag_parser import REQUIRED, build, flag, missing, read
+from megatron_ext.pruning.plan import Plan, load_plan
+from megatron_ext.slices import SliceReader
+
+# Units of a prunable axis, by the size that counts them.
+AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """Inspection."""
+
+    load: str = flag(REQUIRED, "folder of the checkpoint")
+    ckpt_step: int | None = flag(None, "iteration to read; default the latest", at_least=0)
+    tensors: bool = flag(False, "list every tensor with its shape and dtype")
+    json: bool = flag(False, "print one JSON object instead of text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectFlags:
+    """Say what is in a checkpoint."""
+
+    inspection: Inspection
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print what the checkpoint holds."""
+    typed = read(InspectFlags, sys.argv[1:] if argv is None else argv, {})
+    needed = missing(InspectFlags, typed)
+    if needed:
+        raise UserError(f"missing {', '.join(needed)}.", USAGE)
+    options = build(InspectFlags, typed).inspection
+    source = checkpoint.read(options.load, options.ckpt_step)
+    reader = SliceReader(source.folder)
+    plan_file = source.folder / "plan.json"
+    plan = load_plan(plan_file) if plan_file.exists() else None
+    if options.json:
+        print(json.dumps(as_json(source, reader, plan), indent=1))
+        return
+    print("\n".join(describe(source, reader, plan)))
+    if options.tensors:
+        print("\n".join(tensor_lines(reader)))
+
+
+def describe(source: Checkpoint, reader: SliceReader, plan: Plan | None) -> Iterator[str]:
+    """Yield the lines of the text form."""
+    arch = source.arch
+    yield f"{source.folder}: {'release' if not source.iteration else f'step {source.iteration}'}"
+    for name, value in asdict(arch).items():
+        yield f"  {name:38} {value}"
+    for name, count in parameters(arch).items():
+        yield f"  {name:38} {count:,}"
+    stored = sum(size_in_bytes(reader, key) for key in reader.shapes)
+    yield f"  {'tensors':38} {len(reader.shapes)}, {stored / 2**20:,.1f} MiB"
+    if plan is not None:
+        yield f"pruned from {parameters(plan.source)['parameters']:,} parameters"
+        for axis in AXES:
+            before, after = getattr(plan.source, axis), getattr(plan.target, axis)
+            yield f"  {axis:38} {before} -> {after}"
+        for name, value in plan.made.items():
+            yield f"  {name:38} {value}"
+
+
+def tensor_lines(reader: SliceReader) -> Iterator[str]:
+    """Yield a line per tensor: name, dtype, shape."""
+    for key, (shape, dtype) in sorted(reader.shapes.items()):
+        yield f"  {key:70} {str(dtype).removeprefix('torch.'):10} {list(shape)}"
+
+
+def parameters(arch: Arch) -> dict[str, int]:
+    """Return the parameter counts of ``arch`` by name."""
+    return {
+        "parameters": num_parameters(arch),
+        "parameters without embeddings": num_parameters(arch, embeddings=False),
+    }
+
+
+def size_in_bytes(reader: SliceReader, key: str) -> int:
+    """Return what the tensor ``key`` takes on disk."""
+    shape, dtype = reader.shapes[key]
+    return math.prod(shape) * dtype.itemsize
+
+
+def as_json(source: Checkpoint, reader: SliceReader, plan: Plan | None) -> dict:
+    """Return everything as plain data."""
+    return {
+        "folder": str(source.folder),
+        "iteration": source.iteration,
+        "arch": asdict(source.arch),
+        **parameters(source.arch),
+        "tensors": {
+            key: {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+            for key, (shape, dtype) in sorted(reader.shapes.items())
+        },
+        "plan": None if plan is None else json.loads(plan.to_json()),
+    }
+
+
+if __name__ == "__main__":
+    run_main(main)
