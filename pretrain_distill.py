@@ -19,6 +19,7 @@ from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
 from megatron_ext.flags import (
     TrainFlags,
     check_against_checkpoint,
+    check_experts,
     check_layout,
     new_arch,
     parse_train,
@@ -54,6 +55,7 @@ def main() -> int:
         check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
     if teacher is not None:
         check_teacher(arch, teacher, flags)
+    check_experts([arch, *([teacher.arch] if teacher else [])], flags.parallel)
     place = join_ranks(flags, arch.num_layers)
     if flags.checkpoint.verify_integrity:
         for source in filter(None, (start.source, teacher)):

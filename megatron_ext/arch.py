@@ -12,10 +12,14 @@ Named dims (a row of the table lists one per tensor axis):
     head_dim  kv_channels
     vocab     padded_vocab_size
     position  max_position_embeddings
+    experts   num_experts                                  in a mixture of experts, every layer one
+    moe_ffn, moe_fc1        as ffn and fc1, of one expert
+    shared_ffn, shared_fc1  as ffn and fc1, of the shared experts together
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from math import prod
 from typing import Any
 
 LAYER_PREFIX = "decoder.layers."
@@ -24,6 +28,21 @@ LAYER_PREFIX = "decoder.layers."
 RENAMED = {
     "norm_epsilon": "layernorm_epsilon",
     "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+}
+# Load-balancing losses: over a micro-batch, over each sample, none. megatron-core's third, over the
+# global batch, depends on the order of micro-batches and so on the layout.
+LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "none")
+# What saved args may say of experts beside the fields below: name, the only value taken.
+ONLY = {
+    "moe_layer_freq": 1,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "moe_router_topk_scaling_factor": None,
+    "moe_shared_expert_gate": False,
+    "moe_expert_capacity_factor": None,
+    "moe_apply_probs_on_input": False,
+    "moe_latent_size": None,
 }
 
 
@@ -60,14 +79,29 @@ class Arch:
     """A bias on linear_qkv even where add_bias_linear is off."""
     qk_layernorm: bool = False
     untie_embeddings_and_output_weights: bool = False
+    num_experts: int | None = None
+    """Experts of every layer's MLP; None for a plain MLP, without any of the moe_ sizes."""
+    moe_router_topk: int = 2
+    """Experts that compute a token."""
+    moe_ffn_hidden_size: int | None = None
+    """Neurons of one expert."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Neurons of the shared experts together, which compute every token; None for none."""
+    moe_router_pre_softmax: bool = False
+    """Softmax over all experts, instead of over the chosen ones."""
+    moe_router_load_balancing_type: str = "aux_loss"
+    """Over what the loss that evens out the experts' load is taken: one of LOAD_BALANCING."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of that loss in training."""
     init_method_std: float = 0.02
     attention_dropout: float = 0.1
     hidden_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be >= 1: {getattr(self, name)}.")
+        for name in (*_SIZES, *_EXPERT_SIZES):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be >= 1: {value}.")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"--num-attention-heads {self.num_attention_heads} is not a multiple of "
@@ -77,16 +111,44 @@ class Arch:
             raise ValueError(
                 f"vocabulary {self.vocab_size} is larger than its padding {self.padded_vocab_size}."
             )
+        for problem in self._expert_problems():
+            raise ValueError(problem)
+
+    def _expert_problems(self) -> Iterator[str]:
+        experts, topk = self.num_experts, self.moe_router_topk
+        if experts is None:
+            for f in fields(self):
+                if f.name.startswith("moe_") and getattr(self, f.name) != f.default:
+                    yield f"--{f.name.replace('_', '-')} needs --num-experts."
+            return
+        if self.moe_ffn_hidden_size is None:
+            yield "--num-experts needs --moe-ffn-hidden-size."
+        if self.moe_router_load_balancing_type not in LOAD_BALANCING:
+            yield (
+                f"--moe-router-load-balancing-type {self.moe_router_load_balancing_type}: only "
+                f"{', '.join(LOAD_BALANCING)}."
+            )
+        if topk > experts:
+            yield f"--moe-router-topk {topk} is more than --num-experts {experts}."
+        if topk == 1 and not self.moe_router_pre_softmax:
+            yield "--moe-router-topk 1 needs --moe-router-pre-softmax: one score alone is always 1."
+        if self.add_bias_linear:
+            yield "--num-experts needs --disable-bias-linear: experts have no biases here."
 
     @classmethod
     def from_args(cls, args: Mapping[str, Any]) -> "Arch":
         """Read an architecture from Megatron-LM's saved args (a mapping of names to values).
 
-        Raises ``KeyError`` with the name of a size that is missing.
+        Raises ``KeyError`` with the name of a size that is missing, ``ValueError`` for sizes that
+        contradict each other and for kinds of experts that are not built here.
         """
         args = {**{name: args.get(new) for name, new in RENAMED.items()}, **args}
         known = {f.name: args[f.name] for f in fields(cls) if args.get(f.name) is not None}
         known.setdefault("vocab_size", args["padded_vocab_size"])
+        if args.get("num_experts") is None:
+            known = {name: value for name, value in known.items() if not name.startswith("moe_")}
+        else:
+            known |= _expert_args(args)
         if not args.get("group_query_attention"):
             known["num_query_groups"] = args["num_attention_heads"]
         missing = [name for name in _SIZES if name not in known]
@@ -104,7 +166,30 @@ class Arch:
         }
 
 
-_SIZES = tuple(f.name for f in fields(Arch) if f.type in (int, "int") and f.name != "rotary_base")
+_SIZES = tuple(f.name for f in fields(Arch) if f.type in (int, "int") and f.default is MISSING)
+_EXPERT_SIZES = (
+    "num_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+)
+
+
+def _expert_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the experts' sizes that saved args write in a way of their own."""
+    for name, only in ONLY.items():
+        value = args.get(name)
+        values = value if isinstance(value, list) else [value]
+        if any(value not in (None, only) for value in values):
+            raise ValueError(f"{name} is {value}; only {only} is supported")
+    known = {"moe_ffn_hidden_size": args.get("moe_ffn_hidden_size") or args["ffn_hidden_size"]}
+    # Megatron-LM takes several losses at once: a list, even of one.
+    for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
+        if isinstance(value := args.get(name), list):
+            if len(value) > 1:
+                raise ValueError(f"{name} is {value}; only one loss is supported")
+            known[name] = value[0]
+    return known
 
 
 @dataclass(frozen=True)
@@ -125,15 +210,21 @@ class Weight:
 
 def dim_sizes(arch: Arch) -> dict[str, int]:
     """Return the length of every named dim."""
+    moe_ffn, shared_ffn = arch.moe_ffn_hidden_size, arch.moe_shared_expert_intermediate_size
+    gates = 2 if arch.swiglu else 1
+    experts = {"experts": arch.num_experts, "moe_ffn": moe_ffn, "moe_fc1": (moe_ffn or 0) * gates}
+    shared = {"shared_ffn": shared_ffn, "shared_fc1": (shared_ffn or 0) * gates}
     return {
         "hidden": arch.hidden_size,
         "ffn": arch.ffn_hidden_size,
-        "fc1": arch.ffn_hidden_size * (2 if arch.swiglu else 1),
+        "fc1": arch.ffn_hidden_size * gates,
         "heads": arch.num_attention_heads * arch.kv_channels,
         "qkv": (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.kv_channels,
         "head_dim": arch.kv_channels,
         "vocab": arch.padded_vocab_size,
         "position": arch.max_position_embeddings,
+        **(experts if arch.num_experts else {}),
+        **(shared if shared_ffn else {}),
     }
 
 
@@ -141,7 +232,8 @@ def weights(arch: Arch) -> list[Weight]:
     """Return the table of ``arch``, in the order of the forward pass.
 
     Names are those on disk: Transformer Engine's, with each norm inside the linear layer that
-    follows it, which megatron-core writes for its local layers too.
+    follows it, which megatron-core writes for its local layers too. The norm before a router stands
+    alone. A weight of the experts is one tensor: [experts, ...].
     """
     layer, norm_init = LAYER_PREFIX, "zeros" if arch.apply_layernorm_1p else "ones"
 
@@ -164,12 +256,32 @@ def weights(arch: Arch) -> list[Weight]:
         rows += norm(f"{attention}q_layernorm.", "head_dim")
         rows += norm(f"{attention}k_layernorm.", "head_dim")
     rows += linear(f"{attention}linear_proj", ("hidden", "heads"), bias=bias, init="scaled")
-    rows += norm(f"{mlp}linear_fc1.layer_norm_")
-    rows += linear(f"{mlp}linear_fc1", ("fc1", "hidden"), bias=bias, init="normal")
-    rows += linear(f"{mlp}linear_fc2", ("hidden", "ffn"), bias=bias, init="scaled")
+    if arch.num_experts is None:
+        rows += norm(f"{mlp}linear_fc1.layer_norm_")
+        rows += linear(f"{mlp}linear_fc1", ("fc1", "hidden"), bias=bias, init="normal")
+        rows += linear(f"{mlp}linear_fc2", ("hidden", "ffn"), bias=bias, init="scaled")
+    else:
+        rows += norm(f"{layer}pre_mlp_layernorm.")
+        rows += _expert_weights(mlp, shared=arch.moe_shared_expert_intermediate_size is not None)
     rows += norm("decoder.final_layernorm.")
     if arch.untie_embeddings_and_output_weights:
         rows += [Weight("output_layer.weight", ("vocab", "hidden"))]
+    return rows
+
+
+def _expert_weights(mlp: str, *, shared: bool) -> list[Weight]:
+    rows = [
+        Weight(f"{mlp}router.weight", ("experts", "hidden")),
+        Weight(f"{mlp}experts.experts.linear_fc1.weight", ("experts", "moe_fc1", "hidden")),
+        Weight(
+            f"{mlp}experts.experts.linear_fc2.weight", ("experts", "hidden", "moe_ffn"), "scaled"
+        ),
+    ]
+    if shared:
+        rows += [
+            Weight(f"{mlp}shared_experts.linear_fc1.weight", ("shared_fc1", "hidden")),
+            Weight(f"{mlp}shared_experts.linear_fc2.weight", ("hidden", "shared_ffn"), "scaled"),
+        ]
     return rows
 
 
@@ -179,28 +291,39 @@ def shape(weight: Weight, arch: Arch) -> tuple[int, ...]:
     return tuple(sizes[dim] for dim in weight.dims)
 
 
-def num_parameters(arch: Arch, *, embeddings: bool = True) -> int:
-    """Count parameters; without ``embeddings``, leave out the vocabulary and position tables."""
-    sizes, total = dim_sizes(arch), 0
+def num_parameters(arch: Arch, *, embeddings: bool = True, active: bool = False) -> int:
+    """Count parameters.
+
+    Args:
+        arch: the sizes.
+        embeddings: without, leave out the vocabulary and position tables.
+        active: count only what computes one token: of the experts, moe_router_topk.
+    """
+    total = 0
     for weight in weights(arch):
-        if not embeddings and weight.dims[0] in ("vocab", "position"):
-            continue
-        numel = 1
-        for dim in weight.dims:
-            numel *= sizes[dim]
-        total += numel * (arch.num_layers if weight.per_layer else 1)
+        if embeddings or weight.dims[0] not in ("vocab", "position"):
+            times = arch.num_layers if weight.per_layer else 1
+            total += _numel(weight, arch, active=active) * times
     return total
 
 
 def forward_flops(arch: Arch, seq_length: int) -> int:
     """Return the floating-point operations of one token's forward pass, at 2 per multiply-add.
 
-    Matrix multiplies only. Causal attention counts half of the square, seq_length / 2 keys a token
-    on average. A training step costs three times as much (backward is two forwards).
+    Matrix multiplies only, of the experts those that compute a token. Causal attention counts half
+    of the square, seq_length / 2 keys a token on average. A training step costs three times as much
+    (backward is two forwards).
     """
     sizes = dim_sizes(arch)
-    matrices = [w for w in weights(arch) if len(w.dims) == 2 and w.per_layer]
-    per_layer = sum(sizes[w.dims[0]] * sizes[w.dims[1]] for w in matrices)
+    matrices = [w for w in weights(arch) if len(w.dims) > 1 and w.per_layer]
+    per_layer = sum(_numel(w, arch, active=True) for w in matrices)
     attention = sizes["heads"] * seq_length  # scores and values: 2 * heads * seq_length / 2
     output = sizes["vocab"] * sizes["hidden"]
     return 2 * (arch.num_layers * (per_layer + attention) + output)
+
+
+def _numel(weight: Weight, arch: Arch, *, active: bool) -> int:
+    """Return the elements of ``weight`` in one layer, or of its active experts."""
+    is_experts = weight.dims[0] == "experts" and len(weight.dims) == 3  # two: the router
+    numel = prod(shape(weight, arch))
+    return numel // arch.num_experts * arch.moe_router_topk if active and is_experts else numel

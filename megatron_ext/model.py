@@ -5,6 +5,7 @@
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch import Tensor
 from megatron_ext.arch import Arch, weights
 from megatron_ext.checkpoint import sharded_tensors
 from megatron_ext.errors import USAGE, UserError
-from megatron_ext.layers import local_block_spec
+from megatron_ext.layers import Router, local_block_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,9 @@ class ModelOptions:
     transformer_impl: str = "local"
     fuse_kernels: bool = False
     """Let megatron-core fuse element-wise operations (torch.compile); for GPUs."""
+    moe_token_dispatcher_type: str = "allgather"
+    moe_grouped_gemm: bool = False
+    """One kernel for the experts of a rank; Transformer Engine's layers only."""
     recompute: dict[str, str | int | None] = field(default_factory=dict)
     """megatron-core's recompute_granularity, recompute_method and recompute_num_layers."""
 
@@ -134,8 +138,28 @@ def transformer_config(
         variable_seq_lengths=False,
         transformer_impl=options.transformer_impl,
         use_cpu_initialization=False,
+        **(_expert_config(arch, options, groups) if arch.num_experts else {}),
         **options.recompute,
     )
+
+
+def _expert_config(
+    arch: Arch, options: ModelOptions, groups: ProcessGroupCollection
+) -> dict[str, Any]:
+    """Return the part of megatron-core's configuration that a model without experts refuses."""
+    return {
+        "num_moe_experts": arch.num_experts,
+        "moe_router_topk": arch.moe_router_topk,
+        "moe_ffn_hidden_size": arch.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": arch.moe_shared_expert_intermediate_size,
+        "moe_router_pre_softmax": arch.moe_router_pre_softmax,
+        "moe_router_load_balancing_type": arch.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": arch.moe_aux_loss_coeff,
+        "moe_token_dispatcher_type": options.moe_token_dispatcher_type,
+        "moe_grouped_gemm": options.moe_grouped_gemm,
+        "expert_model_parallel_size": groups.ep.size(),
+        "expert_tensor_parallel_size": groups.expt_tp.size(),
+    }
 
 
 def _leave_unset(weight: Tensor) -> Tensor:
@@ -180,7 +204,13 @@ def _build_chunk(
             get_gpt_layer_with_transformer_engine_spec,
         )
 
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=arch.num_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=arch.qk_layernorm,
+        )
+        if arch.num_experts is not None:
+            spec.submodules.mlp.submodules.router = Router
     else:
         spec = local_block_spec(config, num_layers)
     model = LanguageModel(
@@ -199,8 +229,12 @@ def _build_chunk(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        if ".mlp.experts." in name:
+            # megatron-core gives experts an optimizer of their own under expert parallelism only.
+            # Always, so that optimizer state has one form on disk.
+            parameter.allreduce = False
     return model.to(torch.cuda.current_device())
 
 
@@ -216,7 +250,9 @@ def model_state_dict(chunks: list[MegatronModule]) -> ShardedStateDict:
 
 @torch.no_grad()
 def initialize_weights(chunks: list[LanguageModel], arch: Arch, seed: int) -> None:
-    """Draw every weight from its own generator, seeded by (seed, name, layer). No collectives.
+    """Draw every weight from its own generator, seeded by (seed, name, layer, expert).
+
+    No collectives.
 
     Each rank draws the whole tensor and keeps its shard, so that a seed gives the same model under
     every layout. (megatron-core draws from one generator per tensor-parallel rank.)
@@ -235,8 +271,8 @@ def initialize_weights(chunks: list[LanguageModel], arch: Arch, seed: int) -> No
             shard.data.fill_(float(init == "ones"))
             continue
         axes = shard.prepend_axis_num
-        layer = shard.global_offset[0] if axes else 0
-        digest = hashlib.sha256(f"{seed} {shard.key} {layer}".encode()).digest()
+        which = " ".join(map(str, shard.global_offset[:axes])) or "0"
+        digest = hashlib.sha256(f"{seed} {shard.key} {which}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         whole = torch.empty(shard.global_shape[axes:]).normal_(std=stds[init], generator=generator)
         place = tuple(

@@ -1,11 +1,12 @@
 """The model's sizes on the command line: what was typed, a checkpoint's sizes, a new model's."""
 
+import contextlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, fields, replace
 from typing import Any
 
-from megatron_ext.arch import Arch
+from megatron_ext.arch import LOAD_BALANCING, Arch
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.flag_parser import flag, option
 
@@ -51,6 +52,23 @@ class Sizes:
     untie_embeddings_and_output_weights: bool = flag(
         False, "an output matrix of its own instead of the embedding's"
     )
+    num_experts: int | None = flag(
+        None, "experts of every layer's MLP; default a plain MLP", at_least=1
+    )
+    moe_router_topk: int = flag(2, "experts that compute a token", at_least=1)
+    moe_ffn_hidden_size: int | None = flag(
+        None, "neurons of an expert; default ffn-hidden-size", at_least=1
+    )
+    moe_shared_expert_intermediate_size: int | None = flag(
+        None, "neurons of all shared experts together, which compute every token", at_least=1
+    )
+    moe_router_pre_softmax: bool = flag(
+        False, "softmax over all experts instead of the chosen ones"
+    )
+    moe_router_load_balancing_type: str = flag(
+        "aux_loss", "load-balancing loss over a micro-batch or each sample", choices=LOAD_BALANCING
+    )
+    moe_aux_loss_coeff: float = flag(0.0, "weight of the load-balancing loss", at_least=0)
     init_method_std: float = flag(0.02, "standard deviation of a new model's weights", above=0)
     attention_dropout: float = flag(
         0.1, "share of attention weights dropped in training", at_least=0, below=1
@@ -69,8 +87,14 @@ REQUIRED_SIZES = (
     "num_attention_heads",
     "max_position_embeddings",
 )
-# Not a size of the checkpoint, or free to change after it.
-NOT_COMPARED = ("attention_dropout", "hidden_dropout", "make_vocab_size_divisible_by")
+# Free to change after the checkpoint: they matter in training only.
+FREE = (
+    "attention_dropout",
+    "hidden_dropout",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+)
+NOT_COMPARED = (*FREE, "make_vocab_size_divisible_by")
 
 
 def missing_sizes(sizes: Mapping[str, Any]) -> list[str]:
@@ -105,22 +129,32 @@ def new_arch(sizes: Mapping[str, Any], vocab_size: int) -> Arch:
         values["ffn_hidden_size"] = (
             int(4 * hidden * 2 / 3 / 64) * 64 if values["swiglu"] else 4 * hidden
         )
+    if values["num_experts"] is not None and values["moe_ffn_hidden_size"] is None:
+        values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
     if not values.pop("group_query_attention"):
         values["num_query_groups"] = heads
     # Megatron-LM pads to a multiple of this times TP. Sizes must not depend on the layout.
     multiple = values.pop("make_vocab_size_divisible_by")
     padded = -(-vocab_size // multiple) * multiple
-    try:
+    with _refused():
         return Arch(vocab_size=vocab_size, padded_vocab_size=padded, **values)
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """Turn what ``Arch`` refuses into a ``UserError``."""
+    try:
+        yield
     except ValueError as error:
         raise UserError(str(error), USAGE) from None
 
 
 def check_against_checkpoint(sizes: Mapping[str, Any], arch: Arch) -> Arch:
-    """Return the checkpoint's ``arch`` with the typed dropouts.
+    """Return the checkpoint's ``arch`` with the typed dropouts and load balancing.
 
     Raises:
-        UserError: a typed size contradicts the checkpoint; all of them in one table.
+        UserError: a typed size contradicts the checkpoint, all of them in one table; or load
+            balancing is typed for a model without experts.
     """
     saved = arch.to_args()
     skip = set(NOT_COMPARED)
@@ -138,8 +172,8 @@ def check_against_checkpoint(sizes: Mapping[str, Any], arch: Arch) -> Arch:
         table = [f"  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows]
         head = "the checkpoint has other sizes; drop these flags to use the checkpoint's:"
         raise UserError("\n".join([head, *table]), CHECKPOINT)
-    dropouts = {name: sizes[name] for name in NOT_COMPARED[:2] if name in sizes}
-    return replace(arch, **dropouts)
+    with _refused():
+        return replace(arch, **{name: sizes[name] for name in FREE if name in sizes})
 
 
 def megatron_command_line(arch: Arch) -> str:
@@ -148,6 +182,8 @@ def megatron_command_line(arch: Arch) -> str:
     words = []
     for field in fields(Sizes):
         value = values[field.name]
+        if value is None or (field.name.startswith("moe_") and arch.num_experts is None):
+            continue
         if isinstance(field.default, bool):
             words += [option(field)] * (value != field.default)
         elif field.name != "num_query_groups" or values["group_query_attention"]:

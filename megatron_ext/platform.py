@@ -19,6 +19,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_ext.errors import USAGE, UserError
 
@@ -31,7 +33,7 @@ class Platform:
 
     device: torch.device
     groups: ProcessGroupCollection
-    """megatron-core's groups: tp, pp, cp, dp, dp_cp, mp, embd, ..."""
+    """megatron-core's groups: tp, pp, cp, dp, dp_cp, ep, expt_dp, mp, embd, ..."""
     rank: int
     world_size: int
 
@@ -47,6 +49,7 @@ def initialize(
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
     device: str | None = None,
     backend: str | None = None,
     seed: int = 1234,
@@ -62,6 +65,8 @@ def initialize(
         pipeline_model_parallel_size: ranks that share the layers.
         virtual_pipeline_model_parallel_size: model chunks of each pipeline rank; None for one.
         context_parallel_size: ranks that share each sequence. Data parallelism takes what is left.
+        expert_model_parallel_size: data and context parallel ranks that share the experts; tensor
+            parallelism splits each expert too.
         device: "cuda" or "cpu"; None takes CUDA where there is one.
         backend: "nccl" or "gloo"; None takes the device's own.
         seed: as Megatron-LM's ``--seed``: dropout differs between pipeline stages and tensor ranks.
@@ -80,12 +85,15 @@ def initialize(
         emulate_cuda_on_cpu()
     else:
         torch.cuda.set_device(target)
+    if target.type == "cpu" or not moe_utils.HAVE_TE:
+        moe_utils.te_general_gemm = None  # the router's; not defined without Transformer Engine
     _init_process_group(backend or ("nccl" if target.type == "cuda" else "gloo"), timeout_minutes)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
         context_parallel_size=context_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,
     )
@@ -115,7 +123,11 @@ def set_seed(seed: int, groups: ProcessGroupCollection) -> None:
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(
-        seed, tp_rank=groups.tp.rank(), ep_rank=0, etp_rank=groups.tp.rank(), force_reset_rng=True
+        seed,
+        tp_rank=groups.tp.rank(),
+        ep_rank=groups.ep.rank(),
+        etp_rank=groups.expt_tp.rank(),
+        force_reset_rng=True,
     )
 
 
@@ -167,6 +179,11 @@ def emulate_cuda_on_cpu() -> None:
     core_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     core_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     core_random.CudaRNGStatesTracker.fork = _fork_cpu_generator
+    # torch.compile, of squared ReLU and other small functions: it wants a C++ compiler and seconds.
+    torch._dynamo.config.disable = True
+    # The all-to-all of experts copies its sizes to the host on a stream of its own.
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _list_splits
     # Asserted by the tensor-parallel linear layers under sequence parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
@@ -198,6 +215,16 @@ def _type_as_on_cuda(function: Callable) -> Callable:
         return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
     return call
+
+
+def _list_splits(
+    self: MoEAlltoAllTokenDispatcher, point: str, tokens_per_expert: torch.Tensor
+) -> torch.Tensor:
+    """Stand in for the copy to the host, which also makes the sizes a form that gloo takes."""
+    for name in ("input_splits", "output_splits"):
+        if isinstance(value := getattr(self, name), torch.Tensor):
+            setattr(self, name, value.tolist())
+    return tokens_per_expert
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ def join_ranks(flags: TrainFlags | PruneFlags, num_layers: int) -> Platform:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_size(parallel, num_layers),
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
         device=parallel.device,
         backend=parallel.distributed_backend,
         seed=flags.batch.seed,
@@ -33,15 +34,28 @@ def model_options(
     """Return how this run holds models of ``num_layers``; ``recompute`` as in ``ModelOptions``."""
     if flags.precision.fp16 and place.device.type == "cpu":
         raise UserError("--fp16 needs a GPU; use --bf16 on a CPU.", USAGE)
+    parallel = flags.parallel
+    impl = choose_transformer_impl(parallel.transformer_impl, place.device)
+    if parallel.moe_grouped_gemm and impl == "local":
+        raise UserError("--moe-grouped-gemm needs --transformer-impl transformer_engine.", USAGE)
+    uneven = parallel.moe_token_dispatcher_type == "alltoall" and place.groups.tp.size() > 1
+    if uneven and torch.distributed.get_backend() == "gloo":
+        raise UserError(
+            "--moe-token-dispatcher-type alltoall with tensor parallelism needs NCCL: gloo gathers "
+            "equal parts only; use allgather.",
+            USAGE,
+        )
     half = torch.float16 if flags.precision.fp16 else torch.float32
-    pieces = virtual_pipeline_size(flags.parallel, num_layers)
+    pieces = virtual_pipeline_size(parallel, num_layers)
     return ModelOptions(
         params_dtype=torch.bfloat16 if flags.precision.bf16 else half,
-        sequence_parallel=flags.parallel.sequence_parallel,
+        sequence_parallel=parallel.sequence_parallel,
         virtual_pipeline_model_parallel_size=pieces,
-        pipeline_model_parallel_layout=flags.parallel.pipeline_model_parallel_layout,
-        overlap_p2p_comm=bool(pieces) and flags.parallel.overlap_p2p_comm,
-        transformer_impl=choose_transformer_impl(flags.parallel.transformer_impl, place.device),
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
+        overlap_p2p_comm=bool(pieces) and parallel.overlap_p2p_comm,
+        transformer_impl=impl,
+        moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
+        moe_grouped_gemm=parallel.moe_grouped_gemm,
         # The compiler that fuses them is not on every machine without a GPU.
         fuse_kernels=place.device.type == "cuda",
         recompute=recompute,

@@ -1,5 +1,7 @@
 """Small models and batches that several tests share."""
 
+from dataclasses import replace
+
 import torch
 
 from megatron_ext.arch import Arch
@@ -59,6 +61,48 @@ NEMOTRON = Arch(
     init_method_std=0.1,
     attention_dropout=0.0,
     hidden_dropout=0.0,
+)
+
+MOE = Arch(
+    num_layers=4,
+    hidden_size=24,
+    ffn_hidden_size=60,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=10,
+    max_position_embeddings=32,
+    vocab_size=91,
+    padded_vocab_size=96,
+    position_embedding_type="rope",
+    normalization="RMSNorm",
+    swiglu=True,
+    add_bias_linear=False,
+    qk_layernorm=True,
+    num_experts=4,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=22,
+    moe_shared_expert_intermediate_size=14,
+    moe_router_pre_softmax=True,
+    moe_router_load_balancing_type="seq_aux_loss",
+    moe_aux_loss_coeff=0.5,
+    untie_embeddings_and_output_weights=True,
+    init_method_std=0.1,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+)
+
+MIXTRAL = replace(
+    MOE,
+    normalization="LayerNorm",
+    apply_layernorm_1p=True,
+    qk_layernorm=False,
+    swiglu=False,
+    num_experts=8,
+    moe_router_topk=3,
+    moe_shared_expert_intermediate_size=None,
+    moe_router_pre_softmax=False,
+    moe_router_load_balancing_type="aux_loss",
+    untie_embeddings_and_output_weights=False,
 )
 
 

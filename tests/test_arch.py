@@ -1,5 +1,6 @@
 """The table of weights: parameter counts of the paper, round trip through saved args."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -55,6 +56,93 @@ def test_non_embedding_parameters():
     assert without == 15_628_775_424 - 2 * 256000 * 6144
 
 
+MIXTRAL_8X7B = Arch(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    max_position_embeddings=32768,
+    vocab_size=32000,
+    padded_vocab_size=32000,
+    position_embedding_type="rope",
+    normalization="RMSNorm",
+    swiglu=True,
+    add_bias_linear=False,
+    untie_embeddings_and_output_weights=True,
+    num_experts=8,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=14336,
+)
+QWEN3_30B_A3B = replace(
+    MIXTRAL_8X7B,
+    num_layers=48,
+    hidden_size=2048,
+    ffn_hidden_size=6144,
+    num_query_groups=4,
+    vocab_size=151936,
+    padded_vocab_size=151936,
+    qk_layernorm=True,
+    num_experts=128,
+    moe_router_topk=8,
+    moe_ffn_hidden_size=768,
+)
+
+
+def test_parameter_counts_of_mixtures_of_experts():
+    """The totals are those of the models' own checkpoints."""
+    assert num_parameters(MIXTRAL_8X7B) == 46_702_792_704
+    assert num_parameters(MIXTRAL_8X7B, active=True) == 12_879_925_248
+    assert num_parameters(QWEN3_30B_A3B) == 30_532_122_624
+    unused = 48 * (128 - 8) * 3 * 768 * 2048
+    assert num_parameters(QWEN3_30B_A3B, active=True) == 30_532_122_624 - unused
+    shared = replace(MIXTRAL_8X7B, moe_shared_expert_intermediate_size=100)
+    for active in (True, False):
+        more = num_parameters(shared, active=active) - num_parameters(MIXTRAL_8X7B, active=active)
+        assert more == 32 * 3 * 100 * 4096
+
+
+def test_flops_count_the_experts_that_compute_a_token():
+    arch = MIXTRAL_8X7B
+    norms = (2 * arch.num_layers + 1) * arch.hidden_size
+    vocabulary = arch.padded_vocab_size * arch.hidden_size
+    matrices = num_parameters(arch, active=True) - norms - vocabulary
+    assert forward_flops(arch, 64) == 2 * (matrices + arch.num_layers * 32 * 128 * 64)
+
+
+def test_saved_args_of_experts_that_megatron_writes_otherwise():
+    args = MIXTRAL_8X7B.to_args() | {
+        "moe_ffn_hidden_size": None,
+        "moe_router_load_balancing_type": ["seq_aux_loss"],
+        "moe_aux_loss_coeff": [0.01],
+        "moe_layer_freq": [1] * 32,
+        "moe_router_score_function": "softmax",
+    }
+    balanced = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.01}
+    assert Arch.from_args(args) == replace(MIXTRAL_8X7B, **balanced)
+    plain = NEMOTRON_15B.to_args() | {"moe_ffn_hidden_size": 8, "moe_aux_loss_coeff": 0.01}
+    assert Arch.from_args(plain) == NEMOTRON_15B
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"moe_layer_freq": 2}, "moe_layer_freq is 2; only 1"),
+        ({"moe_layer_freq": [0, 1]}, "moe_layer_freq is"),
+        ({"moe_router_score_function": "sigmoid"}, "moe_router_score_function is sigmoid"),
+        ({"moe_shared_expert_gate": True}, "moe_shared_expert_gate is True; only False"),
+        ({"moe_router_num_groups": 4}, "moe_router_num_groups is 4"),
+        ({"moe_aux_loss_coeff": [0.1, 0.2]}, "only one loss"),
+        ({"moe_router_load_balancing_type": "global_aux_loss"}, "global_aux_loss: only aux_loss,"),
+        ({"add_bias_linear": True}, "--num-experts needs --disable-bias-linear"),
+    ],
+)
+def test_experts_that_are_not_built_are_refused_by_name(saved, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Arch.from_args(MIXTRAL_8X7B.to_args() | saved)
+
+
 @pytest.mark.parametrize(
     "change", [{}, {"num_query_groups": 48}, {"position_embedding_type": "learned_absolute"}]
 )
@@ -76,6 +164,11 @@ def test_a_missing_size_is_named():
         ({"num_query_groups": 7}, "--num-query-groups 7"),
         ({"hidden_size": 0}, "--hidden-size must be >= 1: 0"),
         ({"padded_vocab_size": 128}, "vocabulary 256000"),
+        ({"num_experts": 4}, "--num-experts needs --moe-ffn-hidden-size"),
+        ({"num_experts": 0}, "--num-experts must be >= 1: 0"),
+        ({"moe_ffn_hidden_size": 8}, "--moe-ffn-hidden-size needs --num-experts"),
+        ({"num_experts": 2, "moe_ffn_hidden_size": 8, "moe_router_topk": 3}, "3 is more than"),
+        ({"num_experts": 2, "moe_ffn_hidden_size": 8, "moe_router_topk": 1}, "pre-softmax"),
     ],
 )
 def test_bad_sizes_are_refused(change, message):

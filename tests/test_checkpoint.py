@@ -10,7 +10,8 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_ext import checkpoint, platform
+from megatron_ext import checkpoint, model, platform
+from megatron_ext.arch import shape, weights
 from megatron_ext.checkpoint import sharded_tensors
 from megatron_ext.errors import UserError
 from megatron_ext.flags import parse_train, virtual_pipeline_size
@@ -18,7 +19,7 @@ from megatron_ext.model import ModelOptions, build_model, model_state_dict
 from megatron_ext.training import state
 from megatron_ext.training.loop import step_shape
 from megatron_ext.training.step import train_step
-from tests.models import GPT2, LLAMA, random_batch
+from tests.models import GPT2, LLAMA, MOE, random_batch
 from tests.ranks import run_ranks
 
 SEQ_LENGTH = 16
@@ -33,6 +34,17 @@ LAYOUTS = {
     "DP2": (2, []),
     "DP2 distributed optimizer": (2, ["--use-distributed-optimizer"]),
     "TP2xPP2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
+}
+EP2 = ["--expert-model-parallel-size", "2"]
+EXPERT_LAYOUTS = {
+    "TP1": (1, []),
+    "TP2": LAYOUTS["TP2"],
+    "EP2": (2, EP2),
+    "EP2 distributed optimizer": (2, [*EP2, "--use-distributed-optimizer"]),
+    "EP2xPP2 distributed optimizer": (
+        4,
+        [*EP2, "--pipeline-model-parallel-size", "2", "--use-distributed-optimizer"],
+    ),
 }
 
 
@@ -49,6 +61,7 @@ def make_run(arch, folder, extra, *, seed=7):
         tensor_model_parallel_size=flags.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=flags.parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=pieces,
+        expert_model_parallel_size=flags.parallel.expert_model_parallel_size,
     )
     options = ModelOptions(
         params_dtype=torch.bfloat16 if flags.precision.bf16 else torch.float32,
@@ -78,7 +91,7 @@ def do_steps(run, first, last):
             {"lm loss": 1.0},
             run.groups,
         )
-        results.append((losses["lm loss"], apply()))
+        results.append((losses["lm loss"], apply()[1]))
         run.schedule.step(increment=4)
         run.counters.iteration += 1
         run.counters.consumed_train_samples += 4
@@ -112,13 +125,24 @@ def resumed(arch, folder, extra):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_resume_is_bit_for_bit(layout, bf16, tmp_path):
     world_size, extra = LAYOUTS[layout]
-    extra = [*extra, *bf16]
-    before = run_ranks(world_size, uninterrupted, LLAMA, str(tmp_path), extra)
-    after = run_ranks(world_size, resumed, LLAMA, str(tmp_path), extra)
-    for (losses, weights), (losses_after, weights_after) in zip(before, after, strict=True):
+    check_resume(LLAMA, world_size, [*extra, *bf16], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "bf16"), [("EP2", []), ("EP2xPP2 distributed optimizer", ["--bf16"])]
+)
+def test_resume_of_experts_is_bit_for_bit(layout, bf16, tmp_path):
+    world_size, extra = EXPERT_LAYOUTS[layout]
+    check_resume(MOE, world_size, [*extra, *bf16], tmp_path)
+
+
+def check_resume(arch, world_size, extra, tmp_path):
+    before = run_ranks(world_size, uninterrupted, arch, str(tmp_path), extra)
+    after = run_ranks(world_size, resumed, arch, str(tmp_path), extra)
+    for (losses, held), (losses_after, held_after) in zip(before, after, strict=True):
         assert losses == losses_after
-        assert weights.keys() == weights_after.keys()
-        assert all(torch.equal(weights[key], weights_after[key]) for key in weights)
+        assert held.keys() == held_after.keys()
+        assert all(torch.equal(held[key], held_after[key]) for key in held)
 
 
 def resume_elsewhere(arch, folder, extra):
@@ -138,17 +162,49 @@ def resume_elsewhere(arch, folder, extra):
 @pytest.mark.parametrize("arch", [LLAMA, GPT2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("written", ["TP1", "TP2xPP2", "VPP", "DP2 distributed optimizer"])
 def test_any_layout_reads_any_other(arch, written, tmp_path):
-    world_size, extra = LAYOUTS[written]
+    check_reads(
+        arch, LAYOUTS[written], [LAYOUTS[x] for x in ("TP1", "TP2", "PP2", "DP2")], tmp_path
+    )
+
+
+@pytest.mark.parametrize("written", ["TP1", "EP2 distributed optimizer"])
+def test_any_number_of_ranks_reads_experts(written, tmp_path):
+    readers = [EXPERT_LAYOUTS[x] for x in ("TP1", "TP2", "EP2")]
+    check_reads(MOE, EXPERT_LAYOUTS[written], readers, tmp_path)
+
+
+def written_by_megatron(arch, folder):
+    """Write a checkpoint without expert parallelism as Megatron-LM does: one optimizer for all."""
+    build = model._build_chunk
+
+    def build_plain(*args):
+        chunk = build(*args)
+        for parameter in chunk.parameters():
+            parameter.allreduce = True
+        return chunk
+
+    model._build_chunk = build_plain
+    return uninterrupted(arch, folder, [])
+
+
+def test_optimizer_state_that_holds_experts_with_the_rest_is_refused(tmp_path):
+    run_ranks(1, written_by_megatron, MOE, str(tmp_path))
+    with pytest.raises(AssertionError, match="experts and other weights together"):
+        run_ranks(1, resumed, MOE, str(tmp_path), [])
+    run_ranks(1, resumed, MOE, str(tmp_path), ["--no-load-optim"])
+
+
+def check_reads(arch, written, readers, tmp_path):
+    world_size, extra = written
     run_ranks(world_size, uninterrupted, arch, str(tmp_path), extra)
     kind = ["--use-distributed-optimizer"] * ("--use-distributed-optimizer" in extra)
-    results = {}
-    for layout in ("TP1", "TP2", "PP2", "DP2"):
-        world_size, extra = LAYOUTS[layout]
+    results = []
+    for world_size, extra in readers:
         args = (arch, str(tmp_path), extra + kind)
-        results[layout] = run_ranks(world_size, resume_elsewhere, *args)[0]
-    for layout in results:
-        for step, reference in zip(results[layout], results["TP1"], strict=True):
-            assert step == pytest.approx(reference, rel=2e-6), layout
+        results.append(run_ranks(world_size, resume_elsewhere, *args)[0])
+    for (_, extra), steps in zip(readers, results, strict=True):
+        for step, reference in zip(steps, results[0], strict=True):
+            assert step == pytest.approx(reference, rel=2e-6), extra
 
 
 def write(folder, arch, iteration=3, name=None):
@@ -157,6 +213,21 @@ def write(folder, arch, iteration=3, name=None):
     common = {"args": Namespace(**arch.to_args()), "iteration": iteration}
     name = name or checkpoint.iteration_name(iteration)
     checkpoint.save(folder, name, model_state_dict(chunks) | common, files={"note.txt": "hello"})
+
+
+@pytest.mark.parametrize("arch", [LLAMA, MOE], ids=["llama", "moe"])
+def test_tensors_on_disk_are_those_of_the_table(arch, tmp_path):
+    """Names too, which are Transformer Engine's: either kind of layers reads the other's."""
+    run_ranks(1, write, str(tmp_path), arch)
+    found = dist_checkpointing.load_tensors_metadata(str(tmp_path / "iter_0000003"))
+    expected = {
+        weight.key: (*[arch.num_layers] * weight.per_layer, *shape(weight, arch))
+        for weight in weights(arch)
+    }
+    assert {key: tuple(tensor.global_shape) for key, tensor in found.items()} == expected
+    if arch is MOE:
+        assert expected["decoder.layers.pre_mlp_layernorm.weight"] == (4, 24)
+        assert expected["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == (4, 4, 44, 24)
 
 
 def read_into(folder, arch):

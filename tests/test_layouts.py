@@ -7,6 +7,7 @@ the language-model loss (about 1e-3 in size here) are compared to 1e-8, those of
 """
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from megatron_ext.distillation.model import Distillation, DistillationModel
 from megatron_ext.layers import shard_positions
 from megatron_ext.model import ModelOptions, build_model, model_state_dict
 from megatron_ext.training.step import StepShape, train_step, wrap
-from tests.models import GPT2, LLAMA, NEMOTRON, random_batch
+from tests.models import GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, random_batch
 from tests.ranks import run_ranks
 
 NUM_SAMPLES, SEQ_LENGTH = 4, 16
@@ -43,6 +44,16 @@ LAYOUTS = {
     "CP2": (2, {"context_parallel_size": 2}, {}),
     "TP2xPP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, {}),
     "DP2xTP2+SP": (4, {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}),
+}
+EP2 = {"expert_model_parallel_size": 2}
+EXPERT_LAYOUTS = {
+    "EP2": (2, EP2, {}),
+    "EP2 all-to-all": (2, EP2, {"moe_token_dispatcher_type": "alltoall"}),
+    "EP2 over CP2": (2, EP2 | {"context_parallel_size": 2}, {}),
+    "EP2xPP2": (4, EP2 | {"pipeline_model_parallel_size": 2}, {}),
+    "EP2xTP2+SP": (4, EP2 | {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}),
+    "DP4, EP2": (4, EP2, {}),
+    "EP4": (4, {"expert_model_parallel_size": 4}, {}),
 }
 
 
@@ -88,7 +99,7 @@ def gradients_of_one_step(arch, layout, options, teacher=None, dtype=torch.float
         start = shard.data.storage_offset() - base.storage_offset()
         gradient = gradient.flatten()[start : start + shard.data.numel()].view(shard.local_shape)
         gradients[shard.key, tuple(shard.global_offset)] = gradient.clone()
-    return {**losses, "grad norm": apply()}, gradients
+    return {**losses, "grad norm": apply()[1]}, gradients
 
 
 def _share_of_batch(batch, groups):
@@ -102,12 +113,10 @@ def _share_of_batch(batch, groups):
 
 def assert_gradients_equal(reference, shards, tolerance):
     """Compare each rank's shards with the slices of the serial gradients that they stand for."""
-    whole = {key: gradient for (key, _), gradient in _stack(reference).items()}
+    whole = _whole(reference)
     seen = {key: torch.zeros(gradient.shape) for key, gradient in whole.items()}
     for (key, offset), gradient in shards:
-        axes = whole[key].ndim - gradient.ndim
-        starts = zip(offset[axes:], gradient.shape, strict=True)
-        place = (*offset[:axes], *(slice(start, start + n) for start, n in starts))
+        place = _place(offset, gradient)
         torch.testing.assert_close(
             gradient,
             whole[key][place],
@@ -119,17 +128,24 @@ def assert_gradients_equal(reference, shards, tolerance):
     assert all(mask.all() for mask in seen.values())
 
 
-def _stack(reference):
-    """Put a serial run's shards together: one tensor per key, layers stacked."""
+def _place(offset, gradient):
+    """Return the index of a shard in the whole tensor; layers and experts come first, one each."""
+    axes = len(offset) - gradient.ndim
+    starts = zip(offset[axes:], gradient.shape, strict=True)
+    return (*offset[:axes], *(slice(start, start + n) for start, n in starts))
+
+
+def _whole(reference):
+    """Put a serial run's shards together: one tensor per key."""
     whole = {}
     for key in {key for key, _ in reference}:
-        shards = sorted((offset, g) for (k, offset), g in reference.items() if k == key)
-        if len(shards[0][0]) == shards[0][1].ndim:
-            whole[key, ()] = torch.cat([g for _, g in shards])
-            continue
-        layers = sorted({offset[0] for offset, _ in shards})
-        parts = [torch.cat([g for o, g in shards if o[0] == layer]) for layer in layers]
-        whole[key, ()] = torch.stack(parts)
+        shards = [(offset, gradient) for (k, offset), gradient in reference.items() if k == key]
+        last, gradient = max(shards, key=lambda shard: shard[0])
+        ones = (1,) * (len(last) - gradient.ndim)
+        size = [o + n for o, n in zip(last, (*ones, *gradient.shape), strict=True)]
+        whole[key] = gradient.new_zeros(size)
+        for offset, gradient in shards:
+            whole[key][_place(offset, gradient)] = gradient
     return whole
 
 
@@ -142,6 +158,23 @@ MODELS = {
         LLAMA,
     ),
 }
+EXPERT_MODELS = {
+    "moe": (MOE, None),
+    "mixtral": (MIXTRAL, None),
+    "moe beside moe": (replace(MOE, hidden_size=20, num_experts=2), MOE),
+    "moe beside dense": (MOE, replace(LLAMA, vocab_size=91, padded_vocab_size=96)),
+    "dense beside moe": (replace(LLAMA, vocab_size=91, padded_vocab_size=96), MOE),
+}
+ALL_LAYOUTS, ALL_MODELS = LAYOUTS | EXPERT_LAYOUTS, MODELS | EXPERT_MODELS
+# The load-balancing losses of these models are among what must not depend on the layout.
+CASES = [
+    *product(MODELS, LAYOUTS),
+    *product(["moe"], ["TP2+SP", "PP2", "DP2", "CP2", *EXPERT_LAYOUTS]),
+    *product(["mixtral"], ["PP2xVPP2", "EP2", "EP2xTP2+SP"]),
+    ("moe beside moe", "EP2xPP2"),
+    ("moe beside dense", "EP2xTP2+SP"),
+    ("dense beside moe", "EP2"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -149,15 +182,14 @@ def serial():
     """Return the serial reference of each model, computed once."""
     return {
         name: run_ranks(1, gradients_of_one_step, arch, {}, {}, teacher)[0]
-        for name, (arch, teacher) in MODELS.items()
+        for name, (arch, teacher) in ALL_MODELS.items()
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_loss_and_gradients_equal_serial(name, layout, serial):
-    arch, teacher = MODELS[name]
-    world_size, sizes, options = LAYOUTS[layout]
+    arch, teacher = ALL_MODELS[name]
+    world_size, sizes, options = ALL_LAYOUTS[layout]
     results = run_ranks(world_size, gradients_of_one_step, arch, sizes, options, teacher)
     losses, gradients = serial[name]
     for rank_losses, _ in results:

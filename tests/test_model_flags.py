@@ -10,6 +10,7 @@ from megatron_ext.flag_checks import stages
 from megatron_ext.flag_groups import Parallel, Prune
 from megatron_ext.flags import (
     check_against_checkpoint,
+    check_experts,
     check_layout,
     check_targets,
     megatron_command_line,
@@ -31,6 +32,8 @@ ARCH = Arch(
     position_embedding_type="rope",
 )
 
+EXPERTS = {"num_experts": 6, "moe_ffn_hidden_size": 20, "add_bias_linear": False}
+
 
 @pytest.mark.parametrize(
     ("typed", "expected"),
@@ -44,6 +47,10 @@ ARCH = Arch(
         ("--kv-channels 5 --ffn-hidden-size 7", {"ffn_hidden_size": 7, "kv_channels": 5}),
         ("", {"vocab_size": 129, "padded_vocab_size": 256}),
         ("--make-vocab-size-divisible-by 43", {"padded_vocab_size": 129}),
+        (
+            "--num-experts 4 --disable-bias-linear --ffn-hidden-size 50 --moe-router-topk 3",
+            {"num_experts": 4, "moe_ffn_hidden_size": 50, "moe_router_topk": 3},
+        ),
     ],
 )
 def test_sizes_of_a_new_model(typed, expected):
@@ -71,6 +78,7 @@ def test_bad_sizes_of_a_new_model():
         {"vocab_size": 50257, "padded_vocab_size": 50304, "norm_epsilon": 1e-6},
         {"normalization": "RMSNorm", "rotary_base": 500000, "rotary_percent": 0.5},
         {"position_embedding_type": "none", "qk_layernorm": True, "hidden_dropout": 0.0},
+        EXPERTS | {"moe_shared_expert_intermediate_size": 12, "moe_aux_loss_coeff": 0.01},
     ],
 )
 def test_megatron_command_line_gives_the_same_arch_again(change):
@@ -103,9 +111,14 @@ def test_sizes_that_contradict_the_checkpoint_come_as_a_table():
     ]
 
 
-def test_typed_dropouts_win_over_the_checkpoint():
+def test_typed_dropouts_and_load_balancing_win_over_the_checkpoint():
     typed = {"hidden_dropout": 0.0, "make_vocab_size_divisible_by": 7, "hidden_size": 96}
     assert check_against_checkpoint(typed, ARCH) == replace(ARCH, hidden_dropout=0.0)
+    with refused("--moe-aux-loss-coeff needs --num-experts"):
+        check_against_checkpoint({"moe_aux_loss_coeff": 0.1}, ARCH)
+    mixture = replace(ARCH, **EXPERTS)
+    balanced = replace(mixture, moe_aux_loss_coeff=0.1)
+    assert check_against_checkpoint({"moe_aux_loss_coeff": 0.1}, mixture) == balanced
     one_group_per_head = replace(ARCH, num_query_groups=12)
     typed = {"group_query_attention": True, "num_query_groups": 12}
     assert check_against_checkpoint(typed, one_group_per_head) == one_group_per_head
@@ -145,6 +158,17 @@ def test_typed_dropouts_win_over_the_checkpoint():
             {},
             "Ett|t*3L places 5 layers; the model has 6",
         ),
+        (
+            {"expert_model_parallel_size": 4},
+            EXPERTS,
+            "--expert-model-parallel-size 4 does not divide --num-experts 6",
+        ),
+        ({"tensor_model_parallel_size": 2}, EXPERTS, "with experts needs --sequence-parallel"),
+        (
+            {"tensor_model_parallel_size": 4, "sequence_parallel": True},
+            EXPERTS | {"moe_ffn_hidden_size": 22},
+            "4 does not divide --moe-ffn-hidden-size, 22",
+        ),
         ({}, {"max_position_embeddings": 15}, "--seq-length 16 is longer than --max-position"),
         ({}, {"kv_channels": 9}, "--kv-channels 9 x --rotary-percent 1.0 = 9 channels"),
         ({}, {"rotary_percent": 0.05}, "--kv-channels 10 x --rotary-percent 0.05 = 0 channels"),
@@ -153,6 +177,18 @@ def test_typed_dropouts_win_over_the_checkpoint():
 def test_layouts_that_do_not_fit_the_model(parallel, change, message):
     with refused(message):
         check_layout(replace(ARCH, **change), Parallel(**parallel), seq_length=16)
+
+
+def test_flags_of_experts_need_a_model_with_experts():
+    mixture = replace(ARCH, **EXPERTS)
+    for flag in ({"expert_model_parallel_size": 2}, {"moe_grouped_gemm": True}):
+        with refused(f"--{next(iter(flag)).replace('_', '-')}: no model of this run has experts"):
+            check_experts([ARCH, ARCH], Parallel(**flag))
+        check_experts([ARCH, mixture], Parallel(**flag))
+    check_experts([ARCH], Parallel())
+    # A feed-forward size that no weight has is no reason to refuse a layout.
+    sizes = Parallel(tensor_model_parallel_size=4, sequence_parallel=True)
+    check_layout(replace(mixture, ffn_hidden_size=7), sizes, seq_length=16)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 All of it on rank 0, which knows the losses because a step broadcasts them.
 """
 
+import contextlib
 import json
 import resource
 import sys
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_ext.errors import UserError
 from megatron_ext.flags import TrainFlags, format_flags
+from megatron_ext.together import on_first_rank
 
 
 class Log:
@@ -30,6 +33,9 @@ class Log:
             flags: of the run.
             flops_per_step: of one step on all ranks together.
             first_iteration: where the run begins; later lines of an old metrics.jsonl are dropped.
+
+        Raises:
+            UserError: on every rank, if a file cannot be written.
         """
         self.is_writer = torch.distributed.get_rank() == 0
         self.world_size = torch.distributed.get_world_size()
@@ -37,18 +43,23 @@ class Log:
         self.flops_per_step = flops_per_step
         self.tokens_per_step = flags.batch.global_batch_size * flags.batch.seq_length
         self.metrics = self.board = self.bar = None
-        self.since, self.steps_since, self.last_line = time.perf_counter(), 0, ""
-        if not self.is_writer:
-            return
-        print(format_flags(flags), flush=True)
-        if flags.checkpoint.save:
-            folder = Path(flags.checkpoint.save)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.metrics = _reopen(folder / "metrics.jsonl", first_iteration)
-        if flags.log.tensorboard_dir:
-            from torch.utils.tensorboard import SummaryWriter
+        self.since, self.steps_since, self.skipped = time.perf_counter(), 0, 0
+        on_first_rank(lambda: self._open(first_iteration))
 
-            self.board = SummaryWriter(flags.log.tensorboard_dir, purge_step=first_iteration)
+    def _open(self, first_iteration: int) -> None:
+        flags = self.flags
+        print(format_flags(flags), flush=True)
+        try:
+            if flags.checkpoint.save:
+                folder = Path(flags.checkpoint.save)
+                folder.mkdir(parents=True, exist_ok=True)
+                self.metrics = _reopen(folder / "metrics.jsonl", first_iteration)
+            if flags.log.tensorboard_dir:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(flags.log.tensorboard_dir, purge_step=first_iteration)
+        except OSError as error:
+            raise UserError(f"logs under --save or --tensorboard-dir: {error}.") from error
         if flags.log.progress:
             self.bar = tqdm(
                 total=flags.batch.train_iters, initial=first_iteration, unit="step", mininterval=1.0
@@ -68,10 +79,11 @@ class Log:
         learning_rate: float,
         grad_norm: float,
         loss_scale: float,
-        skipped: int,
+        skipped: bool,
     ) -> None:
         """Count a step; every ``--log-interval`` steps, report it."""
         self.steps_since += 1
+        self.skipped += skipped
         if self.bar is not None:
             self.bar.set_postfix_str(_brief(losses), refresh=False)
             self.bar.update()
@@ -90,7 +102,7 @@ class Log:
             "mem-GiB": memory_gib(),
         }
         self._write(iteration, metrics)
-        self.say(self._line(iteration, losses, metrics, skipped))
+        self.say(self._line(iteration, losses, metrics))
         self.since, self.steps_since = time.perf_counter(), 0
 
     def evaluation(self, iteration: int, losses: dict[str, float], split: str) -> None:
@@ -119,9 +131,7 @@ class Log:
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, iteration)
 
-    def _line(
-        self, iteration: int, losses: dict[str, float], metrics: dict[str, Any], skipped: int
-    ) -> str:
+    def _line(self, iteration: int, losses: dict[str, float], metrics: dict[str, Any]) -> str:
         batch, seconds = self.flags.batch, metrics["iteration-time"]
         left = timedelta(seconds=round((batch.train_iters - iteration) * seconds))
         cells = [
@@ -134,7 +144,7 @@ class Log:
             *(f"{name}: {value:.6E}" for name, value in losses.items()),
             f"loss scale: {metrics['loss-scale']:.1f}",
             f"grad norm: {metrics['grad-norm']:.3f}",
-            f"number of skipped iterations: {skipped:3d}",
+            f"number of skipped iterations: {self.skipped:3d}",
             f"tokens/s: {metrics['tokens/s']:.0f}",
             f"mem: {metrics['mem-GiB']:.2f} GiB",
             f"ETA: {left}",
@@ -150,9 +160,18 @@ def memory_gib() -> float:
 
 
 def _reopen(path: Path, first_iteration: int) -> Any:
-    """Open ``path`` to append after ``first_iteration``: a resumed run repeats no line."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["iteration"] <= first_iteration]
+    """Open ``path`` to append what a run writes from ``first_iteration`` on; no line is repeated.
+
+    A run that begins anew keeps nothing. A resumed one evaluates on the test data again if it has
+    nothing left to train. What a crash of the machine left half-written is dropped too.
+    """
+    kept = []
+    for line in path.read_text().splitlines() if first_iteration and path.exists() else ():
+        with contextlib.suppress(ValueError):
+            values = json.loads(line)
+            is_test = any(name.endswith(" test") for name in values)
+            if values["iteration"] < first_iteration + (not is_test):
+                kept.append(line)
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text("".join(f"{line}\n" for line in kept))
     aside.replace(path)

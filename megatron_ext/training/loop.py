@@ -4,7 +4,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,52 +44,58 @@ def train(
             the last checkpoint stays.
     """
     flags, counters = run.flags, run.counters
-    shape = step_shape(run)
-    began, stop = time.perf_counter(), StopSignals()
+    began, saved_at = time.perf_counter(), counters.iteration
     batches = [train_batches(counters.consumed_train_samples) for _ in run.model]
-    skipped, saved_at = 0, counters.iteration
-    with stop:
+
+    def save_unless_saved() -> None:
+        nonlocal saved_at
+        if flags.checkpoint.save and saved_at != counters.iteration:
+            _save(run, log)
+            saved_at = counters.iteration
+
+    with StopSignals() as stop:
         while counters.iteration < flags.batch.train_iters:
-            losses, apply = train_step(
-                run.model, run.optimizer, batches, shape, run.objective, run.groups
-            )
-            where = f"iteration {counters.iteration + 1}"
-            _check_finite(losses, where, counters.consumed_train_samples, flags)
-            learning_rate = run.optimizer.param_groups[0]["lr"]
-            grad_norm = apply()
-            if not flags.precision.fp16:
-                _check_finite(
-                    {"grad norm": grad_norm}, where, counters.consumed_train_samples, flags
-                )
-            skipped += not math.isfinite(grad_norm)
-            run.schedule.step(increment=flags.batch.global_batch_size)
-            counters.iteration += 1
-            counters.consumed_train_samples += flags.batch.global_batch_size
-            counters.floating_point_operations += run.flops_per_step
-            log.step(
-                counters.iteration,
-                losses,
-                learning_rate=learning_rate,
-                grad_norm=grad_norm,
-                loss_scale=float(run.optimizer.get_loss_scale()),
-                skipped=skipped,
-            )
+            _step(run, batches, log)
             if valid_batches and _is_due(counters.iteration, flags.log.eval_interval):
                 validate(run, valid_batches, log, "validation")
-            if flags.checkpoint.save and _is_due(
-                counters.iteration, flags.checkpoint.save_interval
-            ):
-                _save(run, log)
-                saved_at = counters.iteration
+            if _is_due(counters.iteration, flags.checkpoint.save_interval):
+                save_unless_saved()
             reason = _reason_to_stop(flags.batch, counters.iteration, began, stop)
             if reason and counters.iteration < flags.batch.train_iters:
-                if flags.checkpoint.save and saved_at != counters.iteration:
-                    _save(run, log)
+                save_unless_saved()
                 log.say(f"stopping after iteration {counters.iteration}: {reason}")
                 return INTERRUPTED
-    if flags.checkpoint.save and saved_at != counters.iteration:
-        _save(run, log)
+    save_unless_saved()
     return 0
+
+
+def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
+    """Take one optimizer step, count it and report it."""
+    counters, batch_size = run.counters, run.flags.batch.global_batch_size
+    losses, apply = train_step(
+        run.model, run.optimizer, batches, step_shape(run), run.objective, run.groups
+    )
+    first = counters.consumed_train_samples
+    where = (
+        f"iteration {counters.iteration + 1} (training samples {first} to {first + batch_size - 1})"
+    )
+    _check_finite(run, losses, where)
+    learning_rate = run.optimizer.param_groups[0]["lr"]
+    updated, grad_norm = apply()
+    if updated:  # fp16 leaves out a step whose gradients overflow, and scales the loss down
+        _check_finite(run, {"grad norm": grad_norm}, where)
+        run.schedule.step(increment=batch_size)
+    counters.iteration += 1
+    counters.consumed_train_samples += batch_size
+    counters.floating_point_operations += run.flops_per_step
+    log.step(
+        counters.iteration,
+        losses,
+        learning_rate=learning_rate,
+        grad_norm=grad_norm,
+        loss_scale=float(run.optimizer.get_loss_scale()),
+        skipped=not updated,
+    )
 
 
 def step_shape(run: Run) -> StepShape:
@@ -112,6 +118,7 @@ def validate(run: Run, make_batches: MakeBatches, log: Log, split: str) -> None:
             losses = evaluate(run.model, batches, step_shape(run), run.eval_losses, run.groups)
             for name, value in losses.items():
                 totals[name] += value / num_batches
+    _check_finite(run, totals, f"the {split} of iteration {run.counters.iteration}")
     log.evaluation(run.counters.iteration, totals, split)
 
 
@@ -167,18 +174,14 @@ def _is_due(iteration: int, interval: int | None) -> bool:
     return bool(interval) and iteration % interval == 0
 
 
-def _check_finite(values: dict[str, float], where: str, sample: int, flags: Any) -> None:
+def _check_finite(run: Run, values: Mapping[str, float], where: str) -> None:
     """Raise on every rank alike if a value, equal on all of them, is not finite."""
+    save = run.flags.checkpoint.save
     for name, value in values.items():
         if not math.isfinite(value):
-            last = sample + flags.batch.global_batch_size - 1
-            saved = f"the last checkpoint in {flags.checkpoint.save} is good" * bool(
-                flags.checkpoint.save
-            )
+            saved = f"; the last checkpoint in {save} is good" if save else ""
             raise UserError(
-                f"{name} is {value} at {where} (training samples {sample} to {last}): lower --lr "
-                f"or look at the data. {saved}".strip(),
-                RUNTIME,
+                f"{name} is {value} at {where}: lower --lr or look at the data{saved}.", RUNTIME
             )
 
 

@@ -19,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_ext import checkpoint
 from megatron_ext.arch import Arch
 from megatron_ext.data import tokenizer_sha256
+from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.flags import TrainFlags, flags_as_dict, megatron_command_line
 from megatron_ext.model import LanguageModel, model_state_dict
 from megatron_ext.training import torch_adam
@@ -217,12 +218,19 @@ def restore(run: Run, source: checkpoint.Checkpoint) -> None:
     flags = run.flags
     state = model_state_dict(run.chunks)
     if flags.checkpoint.load_optim:
+        _check_optimizer_parts(run, source)
         torch_adam.allocate(run.optimizer)
         state["optimizer"] = _optimizer_state(run, state, is_loading=True)
     same_ranks = all(
-        source.args.get(name) == getattr(flags.parallel, name)
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        source.args.get(name, 1) == getattr(flags.parallel, name)
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "expert_model_parallel_size",
+        )
     )
+    if run.groups.ep.size() > 1:
+        same_ranks &= source.args.get("world_size") == torch.distributed.get_world_size()
     has_rng = same_ranks and not source.args.get("no_save_rng", False)
     if flags.checkpoint.load_rng and has_rng:
         state["rng_state"] = _rng_state(run.groups)
@@ -239,6 +247,17 @@ def restore(run: Run, source: checkpoint.Checkpoint) -> None:
     run.counters.floating_point_operations = loaded["num_floating_point_operations_so_far"]
 
 
+def _check_optimizer_parts(run: Run, source: checkpoint.Checkpoint) -> None:
+    parts, saved = run.optimizer.chained_optimizers, source.common.get("optimizer", {})
+    if len(parts) > 1 and saved and 0 not in saved:
+        raise UserError(
+            f"{source.folder}: its optimizer state holds experts and other weights together, as "
+            "megatron-core does without expert parallelism; leave it with --no-load-optim or "
+            "--finetune.",
+            CHECKPOINT,
+        )
+
+
 def _set_weights(chunks: list[LanguageModel], loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"])
@@ -253,7 +272,10 @@ def _optimizer_state(run: Run, model_state: ShardedStateDict, *, is_loading: boo
 
 
 def _rng_state(groups: ProcessGroupCollection) -> ShardedObject:
-    """Return this rank's generators as Megatron-LM does: an object per (pipeline, tensor) rank."""
+    """Return this rank's generators as Megatron-LM does.
+
+    An object per (pipeline, tensor) rank; under expert parallelism, per data-parallel rank too.
+    """
     state = {
         "random_rng_state": random.getstate(),
         "np_rng_state": numpy.random.get_state(),
@@ -261,13 +283,11 @@ def _rng_state(groups: ProcessGroupCollection) -> ShardedObject:
         "cuda_rng_state": torch.cuda.get_rng_state(),
         "rng_tracker_states": get_cuda_rng_tracker().get_states(),
     }
-    return ShardedObject(
-        "rng_state",
-        [state],
-        (groups.pp.size(), groups.tp.size()),
-        (groups.pp.rank(), groups.tp.rank()),
-        replica_id=groups.dp_cp.rank(),
-    )
+    axes, replica = [groups.pp, groups.tp], groups.dp_cp.rank()
+    if groups.ep.size() > 1:
+        axes, replica = [*axes, groups.dp_cp], 0
+    sizes, place = [group.size() for group in axes], [group.rank() for group in axes]
+    return ShardedObject("rng_state", [state], tuple(sizes), tuple(place), replica_id=replica)
 
 
 def _set_rng_state(loaded: list[dict[str, Any]]) -> None:

@@ -75,7 +75,7 @@ def train_step(
     shape: StepShape,
     objective: Mapping[str, float],
     groups: ProcessGroupCollection,
-) -> tuple[dict[str, float], Callable[[], float]]:
+) -> tuple[dict[str, float], Callable[[], tuple[bool, float]]]:
     """Run forward and backward of one global batch.
 
     Args:
@@ -88,8 +88,9 @@ def train_step(
 
     Returns:
         The losses, each a mean over the global batch's tokens in nats, equal on all ranks, and a
-        function that applies the gradients and returns their global norm. Two steps, so that the
-        caller can refuse a loss that is not finite while the weights are still good.
+        function that applies the gradients; it returns whether it did (fp16 skips a step whose
+        gradients overflow) and their global norm. Two steps, so that the caller can refuse a loss
+        that is not finite while the weights are still good.
     """
     for chunk in model:
         chunk.zero_grad_buffer()
@@ -98,9 +99,9 @@ def train_step(
     get_model_config(model[0]).grad_scale_func = optimizer.scale_loss
     losses = _run(model, batches, shape, objective, groups, forward_only=False)
 
-    def apply() -> float:
-        _, grad_norm, _ = optimizer.step()
-        return grad_norm if grad_norm is not None else 0.0
+    def apply() -> tuple[bool, float]:
+        updated, grad_norm, _ = optimizer.step()
+        return updated, grad_norm or 0.0
 
     return losses, apply
 
