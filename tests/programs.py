@@ -10,7 +10,6 @@ import io
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import psutil
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -73,6 +73,7 @@ def run_program(
 def _run_main(program: str, argv: list[str], before: Callable | None) -> Outcome:
     if before is not None:
         before()
+    torch.distributed.barrier()  # a rank that is refused at once would leave others connecting
     sys.argv = [f"{program}.py", *argv]
     stdout, stderr, code = io.StringIO(), io.StringIO(), None
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
@@ -125,7 +126,7 @@ def start_process(program: str, argv: Sequence[str], world_size: int = 1) -> sub
     )
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], timeout: float = 120) -> None:
     """Return as soon as ``condition`` holds."""
     end = time.monotonic() + timeout
     while not condition():
@@ -134,14 +135,13 @@ def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL the process groups of ``process`` and of its children, which torchrun sets apart."""
-    import psutil
-
-    family = [process.pid, *(c.pid for c in psutil.Process(process.pid).children(recursive=True))]
-    for pid in family:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
+    """SIGKILL ``process``, if it still runs, and its children: torchrun's are no group of its."""
+    if process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.kill()
+        process.wait()
 
 
 # Data, models and what is left on disk.

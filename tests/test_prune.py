@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,8 +53,8 @@ class Source:
 
     def __init__(self, folder, name):
         self.name, self.arch, self.load = name, MODELS[name], str(folder / "model")
-        self.data = data_flags(self.arch, write_corpus(folder / "corpus", self.arch.vocab_size))
-        self.data += ["--calibration-samples", "8"]
+        self.corpus = data_flags(self.arch, write_corpus(folder / "corpus", self.arch.vocab_size))
+        self.data = [*self.corpus, "--calibration-samples", "8"]
         self.targets = target_flags(TARGETS[name])
         self.scores, self.plan, self.save = (str(folder / x) for x in ("scores", "plan", "pruned"))
         write_model(self.load, self.arch)
@@ -88,7 +89,9 @@ def test_no_layout_changes_scores_plan_or_bytes(name, layout, sources, tmp_path)
     assert replace(ours, vectors={}) == replace(theirs, vectors={})
     assert ours.vectors.keys() == theirs.vectors.keys()
     for axis, vector in theirs.vectors.items():
-        torch.testing.assert_close(ours.vectors[axis], vector, rtol=1e-5, atol=0)
+        # A neuron that hardly ever fires has a score near 0, of which the digits are rounding.
+        tolerance = 1e-7 * vector.max().item()
+        torch.testing.assert_close(ours.vectors[axis], vector, rtol=1e-5, atol=tolerance)
     assert load_plan(plan) == load_plan(source.plan)
     assert_same_bytes(read_tensors(save), read_tensors(source.save))
 
@@ -109,7 +112,7 @@ def test_the_pruned_checkpoint_describes_itself(name, sources):
     target = pruned.arch
     assert (pruned.folder.name, pruned.iteration) == ("release", 0)
     assert {size: getattr(target, size) for size in TARGETS[name]} == TARGETS[name]
-    assert (pruned.folder / "plan.json").read_text() == open(source.plan).read()
+    assert (pruned.folder / "plan.json").read_text() == Path(source.plan).read_text()
     assert shlex.split((pruned.folder / "megatron_args.sh").read_text()) == model_flags(target)
     assert {key: tuple(t.shape) for key, t in read_tensors(source.save).items()} == {
         w.key: (target.num_layers,) * w.per_layer + shape(w, target) for w in weights(target)
@@ -273,8 +276,10 @@ def test_steps_run_one_by_one(llama, tmp_path):
 
 def test_from_training_to_a_pruned_model_that_trains_and_is_pruned_again(llama, tmp_path):
     teacher, pruned, student, smaller = (str(tmp_path / x) for x in ("t", "p", "s", "q"))
-    train = [*llama.data[:-2], *"--lr 1e-3 --train-iters 2 --save-interval 2 --bf16".split()]
-    train += "--eval-iters 0 --log-interval 1 --global-batch-size 2".split()
+    train = shlex.split(
+        f"{shlex.join(llama.corpus)} --lr 1e-3 --train-iters 2 --save-interval 2 --bf16 "
+        "--eval-iters 0 --global-batch-size 2"
+    )
     succeed("pretrain_distill", [*train, *model_flags(LLAMA), "--save", teacher])
 
     sizes = target_flags({"num_layers": 2, "hidden_size": 40, "ffn_hidden_size": 64})
@@ -300,7 +305,7 @@ def test_from_training_to_a_pruned_model_that_trains_and_is_pruned_again(llama, 
 
 
 def damaged_scores(llama, path):
-    text = open(llama.scores, "rb").read()
+    text = Path(llama.scores).read_bytes()
     path.write_bytes(text[: len(text) // 2])
 
 
@@ -316,19 +321,19 @@ def scores_of_another(llama, path):
 
 
 def plan_of_another(llama, path):
-    values = json.loads(open(llama.plan).read())
+    values = json.loads(Path(llama.plan).read_text())
     values["source"]["rotary_base"] = values["target"]["rotary_base"] = 500
     path.write_text(json.dumps(values))
 
 
 def plan_without_a_layer(llama, path):
-    values = json.loads(open(llama.plan).read())
+    values = json.loads(Path(llama.plan).read_text())
     values["heads"].popitem()
     path.write_text(json.dumps(values))
 
 
 def half_a_plan(llama, path):
-    path.write_text(open(llama.plan).read()[:200])
+    path.write_text(Path(llama.plan).read_text()[:200])
 
 
 @pytest.mark.parametrize(
@@ -367,8 +372,8 @@ def test_bad_files(make, flag, words, llama, tmp_path):
         ("--data-path {tmp}/none", DATA, ["{tmp}/none.idx", "no such file"]),
         ("--save {save}", USAGE, ["--save", "a checkpoint is there already"]),
         ("--plan {plan} --target-hidden-size 32", USAGE, ["--plan {plan}", "--target"]),
-        ("--scores {tmp}/file/scores", RUNTIME, ["--scores {tmp}/file/scores"]),
-        ("--plan {tmp}/file/plan", RUNTIME, ["--plan {tmp}/file/plan"]),
+        ("--scores {tmp}/file/scores", RUNTIME, ["{tmp}/file/scores cannot be written"]),
+        ("--plan {tmp}/file/plan", RUNTIME, ["{tmp}/file/plan cannot be written"]),
         ("--save {tmp}/file", RUNTIME, ["--save {tmp}/file"]),
     ],
 )
@@ -413,6 +418,5 @@ def test_a_source_with_nan_weights(llama, tmp_path):
     argv = ["--load", load, *llama.data, *llama.targets, "--save", str(save)]
     code, message = fail("prune", argv, 2)
     assert code == RUNTIME
-    assert "layer 1 " in message
-    assert "--load" in message
+    assert "NaN or infinite: check the weights under --load" in message
     assert not save.exists()

@@ -12,16 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core.tokenizers import MegatronTokenizerBase
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ext import checkpoint, data, platform
 from megatron_ext.checkpoint import Checkpoint
-from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
+from megatron_ext.errors import USAGE, UserError, run_main
 from megatron_ext.flag_checks import TOKENIZER_NEEDS
 from megatron_ext.flag_parser import REQUIRED, build, flag, missing, read
 from megatron_ext.model import ModelOptions, build_model, choose_transformer_impl
 from megatron_ext.platform import Platform
+from megatron_ext.startup import check_tokenizer
 from megatron_ext.training.state import restore_weights
 
 # Tokens [n], n >= 1, to the logits of the token that follows them, [padded_vocab_size].
@@ -69,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = checkpoint.read(options.load, options.ckpt_step)
     tokenizer = data.build_tokenizer(flags.tokenizer)
     check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.tokenizer))
-    prompts = [tokenizer.tokenize(text) for text in options.prompt]
+    prompts = [tokens_of(text, tokenizer) for text in options.prompt]
     for text, ids in zip(options.prompt, prompts, strict=True):
-        check_prompt(text, ids, options.max_new_tokens, source.arch.max_position_embeddings)
+        check_length(text, len(ids), options.max_new_tokens, source.arch.max_position_embeddings)
 
     place = platform.initialize(device=options.device)
     next_logits = load_model(source, place)
@@ -108,31 +110,27 @@ def parse(argv: Sequence[str]) -> GenerateFlags:
     return flags
 
 
-def check_tokenizer(source: Checkpoint, vocab_size: int, sha256: str | None) -> None:
-    """Refuse a tokenizer that is not the one ``source`` was trained with."""
-    saved = source.args.get("tokenizer_sha256")
-    if source.arch.vocab_size != vocab_size:
-        theirs, ours = f"{source.arch.vocab_size} tokens", f"{vocab_size}"
-    elif saved and sha256 and saved != sha256:
-        theirs, ours = f"a tokenizer of SHA-256 {saved[:12]}", sha256[:12]
-    else:
-        return
-    raise UserError(
-        f"{source.folder} was trained with {theirs}, the tokenizer has {ours}: give the "
-        "checkpoint's own --tokenizer-model.",
-        CHECKPOINT,
-    )
-
-
-def check_prompt(text: str, ids: list[int], max_new_tokens: int, num_positions: int) -> None:
-    """Refuse a prompt without tokens, or too long to be continued."""
-    if not ids:
-        raise UserError(f"--prompt {text!r} has no tokens: give at least one to continue.", USAGE)
-    if len(ids) + max_new_tokens > num_positions:
+def tokens_of(prompt: str, tokenizer: MegatronTokenizerBase) -> list[int]:
+    """Return the tokens of a prompt, at least one."""
+    try:
+        ids = tokenizer.tokenize(prompt) if prompt else []
+    except ValueError as error:
         raise UserError(
-            f"--max-new-tokens {max_new_tokens} after the {len(ids)} tokens of --prompt "
-            f"{text[:40]!r} is more than the model's {num_positions} positions; at most "
-            f"{max(num_positions - len(ids), 0)} fit.",
+            f"--prompt {prompt!r}: the tokenizer refuses it ({error}).", USAGE
+        ) from error
+    if not ids:
+        raise UserError(f"--prompt {prompt!r} has no tokens: give at least one.", USAGE)
+    if not all(0 <= token < tokenizer.vocab_size for token in ids):  # NullTokenizer takes any
+        raise UserError(f"--prompt {prompt!r}: tokens are 0 to {tokenizer.vocab_size - 1}.", USAGE)
+    return ids
+
+
+def check_length(prompt: str, num_tokens: int, max_new_tokens: int, num_positions: int) -> None:
+    """Refuse a prompt that the model has no positions to continue."""
+    if num_tokens + max_new_tokens > num_positions:
+        raise UserError(
+            f"--prompt {prompt[:40]!r} has {num_tokens} tokens; with --max-new-tokens "
+            f"{max_new_tokens} that is more than the model's {num_positions} positions.",
             USAGE,
         )
 
@@ -175,7 +173,7 @@ def continue_tokens(
         max_new_tokens: where to stop at the latest.
         eod: the token that ends a document.
         vocab_size: logits from here on are padding and are never chosen.
-        temperature: 0 takes the likeliest token, the lower one of two equal ones.
+        temperature: 0 takes the likeliest token.
         top_k: sample from that many tokens; None from all.
         seed: of sampling.
     """
