@@ -89,8 +89,9 @@ def plot_curves(
     With ``log``, values of 0 and below are left out: a logarithm has no place for them.
     """
     for name, (xs, ys) in curves.items():
-        points = [(a, b) for a, b in zip(xs, ys, strict=True) if b > 0 or not log]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        shown = [i for i, value in enumerate(ys) if value > 0 or not log]
+        points = [xs[i] for i in shown], [ys[i] for i in shown]
+        axes.plot(*points, marker="o", markersize=3, label=name)
     if log:
         axes.set_yscale("log")
     axes.set(title=title, xlabel=x, ylabel=y)

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "![curves and scores](report.png)",
             "## What they write",
             texts(results.folder),
-            "## Wall time",
+            "## Wall time, seconds",
             times(results.folder),
             "## Where",
             machine(results),
@@ -130,23 +130,19 @@ def results_table(results: Results) -> str:
 
     source, target = sizes(results.plan.source), sizes(results.plan.target)
     tokens, loss = results.curve("teacher", LM)
-    rows = [["teacher", *source, tokens[-1], None, 0.0, loss[0], loss[-1]]]
+    kl_untouched, loss_untouched = (results.curve("distilled", name)[1][0] for name in (KL, LM))
+    rows = [
+        ["teacher", *source, tokens[-1], None, 0.0, loss[0], loss[-1]],
+        ["pruned, untouched", *target, 0, kl_untouched, None, loss_untouched, None],
+    ]
     for arm, name in ARMS.items():
         (tokens, kl), (_, loss) = results.kl(arm), results.curve(arm, LM)
         rows.append([name, *target, tokens[-1], kl[0], kl[-1], loss[0], loss[-1]])
-    header = [
-        "model",
-        "parameters",
-        "non-embedding",
-        "tokens",
-        "KL before",
-        "KL after",
-        "loss before",
-        "loss after",
-    ]
+    header = ["model", "parameters", "non-embedding", "tokens"]
+    header += ["KL before", "KL after", "loss before", "loss after"]
     note = (
-        "KL(teacher ‖ model) and language-model loss on the validation text, nats per token. "
-        'The pruned model, untouched, is "before" in the rows that begin with it.'
+        "KL(teacher ‖ model) and language-model loss are of the validation text, in nats per "
+        "token, before and after training on so many tokens."
     )
     return f"{markdown_table(header, rows)}\n\n{note}"
 
@@ -155,7 +151,7 @@ def findings(results: Results) -> str:
     """Say in sentences what the numbers show, whichever way they came out."""
     kl = {arm: results.kl(arm)[1] for arm in ARMS}
     loss = {arm: results.curve(arm, LM)[1] for arm in ARMS}
-    teacher = results.curve("teacher", LM)[1]
+    tokens, teacher = results.curve("teacher", LM)
 
     def compare(arm: str, curves: dict[str, list[float]]) -> str:
         ours, theirs = curves["distilled"][-1], curves[arm][-1]
@@ -172,7 +168,7 @@ def findings(results: Results) -> str:
         f"{compare('control-random', loss)}.",
         "Against the same pruned weights trained with cross entropy on the same tokens, its KL is "
         f"{compare('control-ce', kl)} and its loss is {compare('control-ce', loss)}.",
-        f"In its last eighth of training the teacher's own loss still fell by "
+        f"In its last {tokens[-1] - tokens[-2]:,} tokens the teacher's loss fell by "
         f"{teacher[-2] - teacher[-1]:.3f}: a student can learn from the text, and not from its "
         "teacher, what the teacher does not know yet. One seed; small differences mean nothing.",
     ]

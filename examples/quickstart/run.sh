@@ -7,26 +7,29 @@
 # Started again, it goes on after the last finished step, and training after its last checkpoint.
 # QUICK=1 makes everything tiny: the flow in about a minute, no result worth reading.
 set -euo pipefail
-OUT=$(realpath -m "${1:-${OUT:-runs/quickstart}}")
-cd "$(dirname "$0")/../.."
-source tools/venv.sh
+ROOT=$(realpath "$(dirname "$0")/../..")
+OUT=$(realpath -m "${1:-${OUT:-$ROOT/runs/quickstart}}")
+cd "$ROOT"
+source tools/venv.sh "" # without an argument of its own, it would see ours
 
 # Sizes. Those of the environment win:  TEACHER_ITERS=2000 OUT=runs/long bash ...
 if [ "${QUICK:-0}" = 1 ]; then
     : "${VOCAB_SIZE:=512}" "${SEQ_LENGTH:=32}" "${LAYERS:=2}" "${HIDDEN:=32}" "${FFN:=64}"
     : "${KV_CHANNELS:=16}" "${TEACHER_ITERS:=4}" "${DISTILL_ITERS:=4}" "${EVAL_ITERS:=2}"
     : "${EVALS:=2}" "${CALIBRATION_SAMPLES:=16}" "${NEW_TOKENS:=4}" "${STUDENT_HIDDEN:=24}"
-    : "${STUDENT_FFN:=32}" "${WARMUP:=1}"
+    : "${STUDENT_FFN:=32}" "${TEACHER_WARMUP:=1}" "${DISTILL_WARMUP:=1}"
 fi
 : "${VOCAB_SIZE:=2048}" "${SEQ_LENGTH:=128}" "${MICRO_BATCH:=8}" "${BATCH:=16}"
 : "${LAYERS:=4}" "${HIDDEN:=256}" "${FFN:=704}" "${HEADS:=4}" "${QUERY_GROUPS:=2}"
-: "${KV_CHANNELS:=64}" "${TEACHER_ITERS:=800}" "${TEACHER_LR:=3e-3}" "${TEACHER_MIN_LR:=3e-4}"
+: "${KV_CHANNELS:=64}" "${TEACHER_ITERS:=1000}" "${TEACHER_LR:=3e-3}" "${TEACHER_MIN_LR:=3e-4}"
 : "${STUDENT_HIDDEN:=192}" "${STUDENT_FFN:=384}" "${CALIBRATION_SAMPLES:=256}"
-: "${DISTILL_ITERS:=200}" "${DISTILL_LR:=1e-3}" "${DISTILL_MIN_LR:=1e-4}" "${WARMUP:=20}"
-: "${EVALS:=8}" "${EVAL_ITERS:=16}" "${NEW_TOKENS:=80}"
+: "${DISTILL_ITERS:=150}" "${DISTILL_LR:=2e-3}" "${DISTILL_MIN_LR:=2e-4}"
+: "${TEACHER_WARMUP:=50}" "${DISTILL_WARMUP:=20}" "${EVALS:=5}" "${EVAL_ITERS:=16}"
+: "${NEW_TOKENS:=80}"
 SETTINGS="VOCAB_SIZE SEQ_LENGTH MICRO_BATCH BATCH LAYERS HIDDEN FFN HEADS QUERY_GROUPS KV_CHANNELS
     TEACHER_ITERS TEACHER_LR TEACHER_MIN_LR STUDENT_HIDDEN STUDENT_FFN CALIBRATION_SAMPLES
-    DISTILL_ITERS DISTILL_LR DISTILL_MIN_LR WARMUP EVALS EVAL_ITERS NEW_TOKENS"
+    DISTILL_ITERS DISTILL_LR DISTILL_MIN_LR TEACHER_WARMUP DISTILL_WARMUP EVALS
+    EVAL_ITERS NEW_TOKENS"
 PROMPTS=($'def read_lines(path):\n    """Return the lines of a file."""\n' "The following table")
 
 # A thread per process: the two processes of a step have a core each. The others keep memory that
@@ -82,17 +85,17 @@ reason() {
 launch() { exec torchrun --standalone --nproc-per-node 2 "$@"; }
 
 preprocess() {
-    exec python tools/preprocess_data.py --input "$OUT/corpus/$1.jsonl" --output-prefix "$OUT/data/$1" \
-        --append-eod "${TOKENIZER[@]}"
+    exec python tools/preprocess_data.py --input "$OUT/corpus/$1.jsonl" \
+        --output-prefix "$OUT/data/$1" --append-eod "${TOKENIZER[@]}"
 }
 
-# train NAME ITERS LR MIN_LR FLAGS...: every arm has the same data, batch and shape of schedule.
+# train NAME ITERS LR MIN_LR WARMUP FLAGS...: all on the same data, in the same batches.
 train() {
-    local name=$1 iters=$2 lr=$3 min_lr=$4
-    shift 4
+    local name=$1 iters=$2 lr=$3 min_lr=$4 warmup=$5
+    shift 5
     launch pretrain_distill.py "${DATA[@]}" "${SHAPE[@]}" --global-batch-size "$BATCH" \
         --save "$OUT/$name" --save-interval $((iters / 4)) --train-iters "$iters" \
-        --lr "$lr" --min-lr "$min_lr" --lr-decay-style cosine --lr-warmup-iters "$WARMUP" \
+        --lr "$lr" --min-lr "$min_lr" --lr-decay-style cosine --lr-warmup-iters "$warmup" \
         --adam-beta2 0.95 --weight-decay 0.1 --log-interval 25 --progress \
         --eval-interval $((iters / EVALS > 0 ? iters / EVALS : 1)) --eval-iters "$EVAL_ITERS" "$@"
 }
@@ -108,13 +111,12 @@ prune() {
 from_scratch() { # the pruned model's sizes, which its checkpoint writes down as flags
     local sizes
     read -ra sizes <"$OUT/pruned/release/megatron_args.sh"
-    train control-random "$DISTILL_ITERS" "$DISTILL_LR" "$DISTILL_MIN_LR" "${sizes[@]}" \
-        --teacher-load "$OUT/teacher"
+    train control-random "${DISTILL_SCHEDULE[@]}" "${sizes[@]}" --teacher-load "$OUT/teacher"
 }
 
 evaluate() { # the KL to the teacher of a run that had none
     launch pretrain_distill.py "${DATA[@]}" "${SHAPE[@]}" --global-batch-size "$BATCH" \
-        --skip-train --eval-iters "$EVAL_ITERS" --no-load-optim --no-load-rng \
+        --skip-train --lr "$DISTILL_LR" --eval-iters "$EVAL_ITERS" --no-load-optim --no-load-rng \
         --load "$OUT/$1" --teacher-load "$OUT/teacher" --save "$OUT/$1-kl"
 }
 
@@ -127,7 +129,8 @@ mkdir -p "$OUT"/{logs,done,texts}
 typed=$(for name in $SETTINGS; do echo "$name=${!name}"; done)
 if [ -e "$OUT/settings.txt" ]; then
     changed=$(diff "$OUT/settings.txt" - <<<"$typed" | grep '^[<>]' | tr '\n' ' ') || true
-    [ -z "$changed" ] || fail "$OUT has results of other settings ($changed): remove it or give another OUT."
+    [ -z "$changed" ] ||
+        fail "$OUT has results of other settings ($changed): remove it or give another OUT."
 fi
 echo "$typed" >"$OUT/settings.txt"
 
@@ -135,11 +138,12 @@ TOKENIZER=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$OUT/corpu
 TRAIN_DATA=(--train-data-path "$OUT/data/train_text_document" --num-workers 0 "${TOKENIZER[@]}")
 DATA=("${TRAIN_DATA[@]}" --valid-data-path "$OUT/data/valid_text_document")
 SHAPE=(--bf16 --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH")
+DISTILL_SCHEDULE=("$DISTILL_ITERS" "$DISTILL_LR" "$DISTILL_MIN_LR" "$DISTILL_WARMUP")
 
 step corpus python examples/quickstart/corpus.py --output "$OUT/corpus" --vocab-size "$VOCAB_SIZE"
 step preprocess-train preprocess train
 step preprocess-valid preprocess valid
-step teacher train teacher "$TEACHER_ITERS" "$TEACHER_LR" "$TEACHER_MIN_LR" \
+step teacher train teacher "$TEACHER_ITERS" "$TEACHER_LR" "$TEACHER_MIN_LR" "$TEACHER_WARMUP" \
     --num-layers "$LAYERS" --hidden-size "$HIDDEN" --ffn-hidden-size "$FFN" --swiglu \
     --num-attention-heads "$HEADS" --kv-channels "$KV_CHANNELS" \
     --group-query-attention --num-query-groups "$QUERY_GROUPS" \
@@ -147,11 +151,10 @@ step teacher train teacher "$TEACHER_ITERS" "$TEACHER_LR" "$TEACHER_MIN_LR" \
     --disable-bias-linear --untie-embeddings-and-output-weights \
     --attention-dropout 0 --hidden-dropout 0
 step prune prune
-step distilled train distilled "$DISTILL_ITERS" "$DISTILL_LR" "$DISTILL_MIN_LR" \
+step distilled train distilled "${DISTILL_SCHEDULE[@]}" \
     --load "$OUT/pruned" --teacher-load "$OUT/teacher"
 step control-random from_scratch
-step control-ce train control-ce "$DISTILL_ITERS" "$DISTILL_LR" "$DISTILL_MIN_LR" \
-    --load "$OUT/pruned"
+step control-ce train control-ce "${DISTILL_SCHEDULE[@]}" --load "$OUT/pruned"
 step control-ce-kl evaluate control-ce
 for model in teacher pruned distilled; do step "generate-$model" generate "$model"; done
 python examples/quickstart/report.py --output "$OUT"

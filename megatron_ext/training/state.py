@@ -108,7 +108,7 @@ def _optimizer_config(flags: TrainFlags, params_dtype: torch.dtype) -> Optimizer
     options = flags.optimizer
     return OptimizerConfig(
         optimizer=options.optimizer,
-        lr=options.lr,
+        lr=options.lr or 0.0,  # absent with --skip-train
         min_lr=options.min_lr,
         weight_decay=options.weight_decay,
         adam_beta1=options.adam_beta1,
