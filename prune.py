@@ -9,14 +9,16 @@ r"""Prune a checkpoint: calibration data -> scores -> plan -> pruned checkpoint.
 import os
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_ext import checkpoint, data, platform
-from megatron_ext.arch import num_parameters
+from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.checkpoint import Checkpoint
-from megatron_ext.errors import USAGE, UserError, run_main
+from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
 from megatron_ext.flags import (
     PruneFlags,
     check_layout,
@@ -24,14 +26,24 @@ from megatron_ext.flags import (
     format_flags,
     megatron_command_line,
     parse_prune,
+    virtual_pipeline_size,
 )
-from megatron_ext.model import build_model
+from megatron_ext.model import build_model, model_state_dict
 from megatron_ext.platform import Platform
-from megatron_ext.pruning.calibrate import calibrate
-from megatron_ext.pruning.importance import AGGREGATION
+from megatron_ext.pruning.aggregation import Aggregation
+from megatron_ext.pruning.baselines import magnitude_scores, random_scores
+from megatron_ext.pruning.calibrate import Passes, calibrate
+from megatron_ext.pruning.depth import score_depth
+from megatron_ext.pruning.iterate import compose, iteration_targets
 from megatron_ext.pruning.plan import Plan, check_plan, load_plan, make_plan, save_plan, target_arch
-from megatron_ext.pruning.scores import Scores, check_scores, load_scores, save_scores
-from megatron_ext.pruning.trim import trimmed_share
+from megatron_ext.pruning.scores import (
+    Scores,
+    check_scores,
+    depth_method,
+    load_scores,
+    save_scores,
+)
+from megatron_ext.pruning.trim import fill_trimmed, trimmed_share
 from megatron_ext.slices import SliceReader
 from megatron_ext.startup import check_tokenizer, join_ranks, model_options
 from megatron_ext.together import on_all_ranks, on_first_rank
@@ -42,6 +54,10 @@ def main() -> int:
     """Run the program; returns its exit code."""
     flags = parse_prune(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
     source = checkpoint.read(flags.checkpoint.load, flags.checkpoint.ckpt_step)
+    if source.arch.num_experts is not None:
+        raise UserError(
+            f"--load {source.folder}: models with experts cannot be pruned yet.", CHECKPOINT
+        )
     check_layout(source.arch, flags.parallel, seq_length=flags.batch.seq_length)
     check_targets(source.arch, flags.prune)
     if flags.checkpoint.save and checkpoint.find(flags.checkpoint.save):
@@ -77,34 +93,111 @@ def get_plan(flags: PruneFlags, source: Checkpoint, place: Platform) -> Plan:
                 "plan again, or the flags to use it.",
                 USAGE,
             )
+        if options.head_residual not in ("none", plan.head_residual):
+            raise UserError(
+                f"--plan {path} was made with --head-residual {plan.head_residual}: remove the "
+                "file to plan again, or the flag to use it.",
+                USAGE,
+            )
         return plan
-    plan = make_plan(get_scores(flags, source, place), source.arch, target)
+    plan = plan_from_scores(flags, source, target, place)
     if path:
         on_first_rank(lambda: save_plan(path, plan))
     return plan
 
 
+def plan_from_scores(flags: PruneFlags, source: Checkpoint, target: Arch, place: Platform) -> Plan:
+    """Score and plan, as often as --prune-iterations says; return all plans as one. Collective."""
+    targets = iteration_targets(source.arch, target, flags.prune.prune_iterations)
+    for arch in targets[:-1]:
+        check_layout(arch, flags.parallel, seq_length=flags.batch.seq_length)
+    scores, plan = get_scores(flags, source, place), None
+    for step in targets:
+        if plan is not None:
+            vectors = calibrate(passes_over(flags, source, place, plan), aggregation(flags))
+            del vectors["layers"]  # those of the source hold
+            scores = replace(scores, source=plan.target, vectors={**scores.vectors, **vectors})
+        part = make_plan(scores, scores.source, step, head_residual=flags.prune.head_residual)
+        plan = compose(plan, part) if plan else part
+    return plan
+
+
 def get_scores(flags: PruneFlags, source: Checkpoint, place: Platform) -> Scores:
     """Return the scores of --scores, or measure them and write them there. Collective."""
-    path = flags.prune.scores
+    path, settings = flags.prune.scores, scoring(flags)
     if _exists(path):
         scores = load_scores(path)
         check_scores(scores, source.arch)
+        other = {name: getattr(scores, name) for name in settings}
+        if other != settings:
+            say(f"NOTE: the settings of --scores {path} hold, {other}; the flags say {settings}.")
         return scores
-    scores = Scores(
-        vectors=measure(flags, source, place),
-        source=source.arch,
-        aggregation=AGGREGATION,
-        samples=flags.prune.calibration_samples,
-        seq_length=flags.batch.seq_length,
-    )
+    order: tuple[tuple[int, ...], ...] = ()
+    if flags.prune.importance == "activation":
+        vectors, order = measure(flags, source, place)
+    elif flags.prune.importance == "magnitude":
+        reader = on_all_ranks(lambda: SliceReader(source.folder))
+        vectors = magnitude_scores(reader, source.arch, place.device)
+    else:
+        vectors = random_scores(source.arch, flags.batch.seed)
+    scores = Scores(vectors=vectors, removal_order=order, source=source.arch, **settings)
     if path:
         on_first_rank(lambda: save_scores(path, scores))
     return scores
 
 
-def measure(flags: PruneFlags, source: Checkpoint, place: Platform) -> dict[str, torch.Tensor]:
-    """Return the scores of every axis from forward passes over the calibration samples."""
+def scoring(flags: PruneFlags) -> dict[str, Any]:
+    """Return how the flags have scores made, in the fields of ``Scores``."""
+    importance = flags.prune.importance
+    if importance == "activation":
+        return {
+            "aggregation": str(aggregation(flags)),
+            "samples": flags.prune.calibration_samples,
+            "seq_length": flags.batch.seq_length,
+            "depth": depth_method(
+                flags.prune.depth_importance,
+                flags.prune.depth_block,
+                rescore=flags.prune.depth_rescore,
+            ),
+        }
+    how = f"random,seed={flags.batch.seed}" if importance == "random" else importance
+    return {"aggregation": how, "samples": 0, "seq_length": 0, "depth": importance}
+
+
+def aggregation(flags: PruneFlags) -> Aggregation:
+    """Return how activations become scores."""
+    options = flags.prune
+    return Aggregation(
+        batch=options.importance_batch,
+        sequence=options.importance_sequence,
+        neurons=options.importance_neurons,
+        heads=options.importance_heads,
+    )
+
+
+def measure(
+    flags: PruneFlags, source: Checkpoint, place: Platform
+) -> tuple[dict[str, torch.Tensor], tuple[tuple[int, ...], ...]]:
+    """Return the scores of every axis and the order in which layers go, from forward passes."""
+    options, num_layers = flags.prune, source.arch.num_layers
+    passes = passes_over(flags, source, place)
+    vectors = calibrate(passes, aggregation(flags))
+    if scoring(flags)["depth"] == "block":
+        return vectors, ()  # measured in the same passes
+    remove = num_layers - (options.target_num_layers or num_layers)
+    layers, order = score_depth(
+        passes,
+        options.depth_importance,
+        options.depth_block,
+        remove=remove if options.depth_rescore else None,
+    )
+    return vectors | layers, order
+
+
+def passes_over(
+    flags: PruneFlags, source: Checkpoint, place: Platform, plan: Plan | None = None
+) -> Passes:
+    """Return the source, or what ``plan`` leaves of it, as a model beside its data. Collective."""
     num_samples, micro_batch_size = flags.prune.calibration_samples, flags.batch.micro_batch_size
     per_pass = micro_batch_size * place.groups.dp.size()
     if num_samples % per_pass:
@@ -113,11 +206,22 @@ def measure(flags: PruneFlags, source: Checkpoint, place: Platform) -> dict[str,
             f"{micro_batch_size} x {place.groups.dp.size()} data-parallel ranks.",
             USAGE,
         )
+    pieces, pp = virtual_pipeline_size(flags.parallel, source.arch.num_layers), place.groups.pp
+    if pieces and num_samples // per_pass % pp.size():
+        raise UserError(
+            f"--calibration-samples {num_samples} are {num_samples // per_pass} micro-batches of a "
+            f"rank: virtual stages need a multiple of --pipeline-model-parallel-size {pp.size()}.",
+            USAGE,
+        )
     tokenizer = data.build_tokenizer(flags.data)
     check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
-    options = model_options(flags, place, source.arch.num_layers)
-    chunks = build_model(source.arch, options, place.groups)
-    restore_weights(chunks, source)
+    arch = plan.target if plan else source.arch
+    chunks = build_model(arch, model_options(flags, place, arch.num_layers), place.groups)
+    if plan:
+        state = model_state_dict(chunks)
+        on_all_ranks(lambda: fill_trimmed(state, SliceReader(source.folder), plan))
+    else:
+        restore_weights(chunks, source)
     dataset, _, _ = data.build_datasets(
         flags.data,
         seq_length=flags.batch.seq_length,
@@ -125,11 +229,11 @@ def measure(flags: PruneFlags, source: Checkpoint, place: Platform) -> dict[str,
         tokenizer=tokenizer,
         seed=flags.batch.seed,
     )
-    return calibrate(
-        chunks,
-        source.arch,
-        dataset,
-        place,
+    return Passes(
+        chunks=chunks,
+        arch=arch,
+        dataset=dataset,
+        place=place,
         num_samples=num_samples,
         micro_batch_size=micro_batch_size,
         seq_length=flags.batch.seq_length,

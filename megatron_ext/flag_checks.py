@@ -56,6 +56,13 @@ def layout_problems(parallel: group.Parallel, seq_length: int, world_size: int) 
             f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} x "
             f"--context-parallel-size {cp} = {model_parallel_size(parallel)}."
         )
+    ep = parallel.expert_model_parallel_size
+    pp = parallel.pipeline_model_parallel_size
+    if world_size // (tp * pp) % ep:
+        yield (
+            f"--expert-model-parallel-size {ep} does not divide the {world_size // (tp * pp)} data "
+            "and context parallel ranks."
+        )
     if cp > 1 and seq_length % (2 * cp):
         yield (
             f"--seq-length {seq_length} is not a multiple of 2 x --context-parallel-size {cp}: "
@@ -248,13 +255,29 @@ def data_problems(data: group.Data, *, needed: bool = True) -> Iterator[str]:
 
 
 def prune_problems(checkpoint: group.Checkpoint, prune: group.Prune) -> Iterator[str]:
-    """Something must be written, and not over the source."""
+    """Something must be written, and not over the source; what needs activations."""
     if not (checkpoint.save or prune.scores or prune.plan):
         yield "nothing to write: give --save, --plan or --scores."
     if checkpoint.save == checkpoint.load:
         yield (
             f"--save {checkpoint.save} is also --load: the pruned model would stand among the "
             "source's iterations."
+        )
+    default = group.Prune()
+    aggregation = [f"importance_{name}" for name in ("batch", "sequence", "neurons", "heads")]
+    depth = ("depth_importance", "depth_block", "depth_rescore", "prune_iterations")
+    for name in (*aggregation, *depth):
+        value = getattr(prune, name)
+        if prune.importance != "activation" and value != getattr(default, name):
+            yield f"{dashed(name)} {value} needs --importance activation."
+    if prune.depth_rescore and prune.target_num_layers is None:
+        yield "--depth-rescore needs --target-num-layers: how many to remove."
+    if prune.head_residual != "none" and prune.target_num_attention_heads is None:
+        yield f"--head-residual {prune.head_residual} needs --target-num-attention-heads."
+    if prune.head_residual != "none" and prune.prune_iterations > 1:
+        yield (
+            f"--head-residual {prune.head_residual} and --prune-iterations "
+            f"{prune.prune_iterations}: a head would be folded more than once; give one."
         )
 
 

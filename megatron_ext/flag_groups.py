@@ -47,11 +47,27 @@ class Parallel:
         choices=("local", "transformer_engine"),
     )
 
+    # What pruning does not offer: its models have no experts.
+    expert_model_parallel_size = 1
+    moe_token_dispatcher_type = "allgather"
+    moe_grouped_gemm = False
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainParallel(Parallel):
     """Parallel layout and device."""
 
+    expert_model_parallel_size: int = flag(
+        1, "data and context parallel ranks that share the experts (EP); TP splits each", at_least=1
+    )
+    moe_token_dispatcher_type: str = flag(
+        "allgather",
+        "how tokens reach the experts of other ranks",
+        choices=("allgather", "alltoall"),
+    )
+    moe_grouped_gemm: bool = flag(
+        False, "one kernel for the experts of a rank; needs Transformer Engine"
+    )
     use_distributed_optimizer: bool = flag(False, "split optimizer state over data-parallel ranks")
     overlap_grad_reduce: bool = flag(False, "reduce gradients while computing others")
     overlap_param_gather: bool = flag(
@@ -301,6 +317,44 @@ class Prune:
     target_num_attention_heads: int | None = flag(None, "default as the source", at_least=1)
     target_num_layers: int | None = flag(None, "default as the source", at_least=1)
     calibration_samples: int = flag(1024, "samples that the scores are measured on", at_least=1)
+    importance: str = flag(
+        "activation",
+        "what scores units: activations, or without any data the weights' L2 norm or chance (of "
+        "--seed)",
+        choices=("activation", "magnitude", "random"),
+    )
+    importance_batch: str = flag(
+        "l2", "activations of a unit over samples", choices=("mean", "l2", "var")
+    )
+    importance_sequence: str = flag(
+        "mean", "over the positions of a sample, before that", choices=("mean", "l2", "var")
+    )
+    importance_neurons: str = flag(
+        "post", "neurons after the activation function or before it", choices=("post", "pre")
+    )
+    importance_heads: str = flag(
+        "norm-first",
+        "L2 norm of a head's output per token, or of its aggregated channels",
+        choices=("norm-first", "aggregate-first"),
+    )
+    depth_importance: str = flag(
+        "block",
+        "how layers are scored: block importance in the same passes as the rest, or the loss or KL "
+        "of the model without a layer, a pass for each layer",
+        choices=("block", "loss", "kl"),
+    )
+    depth_block: int = flag(1, "contiguous layers that are scored and removed together", at_least=1)
+    depth_rescore: bool = flag(
+        False, "remove one layer (or block) at a time and score the rest again each time"
+    )
+    prune_iterations: int = flag(
+        1, "steps to the target widths, scored in between; 1 = one-shot", at_least=1
+    )
+    head_residual: str = flag(
+        "none",
+        "fold each pruned head into a kept one: 2 kept - pruned (paper), or pruned (laco)",
+        choices=("none", "paper", "laco"),
+    )
     scores: str | None = flag(None, "scores file: read if it exists, written otherwise")
     plan: str | None = flag(None, "plan file: read if it exists, written otherwise")
 

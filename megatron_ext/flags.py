@@ -7,7 +7,7 @@ flag_checks   what may not go together between flags
 flags         (here) what each program gets, and whether a model fits a layout
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +29,7 @@ __all__ = [
     "PruneFlags",
     "TrainFlags",
     "check_against_checkpoint",
+    "check_experts",
     "check_layout",
     "check_targets",
     "flags_as_dict",
@@ -118,9 +119,11 @@ def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
     typed = read(PruneFlags, argv, group.IGNORED)
     check.refuse(_missing(missing(PruneFlags, typed) + ["--load"] * ("load" not in typed)))
     flags = build(PruneFlags, typed)
-    # Nothing is measured where a file of scores or a plan is given.
-    given = [path for path in (flags.prune.scores, flags.prune.plan) if path is not None]
-    measures = not any(Path(path).exists() for path in given)
+    # No data are read where a plan is given, or scores that are not measured again, or scores need
+    # none.
+    given = [flags.prune.plan] + [flags.prune.scores] * (flags.prune.prune_iterations == 1)
+    measures = flags.prune.importance == "activation"
+    measures &= not any(path is not None and Path(path).exists() for path in given)
     check.refuse(
         check.layout_problems(flags.parallel, flags.batch.seq_length, world_size),
         check.virtual_stage_problems(flags.parallel),
@@ -153,7 +156,21 @@ def check_layout(arch: Arch, parallel: group.Parallel, *, seq_length: int) -> No
         _tensor_parallel_problems(arch, parallel.tensor_model_parallel_size),
         _pipeline_problems(arch.num_layers, parallel),
         _position_problems(arch, seq_length),
+        _expert_problems(arch, parallel) if arch.num_experts else (),
     )
+
+
+def check_experts(archs: Iterable[Arch], parallel: group.Parallel) -> None:
+    """Check that a run with flags of experts has a model with experts.
+
+    Raises:
+        UserError: with code ``USAGE``.
+    """
+    if any(arch.num_experts for arch in archs):
+        return
+    for name in ("expert_model_parallel_size", "moe_token_dispatcher_type", "moe_grouped_gemm"):
+        if getattr(parallel, name) != getattr(group.TrainParallel, name):
+            raise UserError(f"{dashed(name)}: no model of this run has experts.", USAGE)
 
 
 def check_targets(arch: Arch, prune: group.Prune) -> None:
@@ -178,6 +195,31 @@ def check_targets(arch: Arch, prune: group.Prune) -> None:
             f"{groups} query groups: each keeps the same number of heads.",
             USAGE,
         )
+    if heads is not None and prune.head_residual != "none" and 2 * heads < arch.num_attention_heads:
+        raise UserError(
+            f"--head-residual {prune.head_residual} folds a pruned head into each kept one: "
+            f"--target-num-attention-heads {heads} must be half of {arch.num_attention_heads} or "
+            "more.",
+            USAGE,
+        )
+    check.refuse(_depth_problems(arch.num_layers, prune))
+
+
+def _depth_problems(num_layers: int, prune: group.Prune) -> Iterator[str]:
+    block, target = prune.depth_block, prune.target_num_layers
+    if block >= num_layers:
+        yield f"--depth-block {block}: the checkpoint has only {num_layers} layers."
+    cut = num_layers - (target or num_layers)
+    if prune.depth_rescore and cut % block:
+        yield (
+            f"--target-num-layers {target} removes {cut} of {num_layers} layers, not a multiple "
+            f"of --depth-block {block}."
+        )
+    if not prune.depth_rescore and block > 1 and cut not in (0, block):
+        yield (
+            f"--target-num-layers {target} removes {cut} of {num_layers} layers, --depth-block "
+            f"{block} at once; --depth-rescore removes one block after the other."
+        )
 
 
 def _missing(options: Sequence[str]) -> Iterator[str]:
@@ -190,13 +232,24 @@ def _without_idle_sequence_parallel(parallel: Any) -> Any:
     return replace(parallel, sequence_parallel=parallel.sequence_parallel and tp > 1)
 
 
+def _expert_problems(arch: Arch, parallel: group.Parallel) -> Iterator[str]:
+    ep, tp = parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
+    if arch.num_experts % ep:
+        yield f"--expert-model-parallel-size {ep} does not divide --num-experts {arch.num_experts}."
+    if tp > 1 and not parallel.sequence_parallel:
+        yield f"--tensor-model-parallel-size {tp} with experts needs --sequence-parallel."
+
+
 def _tensor_parallel_problems(arch: Arch, tp: int) -> Iterator[str]:
     sizes = {
         "--num-attention-heads": arch.num_attention_heads,
         "--num-query-groups": arch.num_query_groups,
-        "--ffn-hidden-size": arch.ffn_hidden_size,
         "the padded vocabulary (--make-vocab-size-divisible-by)": arch.padded_vocab_size,
     }
+    neurons = ("ffn_hidden_size",)
+    if arch.num_experts is not None:
+        neurons = ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+    sizes |= {dashed(name): size for name in neurons if (size := getattr(arch, name))}
     allowed = [
         str(ranks)
         for ranks in range(1, arch.num_query_groups + 1)

@@ -76,6 +76,12 @@ REFUSED = [
         16,
         "--seq-length 24 is not a multiple of --tensor-model-parallel-size 4 x --context-",
     ),
+    (
+        f"{PP2} --expert-model-parallel-size 2",
+        2,
+        "--expert-model-parallel-size 2 does not divide the 1 data and context parallel ranks",
+    ),
+    ("--moe-router-load-balancing-type sinkhorn", 1, "invalid choice: 'sinkhorn'"),
     (f"{PP2} {VPP} 2 {PER_STAGE}", 2, "place layers in different ways: give one"),
     (f"{PP2} {VPP} 2 {LAYOUT} Et|tL", 2, "place layers in different ways: give one"),
     (f"{VPP} 2", 1, f"{VPP} needs --pipeline-model-parallel-size above 1"),
@@ -189,6 +195,20 @@ def test_missing_flags_come_in_one_message():
         ("--mock-data --tensor-model-parallel-size 2", "1 ranks are not a multiple"),
         ("--scores absent.safetensors --plan absent.json", "no data"),
         ("--plan absent.json --mock-data --data-path a", "give one source"),
+        ("--mock-data --importance weights", "--importance: invalid choice: 'weights'"),
+        ("--mock-data --importance-batch sum", "--importance-batch: invalid choice: 'sum'"),
+        (
+            "--importance random --importance-heads aggregate-first",
+            "--importance-heads aggregate-first needs --importance activation",
+        ),
+        ("--importance random --depth-importance kl", "kl needs --importance activation"),
+        ("--mock-data --depth-rescore", "--depth-rescore needs --target-num-layers"),
+        ("--mock-data --depth-block 0", "--depth-block 0: must be >= 1"),
+        ("--mock-data --head-residual paper", "paper needs --target-num-attention-heads"),
+        (
+            "--mock-data --head-residual laco --target-num-attention-heads 4 --prune-iterations 2",
+            "--head-residual laco and --prune-iterations 2",
+        ),
     ],
 )
 def test_refused_prune_flags(extra, message):
@@ -201,6 +221,13 @@ def test_prune_needs_no_data_where_scores_or_a_plan_exist(tmp_path):
     path.touch()
     assert prune(f"--plan {path}").prune.plan == str(path)
     assert prune(f"--scores {path} --plan new.json").data.data_path == ()
+    with refused("no data"):  # each iteration after the first is scored
+        prune(f"--scores {path} --prune-iterations 2")
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "random"])
+def test_scores_without_activations_need_no_data(importance):
+    assert prune(f"--importance {importance}").prune.importance == importance
 
 
 def test_prune_needs_something_to_write():
@@ -220,6 +247,8 @@ DEFAULTS = {
     "normalization": "LayerNorm",
     "norm_epsilon": 1e-5,
     "add_bias_linear": True,
+    "moe_router_topk": 2,
+    "moe_router_load_balancing_type": "aux_loss",
     "init_method_std": 0.02,
     "attention_dropout": 0.1,
     "hidden_dropout": 0.1,
@@ -228,6 +257,8 @@ DEFAULTS = {
     "pipeline_model_parallel_size": 1,
     "overlap_p2p_comm": True,
     "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "moe_token_dispatcher_type": "allgather",
     "distributed_timeout_minutes": 10,
     "seed": 1234,
     "optimizer": "adam",
@@ -257,6 +288,15 @@ OUR_DEFAULTS = {
     "kd_loss": "forward-kl",
     "kd_temperature": 1.0,
     "calibration_samples": 1024,
+    "importance": "activation",
+    "importance_batch": "l2",
+    "importance_sequence": "mean",
+    "importance_neurons": "post",
+    "importance_heads": "norm-first",
+    "depth_importance": "block",
+    "depth_block": 1,
+    "prune_iterations": 1,
+    "head_residual": "none",
 }
 
 
@@ -334,45 +374,49 @@ def test_flags_as_plain_values():
 TRAIN_OPTIONS = """
     --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --apply-layernorm-1p --attention-dropout
     --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size --data-cache-path
-    --data-path --device --disable-bias-linear --distributed-backend
-    --distributed-timeout-minutes --end-weight-decay --eod-mask-loss --eval-interval
-    --eval-iters --exit-duration-in-mins --exit-interval --exit-on-missing-checkpoint
+    --data-path --device --disable-bias-linear --distributed-backend --distributed-timeout-minutes
+    --end-weight-decay --eod-mask-loss --eval-interval --eval-iters --exit-duration-in-mins
+    --exit-interval --exit-on-missing-checkpoint --expert-model-parallel-size
     --export-kd-teacher-load --ffn-hidden-size --finetune --fp16 --global-batch-size
     --grad-reduce-in-bf16 --group-query-attention --help --hidden-dropout --hidden-size
     --init-method-std --initial-loss-scale --kd-lm-loss-weight --kd-loss --kd-temperature
     --kv-channels --load --log-interval --loss-scale --lr --lr-decay-iters --lr-decay-style
     --lr-warmup-fraction --lr-warmup-init --lr-warmup-iters --lr-wsd-decay-iters
     --lr-wsd-decay-style --make-vocab-size-divisible-by --max-position-embeddings --merge-file
-    --micro-batch-size --min-lr --mock-data --no-load-optim --no-load-rng --no-mmap-bin-files
-    --no-overlap-p2p-communication --no-save-optim --no-save-rng --no-verify-integrity
-    --norm-epsilon --normalization --num-attention-heads --num-layers
-    --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --micro-batch-size --min-lr --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size
+    --moe-grouped-gemm --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
+    --moe-shared-expert-intermediate-size --moe-token-dispatcher-type --no-load-optim
+    --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication --no-save-optim --no-save-rng
+    --no-verify-integrity --norm-epsilon --normalization --num-attention-heads --num-experts
+    --num-layers --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --optimizer --overlap-grad-reduce
     --overlap-param-gather --override-opt-param-scheduler --override-opt_param-scheduler
     --persistent-save-interval --pipeline-model-parallel-layout --pipeline-model-parallel-size
     --position-embedding-type --pretrained-checkpoint --progress --qk-layernorm
     --recompute-granularity --recompute-method --recompute-num-layers --reset-attention-mask
     --reset-position-ids --rope-scaling-factor --rotary-base --rotary-percent --save
-    --save-interval --save-retain-interval --seed --seq-length --sequence-parallel
-    --sgd-momentum --skip-train --split --squared-relu --start-weight-decay --swiglu
-    --teacher-load --tensor-model-parallel-size --tensorboard-dir --test-data-path
-    --tokenizer-model --tokenizer-type --train-data-path --train-iters --transformer-impl
-    --trust-remote-code --untie-embeddings-and-output-weights
-    --use-checkpoint-opt-param-scheduler --use-checkpoint-opt_param-scheduler
-    --use-distributed-optimizer --use-rope-scaling --use-rotary-position-embeddings
-    --valid-data-path --vocab-file --vocab-size --weight-decay --weight-decay-incr-style
+    --save-interval --save-retain-interval --seed --seq-length --sequence-parallel --sgd-momentum
+    --skip-train --split --squared-relu --start-weight-decay --swiglu --teacher-load
+    --tensor-model-parallel-size --tensorboard-dir --test-data-path --tokenizer-model
+    --tokenizer-type --train-data-path --train-iters --transformer-impl --trust-remote-code
+    --untie-embeddings-and-output-weights --use-checkpoint-opt-param-scheduler
+    --use-checkpoint-opt_param-scheduler --use-distributed-optimizer --use-rope-scaling
+    --use-rotary-position-embeddings --valid-data-path --vocab-file --vocab-size --weight-decay
+    --weight-decay-incr-style
 """
 PRUNE_OPTIONS = """
-    --bf16 --calibration-samples --ckpt-step --context-parallel-size --data-cache-path
-    --data-path --device --distributed-backend --distributed-timeout-minutes --fp16 --help
-    --load --merge-file --micro-batch-size --mock-data --no-mmap-bin-files
-    --no-overlap-p2p-communication --no-verify-integrity --num-layers-per-virtual-pipeline-stage
+    --bf16 --calibration-samples --ckpt-step --context-parallel-size --data-cache-path --data-path
+    --depth-block --depth-importance --depth-rescore --device --distributed-backend
+    --distributed-timeout-minutes --fp16 --head-residual --help
+    --importance --importance-batch --importance-heads --importance-neurons --importance-sequence
+    --load --merge-file --micro-batch-size --mock-data --no-mmap-bin-files --no-overlap-p2p-communication
+    --no-verify-integrity --num-layers-per-virtual-pipeline-stage
     --num-virtual-stages-per-pipeline-rank --num-workers --pipeline-model-parallel-layout
-    --pipeline-model-parallel-size --plan --reset-attention-mask --reset-position-ids --save
-    --scores --seed --seq-length --sequence-parallel --split --target-ffn-hidden-size
-    --target-hidden-size --target-num-attention-heads --target-num-layers
-    --tensor-model-parallel-size --tokenizer-model --tokenizer-type --transformer-impl
-    --trust-remote-code --vocab-file --vocab-size
+    --pipeline-model-parallel-size --plan --prune-iterations --reset-attention-mask
+    --reset-position-ids --save --scores --seed --seq-length --sequence-parallel --split
+    --target-ffn-hidden-size --target-hidden-size --target-num-attention-heads --target-num-layers
+    --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path
+    --transformer-impl --trust-remote-code --vocab-file --vocab-size
 """
 
 

@@ -7,7 +7,7 @@ import pytest
 from megatron_ext.arch import Arch
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.flag_checks import stages
-from megatron_ext.flag_groups import Parallel, Prune
+from megatron_ext.flag_groups import Prune, TrainParallel
 from megatron_ext.flags import (
     check_against_checkpoint,
     check_experts,
@@ -176,18 +176,18 @@ def test_typed_dropouts_and_load_balancing_win_over_the_checkpoint():
 )
 def test_layouts_that_do_not_fit_the_model(parallel, change, message):
     with refused(message):
-        check_layout(replace(ARCH, **change), Parallel(**parallel), seq_length=16)
+        check_layout(replace(ARCH, **change), TrainParallel(**parallel), seq_length=16)
 
 
 def test_flags_of_experts_need_a_model_with_experts():
     mixture = replace(ARCH, **EXPERTS)
     for flag in ({"expert_model_parallel_size": 2}, {"moe_grouped_gemm": True}):
         with refused(f"--{next(iter(flag)).replace('_', '-')}: no model of this run has experts"):
-            check_experts([ARCH, ARCH], Parallel(**flag))
-        check_experts([ARCH, mixture], Parallel(**flag))
-    check_experts([ARCH], Parallel())
+            check_experts([ARCH, ARCH], TrainParallel(**flag))
+        check_experts([ARCH, mixture], TrainParallel(**flag))
+    check_experts([ARCH], TrainParallel())
     # A feed-forward size that no weight has is no reason to refuse a layout.
-    sizes = Parallel(tensor_model_parallel_size=4, sequence_parallel=True)
+    sizes = TrainParallel(tensor_model_parallel_size=4, sequence_parallel=True)
     check_layout(replace(mixture, ffn_hidden_size=7), sizes, seq_length=16)
 
 
@@ -205,8 +205,8 @@ def test_flags_of_experts_need_a_model_with_experts():
     ],
 )
 def test_layouts_that_fit_the_model_and_their_virtual_stages(parallel, pieces):
-    check_layout(ARCH, Parallel(**parallel), seq_length=64)
-    assert virtual_pipeline_size(Parallel(**parallel), ARCH.num_layers) == pieces
+    check_layout(ARCH, TrainParallel(**parallel), seq_length=64)
+    assert virtual_pipeline_size(TrainParallel(**parallel), ARCH.num_layers) == pieces
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from megatron_ext.pruning.plan import (
     highest,
     kept_indices,
     load_plan,
+    lowest,
     make_plan,
     save_plan,
     target_arch,
@@ -69,7 +70,33 @@ def test_layers_and_their_own_neurons():
     plan = make_plan(scores, LLAMA, target_arch(LLAMA, num_layers=3, ffn_hidden_size=16))
     assert plan.layers == (0, 2, 3)
     assert plan.ffn == {i: highest(scores.vectors[f"ffn.{i}"], 16) for i in (0, 2, 3)}
-    assert plan.made == {"aggregation": "batch=l2,seq=mean", "samples": 8, "seq_length": 16}
+    made = {"aggregation": "batch=l2,seq=mean", "samples": 8, "seq_length": 16, "depth": "block"}
+    assert plan.made == made
+
+
+def ordered(*order):
+    """Return scores of LLAMA that remove layers in this order."""
+    scores = with_vectors(LLAMA, layers=[0.5, 0.1, 0.2, 0.4])
+    return replace(scores, depth="kl, rescored", removal_order=order)
+
+
+def test_a_removal_order_goes_before_the_scores_of_layers():
+    scores = ordered((3,), (0,), (1,))
+    for count, layers in ((4, (0, 1, 2, 3)), (3, (0, 1, 2)), (2, (1, 2)), (1, (2,))):
+        plan = make_plan(scores, LLAMA, target_arch(LLAMA, num_layers=count))
+        assert plan.layers == layers
+    assert plan.made["depth"] == "kl, rescored"
+    assert plan.made["removal_order"] == [[3], [0], [1]]
+    plan = make_plan(ordered((1, 2)), LLAMA, target_arch(LLAMA, num_layers=2))
+    assert plan.layers == (0, 3)
+    for order, count in ((((1, 2),), 3), (((1, 2),), 1), (((0,), (1,)), 1)):
+        with pytest.raises(UserError, match=f"--target-num-layers {count} of 4"):
+            make_plan(ordered(*order), LLAMA, target_arch(LLAMA, num_layers=count))
+
+
+def test_the_lowest_score_and_of_equal_ones_the_last():
+    assert lowest(torch.tensor([0.3, 0.1, 0.2])) == 1
+    assert lowest(torch.tensor([0.1, 0.1, 0.2])) == 1
 
 
 def test_identity_needs_no_scores_and_keeps_everything():
@@ -145,6 +172,16 @@ def test_round_trip(tmp_path):
     check_plan(plan, replace(LLAMA, hidden_dropout=0.1))
 
 
+def test_folded_heads_make_the_round_trip_and_older_plans_fold_none(tmp_path):
+    target = target_arch(LLAMA, num_layers=3, num_attention_heads=2)
+    plan = make_plan(random_scores(LLAMA), LLAMA, target, head_residual="paper")
+    save_plan(tmp_path / "plan.json", plan)
+    assert load_plan(tmp_path / "plan.json") == plan
+    values = json.loads(pruned_plan().to_json())
+    del values["head_residual"], values["residual_pairs"]
+    assert Plan.from_json(json.dumps(values)) == pruned_plan()
+
+
 def edited(change):
     values = json.loads(pruned_plan().to_json())
     change(values)
@@ -172,7 +209,7 @@ def set_in(*path, value):
         (set_in("hidden", 0, value=True), "list of integers"),
         (set_in("ffn", value=[]), "cannot be read"),
         (set_in("source", "hidden_size", value="48"), "hidden_size is '48'"),
-        (set_in("source", "num_experts", value=8), "unknown size 'num_experts'"),
+        (set_in("source", "moe_latent_size", value=8), "unknown size 'moe_latent_size'"),
         (set_in("layers", value=[0, 2]), "layers keeps 2 units, the target has 3"),
         (set_in("hidden", -1, value=48), "hidden names unit 48 of 48"),
         (set_in("hidden", 0, value=-1), "hidden names unit -1 of 48"),
@@ -181,6 +218,9 @@ def set_in(*path, value):
         (lambda v: v["ffn"].pop(next(iter(v["ffn"]))), "ffn names layers"),
         (lambda v: v["heads"].update({"3": [0, 1]}), "heads"),
         (lambda v: v["heads"].update({k: [0, 1] for k in v["heads"]}), "of its query groups"),
+        (set_in("head_residual", value="paper"), "residual_pairs names layers"),
+        (set_in("head_residual", value=3), "head_residual is 3, not one of none, paper, laco"),
+        (set_in("residual_pairs", value={"0": [[1]]}), "cannot be read"),
         (set_in("target", "vocab_size", value=7), "vocab_size is 100 in the source and 7"),
         (set_in("target", "num_query_groups", value=1), "2 query groups would become 1"),
     ],

@@ -7,7 +7,14 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_ext.errors import CHECKPOINT, UserError
-from megatron_ext.pruning.scores import Scores, check_scores, lengths, load_scores, save_scores
+from megatron_ext.pruning.scores import (
+    Scores,
+    check_scores,
+    depth_method,
+    lengths,
+    load_scores,
+    save_scores,
+)
 from tests.models import LLAMA
 
 
@@ -21,7 +28,7 @@ def random_scores(arch, seed=0):
 
 
 def test_round_trip(tmp_path):
-    scores = random_scores(LLAMA)
+    scores = replace(random_scores(LLAMA), depth="kl, rescored", removal_order=((3,), (1,)))
     save_scores(tmp_path / "folder" / "scores.safetensors", scores)
     loaded = load_scores(tmp_path / "folder" / "scores.safetensors")
     assert loaded.vectors.keys() == scores.vectors.keys()
@@ -77,6 +84,17 @@ def test_bad_vectors_are_named(name, vector, message):
     vectors = {k: v for k, v in {**scores.vectors, name: vector}.items() if v is not None}
     with pytest.raises(UserError, match=message):
         check_scores(replace(scores, vectors=vectors), LLAMA)
+
+
+@pytest.mark.parametrize("order", [((1,), (1,)), ((4,),), ((0, 1), (2, 3))])
+def test_removals_of_layers_that_are_not_there_are_refused(order):
+    with pytest.raises(UserError, match=r"remove layers .* of 4"):
+        check_scores(replace(random_scores(LLAMA), removal_order=order), LLAMA)
+
+
+def test_methods_in_words():
+    assert depth_method("block", 1, rescore=False) == "block"
+    assert depth_method("kl", 2, rescore=True) == "kl, blocks of 2, rescored"
 
 
 def test_scores_of_another_model_are_refused():

@@ -1,7 +1,11 @@
 """Forward passes over calibration data, with every axis scored in the same passes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -13,64 +17,92 @@ from megatron_ext import data
 from megatron_ext.arch import Arch
 from megatron_ext.model import LanguageModel
 from megatron_ext.platform import Platform
+from megatron_ext.pruning.aggregation import DEFAULT, Aggregation
 from megatron_ext.pruning.importance import Importance
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Forward passes of this rank's part of a model over its share of the calibration data."""
+
+    chunks: list[LanguageModel]
+    arch: Arch
+    """Sizes of the whole model."""
+    dataset: Dataset
+    place: Platform
+    num_samples: int
+    """Of ``dataset``, dealt to the data-parallel ranks."""
+    micro_batch_size: int
+    seq_length: int
+    num_workers: int
+
+    def batches(self, title: str) -> Iterator[Batch]:
+        """Yield this rank's micro-batches, on its device; rank 0 shows a progress bar."""
+        groups = self.place.groups
+        batches = data.batches(
+            self.dataset,
+            micro_batch_size=self.micro_batch_size,
+            dp_rank=groups.dp.rank(),
+            dp_size=groups.dp.size(),
+            consumed_samples=0,
+            num_workers=self.num_workers,
+        )
+        step, is_quiet = self.micro_batch_size * groups.dp.size(), self.place.rank != 0
+        with tqdm(total=self.num_samples, desc=title, unit="sample", disable=is_quiet) as bar:
+            for batch in islice(batches, self.num_samples // step):
+                shard = data.shard_for_context_parallel(batch, groups.cp.rank(), groups.cp.size())
+                yield {k: x.to(self.place.device, non_blocking=True) for k, x in shard.items()}
+                bar.update(step)
+
+    def run(self, jobs: Sequence[Any], forward_step: Callable) -> list[Any]:
+        """Run ``jobs`` through the pipeline in order: ``forward_step`` takes an iterator of them.
+
+        Collective. With virtual stages, jobs must come by the number of pipeline stages.
+
+        Returns:
+            On the last stage what the loss function of each job returns; elsewhere nothing.
+        """
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(jobs) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(jobs),
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
 
 
 @torch.no_grad()
-def calibrate(
-    chunks: list[LanguageModel],
-    arch: Arch,
-    dataset: Dataset,
-    place: Platform,
-    *,
-    num_samples: int,
-    micro_batch_size: int,
-    seq_length: int,
-    num_workers: int,
-) -> dict[str, Tensor]:
-    """Return the scores of every axis over the first ``num_samples`` of ``dataset``. Collective.
+def calibrate(passes: Passes, aggregation: Aggregation = DEFAULT) -> dict[str, Tensor]:
+    """Return the scores of every axis. Collective.
 
-    Samples are dealt to the data-parallel ranks; the output layer is left out, since no score
-    reads logits. Vectors are float32 and the same on every rank (``Importance.collect``).
+    The output layer is left out, since no score reads logits. Vectors are float32 and the same on
+    every rank (``Importance.collect``).
     """
-    config, groups = chunks[0].config, place.groups
-    importance = Importance(chunks, arch, groups, sequence_parallel=config.sequence_parallel)
-    options = {
-        "micro_batch_size": micro_batch_size,
-        "dp_rank": groups.dp.rank(),
-        "dp_size": groups.dp.size(),
-        "consumed_samples": 0,
-        "num_workers": num_workers,
-    }
-    iterators = [_on_device(data.batches(dataset, **options), place) for _ in chunks]
-    # A schedule takes several micro-batches at once; a pipeline of depth p is busy with 2p of them.
-    total = num_samples // (micro_batch_size * groups.dp.size())
-    at_once = 2 * groups.pp.size()
-    for chunk in chunks:
-        chunk.eval()
-        chunk.post_process = False
-    with (
-        importance.attached(),
-        tqdm(total=num_samples, desc="calibration", unit="sample", disable=place.rank != 0) as bar,
-    ):
-        for begin in range(0, total, at_once):
-            count = min(at_once, total - begin)
-            get_forward_backward_func()(
-                forward_step_func=_forward_step,
-                data_iterator=iterators,
-                model=chunks,
-                num_microbatches=count,
-                seq_length=seq_length,
-                micro_batch_size=micro_batch_size,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
-            bar.update(count * micro_batch_size * groups.dp.size())
+    chunks, groups = passes.chunks, passes.place.groups
+    importance = Importance(
+        chunks,
+        passes.arch,
+        groups,
+        sequence_parallel=chunks[0].config.sequence_parallel,
+        aggregation=aggregation,
+    )
+    forward_step = partial(_forward_step, importance)
+    batches = passes.batches("calibration")
+    with evaluating(chunks, logits=False), importance.attached():
+        # A pipeline of depth p is busy with 2p micro-batches.
+        while several := list(islice(batches, 2 * groups.pp.size())):
+            passes.run(several, forward_step)
     return importance.collect()
 
 
-def _forward_step(batches: Iterator[dict[str, Tensor]], model: LanguageModel) -> tuple:
+def _forward_step(importance: Importance, batches: Iterator[Batch], model: LanguageModel) -> tuple:
     batch = next(batches)
+    importance.expect(batch["loss_mask"])
     output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"))
     return output, _nothing
 
@@ -79,13 +111,16 @@ def _nothing(output: Tensor, non_loss_data: bool) -> None:
     """Keep nothing of a forward pass: the hooks have seen it."""
 
 
-def _on_device(
-    batches: Iterator[dict[str, Tensor]], place: Platform
-) -> Iterator[dict[str, Tensor]]:
-    shard = partial(
-        data.shard_for_context_parallel,
-        cp_rank=place.groups.cp.rank(),
-        cp_size=place.groups.cp.size(),
-    )
-    for batch in batches:
-        yield {name: x.to(place.device, non_blocking=True) for name, x in shard(batch).items()}
+@contextmanager
+def evaluating(chunks: Sequence[LanguageModel], *, logits: bool) -> Iterator[None]:
+    """Set ``chunks`` to evaluation, without ``logits`` up to the last norm; as before on exit."""
+    before = [(chunk.training, chunk.post_process) for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+        chunk.post_process = chunk.post_process and logits
+    try:
+        yield
+    finally:
+        for chunk, (training, post_process) in zip(chunks, before, strict=True):
+            chunk.train(training)
+            chunk.post_process = post_process

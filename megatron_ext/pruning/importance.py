@@ -8,13 +8,20 @@ How scores lie over the ranks follows from the tensor that a hook taps:
 
     axis     tapped tensor                         shape       units       positions
     ffn      input of mlp.linear_fc2               [S, B, c]   TP-split    whole
+      pre    output of mlp.linear_fc1, the gate's  [S, B, c]   TP-split    whole
     heads    input of self_attention.linear_proj   [S, B, c*D] TP-split    whole (D: kv_channels)
     hidden   output of both norms of a layer       [s, B, H]   whole       TP-split under SP
     layers   input and output of a layer           [s, B, H]   whole       TP-split under SP
     under context parallelism                      as above    as above    also CP-split
 
-Positions of one sample are summed over ranks before anything is squared. Samples, stages and split
-units come together once, in ``Importance.collect``.
+Positions of one sample are summed over ranks before they are aggregated. Samples, stages and split
+units come together once, in ``Importance.collect``. A layer's score is 1 - cos(input, output), a
+mean over positions whatever the aggregation of the other axes.
+
+Positions with loss mask 0, the padding of a sample, take no part: a sample of 100 tokens and 28 of
+padding is a sample of 100 positions. Several documents in one sample need nothing more: each of
+their tokens is what the model is trained on, and a sample remains the unit of data. Whether they
+see each other is the model's attention mask (--reset-attention-mask), which acts before any hook.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,93 +36,46 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
 from megatron_ext.arch import Arch
 from megatron_ext.errors import UserError
+from megatron_ext.pruning.aggregation import (
+    DEFAULT,
+    Aggregation,
+    OverSamples,
+    aggregate,
+    sums_over_positions,
+)
 
-AGGREGATION = "batch=l2,seq=mean"
 TP_SPLIT_AXES = ("ffn", "heads")
 
-# Elements that a hook turns into float32 at a time, 16 MiB: enough to fill a GPU, and no float32
-# copy of a whole activation.
-BLOCK_NUMEL = 2**22
-
-# (input [s, B, ...], output [s, B, ...]) of a module -> sums over its positions, [B, c] float32.
-PositionSums = Callable[[Tensor, Tensor], Tensor]
-
-
-class MeansOverPositions:
-    """Sum over samples of a power of the mean over positions.
-
-        total[c] = sum_n ( 1/S * sum_s a[s, n, c] ) ** power
-
-    With power 2 its root is the (batch = L2, sequence = mean) of Minitron (arXiv:2407.14679).
-
-    The power is outside the mean: ranks that hold other positions of the same sample are added
-    before it. Adding finished totals instead would raise no error and give wrong numbers.
-    """
-
-    def __init__(
-        self, num_units: int, power: int, position_groups: Sequence[ProcessGroup], device: Any
-    ):
-        """Start with no samples.
-
-        Args:
-            num_units: c, the units on this rank.
-            power: of the mean, 1 or 2.
-            position_groups: together, the ranks that hold the other positions of the same samples.
-            device: where the model runs.
-        """
-        # float32 is enough: one number of similar size is added per sample, some thousands.
-        self.total = torch.zeros(num_units, dtype=torch.float32, device=device)  # [c]
-        self.num_samples = 0
-        self.power = power
-        self.position_groups = position_groups
-
-    def add(self, position_sums: Tensor, num_positions: int) -> None:
-        """Add the samples of one micro-batch. One collective per position group.
-
-        Args:
-            position_sums: [B, c] float32, over this rank's positions. Overwritten.
-            num_positions: s; Megatron splits evenly, so S is s times the number of ranks.
-        """
-        for group in self.position_groups:
-            num_positions *= group.size()
-            torch.distributed.all_reduce(position_sums, group=group)
-        self.total += (position_sums / num_positions).pow(self.power).sum(dim=0)
-        self.num_samples += len(position_sums)
+# Elements that a hook works on at a time. On a CPU their float32 copies stay in the cache of a core
+# (tools/bench/calibration.py); a GPU needs more to be busy.
+BLOCK_NUMEL = {"cpu": 2**18, "cuda": 2**22}
 
 
 @dataclass(frozen=True)
 class Tap:
     """A module that is listened to, what is taken from it, and where that belongs."""
 
-    module: nn.Module
-    position_sums: PositionSums
-    accumulator: MeansOverPositions
     axis: str
     row: tuple[int, int]
     """(layer, tap of this axis in the layer), global numbers from 0."""
-
-    def attach(self) -> RemovableHandle:
-        """Feed the accumulator from every forward pass of the module."""
-
-        @torch.no_grad()
-        def hook(_: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            self.accumulator.add(self.position_sums(before, after), len(before))
-
-        return self.module.register_forward_hook(hook, with_kwargs=True)
+    module: nn.Module
+    tensors: Callable[[Tensor, Any], tuple[Tensor, ...]]
+    """(first input, output) of the module -> tensors [s, B, ...]."""
+    values: Callable[..., Tensor]
+    """Some positions of these tensors -> what is aggregated, [s, B, c]."""
+    samples: OverSamples
 
 
 class Importance:
     """Scores every axis of a model in the same forward passes; outputs and gradients stay as is.
 
-    Use: ``with importance.attached():`` run forward passes, each sample on one data-parallel rank;
-    then ``importance.collect()``. Recomputed forward passes would count twice: do not run backward.
+    Use: ``with importance.attached():`` run forward passes, each sample on one data-parallel rank
+    and each micro-batch announced by ``expect``; then ``importance.collect()``. Recomputed forward
+    passes would count twice: do not run backward.
     """
 
     def __init__(
@@ -125,6 +85,7 @@ class Importance:
         groups: ProcessGroupCollection,
         *,
         sequence_parallel: bool,
+        aggregation: Aggregation = DEFAULT,
     ):
         """Prepare the taps of this rank's layers. No collectives.
 
@@ -133,12 +94,11 @@ class Importance:
             arch: sizes of the whole model.
             groups: megatron-core's tp, pp, cp and dp_cp.
             sequence_parallel: whether norms see positions split over ``groups.tp``.
+            aggregation: how activations become scores.
         """
-        self.arch, self.groups = arch, groups
+        self.arch, self.groups, self.aggregation = arch, groups, aggregation
         self.sequence_parallel = sequence_parallel
         self.device = next(model_chunks[0].parameters()).device
-        # All taps share this memory: allocating it anew would cost more than the sums.
-        self.scratch = [torch.empty(0, dtype=torch.float32, device=self.device) for _ in range(2)]
         self.taps = [
             tap
             for chunk in model_chunks
@@ -149,79 +109,110 @@ class Importance:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Attach all taps and detach them on exit, also after an error."""
-        handles = [tap.attach() for tap in self.taps]
+        handles = [self._attach(tap) for tap in self.taps]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
+    def expect(self, loss_mask: Tensor) -> None:
+        """Say which positions of the next micro-batch take part. One collective over cp.
+
+        Args:
+            loss_mask: [B, s], 0 at positions that take no part; of the positions that this
+                context-parallel rank holds, in its order.
+        """
+        left_out = loss_mask == 0
+        counts = (~left_out).sum(dim=1).double()
+        if self.groups.cp.size() > 1:
+            torch.distributed.all_reduce(counts, group=self.groups.cp)
+        self.left_out = left_out.T if left_out.any() else None  # [s, B]
+        self.num_positions = counts.clamp_min(1).unsqueeze(-1)  # [B, 1]
+        # A layer's score is a mean over positions, the others' over samples that have any.
+        self.weights = {axis: (counts > 0).double() for axis in self._widths()} | {"layers": counts}
+
+    def _attach(self, tap: Tap) -> RemovableHandle:
+        @torch.no_grad()
+        def hook(_: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            self._add(tap, tap.tensors(before, output))
+
+        return tap.module.register_forward_hook(hook, with_kwargs=True)
+
+    def _add(self, tap: Tap, tensors: Sequence[Tensor]) -> None:
+        """Sum the values of ``tap`` over this rank's positions, some at a time."""
+        at_once = max(1, BLOCK_NUMEL[tensors[0].device.type] // tensors[0][0].numel())
+        blocks = list(zip(*(x.split(at_once) for x in tensors), strict=True))
+        masks: Sequence[Tensor | None] = [None] * len(blocks)
+        if self.left_out is not None:
+            left_out = self.left_out
+            if self.sequence_parallel and tap.axis not in TP_SPLIT_AXES:
+                left_out = left_out.chunk(self.groups.tp.size())[self.groups.tp.rank()]
+            masks = left_out.split(at_once)
+        sums = sum(
+            sums_over_positions(tap.samples.sequence, tap.values(*block), mask)
+            for block, mask in zip(blocks, masks, strict=True)
+        )
+        tap.samples.add(sums, self.num_positions, self.weights[tap.axis])
+
     def _taps_of(self, layer: nn.Module) -> list[Tap]:
         attention, mlp = layer.self_attention, layer.mlp
-        rows: list[tuple[str, int, nn.Module, PositionSums]] = [
-            ("ffn", 0, mlp.linear_fc2, lambda x, _: self._channels(x)),
-            ("heads", 0, attention.linear_proj, lambda x, _: self._heads(x)),
-            ("hidden", 0, *self._norm(layer.input_layernorm, attention.linear_qkv)),
-            ("hidden", 1, *self._norm(layer.pre_mlp_layernorm, mlp.linear_fc1)),
-            ("layers", 0, layer, self._change),
+        pre = self.aggregation.neurons == "pre"
+        neurons = (mlp.linear_fc1, self._gate) if pre else (mlp.linear_fc2, _input)
+        heads = _itself if self.aggregation.heads == "aggregate-first" else self._head_norms
+        rows = [
+            ("ffn", 0, *neurons, _itself),
+            ("heads", 0, attention.linear_proj, _input, heads),
+            ("hidden", 0, *_norm(layer.input_layernorm, attention.linear_qkv), _itself),
+            ("hidden", 1, *_norm(layer.pre_mlp_layernorm, mlp.linear_fc1), _itself),
+            ("layers", 0, layer, _input_and_output, _one_minus_cosine),
         ]
         return [
-            Tap(module, sums, self._accumulator(axis), axis, (layer.layer_number - 1, index))
-            for axis, index, module, sums in rows
+            Tap(axis, (layer.layer_number - 1, index), *rest, self._samples(axis))
+            for axis, index, *rest in rows
         ]
 
-    def _accumulator(self, axis: str) -> MeansOverPositions:
+    def _samples(self, axis: str) -> OverSamples:
         split_units = axis in TP_SPLIT_AXES
         position_groups = [self.groups.cp]
         if self.sequence_parallel and not split_units:
             position_groups.append(self.groups.tp)
-        return MeansOverPositions(
-            num_units=_units(self.arch)[axis] // (self.groups.tp.size() if split_units else 1),
-            power=1 if axis == "layers" else 2,
+        return OverSamples(
+            num_units=self._widths()[axis] // (self.groups.tp.size() if split_units else 1),
+            sequence="mean" if axis == "layers" else self.aggregation.sequence,
             position_groups=[group for group in position_groups if group.size() > 1],
             device=self.device,
         )
 
-    def _norm(self, norm: nn.Module, linear: nn.Module) -> tuple[nn.Module, PositionSums]:
-        """Return the module to listen to for the output of a norm, and what to take from it.
+    def _widths(self) -> dict[str, int]:
+        """Return how many numbers per layer and tap every axis aggregates."""
+        by_channel = self.aggregation.heads == "aggregate-first"
+        return {
+            "ffn": self.arch.ffn_hidden_size,
+            "heads": self.arch.num_attention_heads * (self.arch.kv_channels if by_channel else 1),
+            "hidden": self.arch.hidden_size,
+            "layers": 1,
+        }
 
-        Transformer Engine norms inside the linear layer that follows; ``norm`` is an IdentityOp
-        then, and the norm is computed a second time from the input of ``linear``.
-        """
-        if isinstance(norm, IdentityOp):
-            return linear, lambda x, _: self._channels(_norm_of(linear, x))
-        return norm, lambda _, y: self._channels(y)
+    def _gate(self, _: Tensor, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor]:
+        """Return what goes into the activation function; of fc1 [gate ; up] the gate."""
+        x, bias = output
+        x = x if bias is None else x + bias
+        return (x.chunk(2, dim=-1)[0] if self.arch.swiglu else x,)
 
-    def _channels(self, x: Tensor) -> Tensor:
-        """Return sum_s |x|, [B, C] float32, of [s, B, C]."""
-        return sum(block.abs_().sum(dim=0) for (block,) in self._blocks(x))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """Return sum_s of the L2 norm of each head, [B, c] float32, of [s, B, c * D]."""
-        heads = x.unflatten(-1, (-1, self.arch.kv_channels))
-        return torch.linalg.vector_norm(heads, dim=-1, dtype=torch.float32).sum(dim=0)
-
-    def _change(self, before: Tensor, after: Tensor) -> Tensor:
-        """Return sum_s (1 - cos(before, after)), [B, 1] float32, of two [s, B, H]."""
-        return sum(_one_minus_cosine(x, y).sum(dim=0) for x, y in self._blocks(before, after))
-
-    def _blocks(self, *tensors: Tensor) -> Iterator[list[Tensor]]:
-        """Yield ``tensors`` [s, B, C] in blocks of positions, as float32 copies to overwrite."""
-        num_positions = max(1, BLOCK_NUMEL // tensors[0][0].numel())
-        for parts in zip(*(x.split(num_positions) for x in tensors), strict=True):
-            yield [self._copy(number, x) for number, x in enumerate(parts)]
-
-    def _copy(self, number: int, x: Tensor) -> Tensor:
-        """Return ``x`` as float32 in shared buffer ``number``, which grows as needed."""
-        if self.scratch[number].numel() < x.numel():
-            self.scratch[number] = self.scratch[number].new_empty(x.numel())
-        return self.scratch[number][: x.numel()].view(x.shape).copy_(x)
+    def _head_norms(self, x: Tensor) -> Tensor:
+        """Return the L2 norm of each head, [s, B, c] float32, of [s, B, c * D]."""
+        # .float() and not dtype=: twice as fast from bfloat16 on CPUs.
+        return torch.linalg.vector_norm(
+            x.float().unflatten(-1, (-1, self.arch.kv_channels)), dim=-1
+        )
 
     def collect(self) -> dict[str, Tensor]:
         """Return the scores of the whole model, the same on every rank. Three collectives.
 
-        Every rank fills in its own cells of the whole model's totals and sample counts; the sum
-        over all ranks is then the result, whatever the layout.
+        Every rank fills in its own cells of the whole model's totals; the sum over all ranks is
+        then the result, whatever the layout.
 
         Returns:
             Float32 vectors on the CPU under the names of ``pruning.scores``.
@@ -229,13 +220,13 @@ class Importance:
         Raises:
             UserError: on every rank; no sample has passed, or activations were NaN or infinite.
         """
-        # Per axis [layers, taps, units + 1]; the last column counts samples.
+        # Per axis [layers, taps, 3, c]: the two sums of ``OverSamples`` and its count.
         shapes = {
-            axis: (self.arch.num_layers, 2 if axis == "hidden" else 1, units + 1)
-            for axis, units in _units(self.arch).items()
+            axis: (self.arch.num_layers, 2 if axis == "hidden" else 1, 3, width)
+            for axis, width in self._widths().items()
         }
         sizes = [torch.Size(shape).numel() for shape in shapes.values()]
-        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
+        flat = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
         parts = zip(shapes, flat.split(sizes), strict=True)
         totals = {axis: part.view(shapes[axis]) for axis, part in parts}
         if self.groups.cp.rank() == 0:  # the others hold the same
@@ -246,37 +237,57 @@ class Importance:
             torch.distributed.all_reduce(flat, group=group)
         totals = {axis: total.cpu() for axis, total in totals.items()}
         _check(totals)
-        return _scores(totals)
+        return self._scores(totals)
 
     def _fill(self, totals: Mapping[str, Tensor]) -> None:
         """Write this rank's sums into ``totals``; what all of tp hold, its first rank writes."""
         tp_rank = self.groups.tp.rank()
         for tap in self.taps:
-            cell, mine = totals[tap.axis][tap.row], tap.accumulator.total
-            if tp_rank == 0:
-                cell[-1] = tap.accumulator.num_samples
+            cell, mine = totals[tap.axis][tap.row], torch.stack(tap.samples.sums)
             if tap.axis in TP_SPLIT_AXES:
-                cell[tp_rank * len(mine) : (tp_rank + 1) * len(mine)] = mine
-            elif tp_rank == 0:
-                cell[:-1] = mine
+                cell = cell[:, tp_rank * mine.size(1) : (tp_rank + 1) * mine.size(1)]
+            elif tp_rank != 0:
+                continue
+            cell[:2], cell[2] = mine, tap.samples.count
+
+    def _scores(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        finished = {}  # per axis [layers, taps, c]
+        for axis, total in totals.items():
+            *sums, count = total.unbind(dim=2)
+            batch = "mean" if axis == "layers" else self.aggregation.batch
+            finished[axis] = aggregate(batch, sums, count)
+        heads = finished["heads"].unflatten(-1, (self.arch.num_attention_heads, -1))
+        finished["heads"] = torch.linalg.vector_norm(heads, dim=-1)  # of one number: itself
+        vectors = {
+            "hidden": finished["hidden"].sum(dim=(0, 1)),
+            "layers": finished["layers"].flatten(),
+        }
+        for axis in TP_SPLIT_AXES:
+            vectors |= {f"{axis}.{layer}": row for layer, (row,) in enumerate(finished[axis])}
+        return {name: vector.float() for name, vector in vectors.items()}
 
 
-def _one_minus_cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Return 1 - cos over the last dim, [..., 1]. Overwrites ``x``."""
-    lengths = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
-    cosine = x.mul_(y).sum(dim=-1) / lengths.clamp_min_(1e-12)
-    # A layer that changes nothing must not score below 0 by rounding.
-    return (1 - cosine).clamp_(0, 2).unsqueeze(-1)
+def _input(before: Tensor, _: Any) -> tuple[Tensor]:
+    return (before,)
 
 
-def _units(arch: Arch) -> dict[str, int]:
-    """Return the units per layer of every axis."""
-    return {
-        "ffn": arch.ffn_hidden_size,
-        "heads": arch.num_attention_heads,
-        "hidden": arch.hidden_size,
-        "layers": 1,
-    }
+def _input_and_output(before: Tensor, output: Any) -> tuple[Tensor, Tensor]:
+    return before, output[0] if isinstance(output, tuple) else output
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _norm(norm: nn.Module, linear: nn.Module) -> tuple[nn.Module, Callable]:
+    """Return the module to listen to for the output of a norm, and how to take that from it.
+
+    Transformer Engine norms inside the linear layer that follows; ``norm`` is an IdentityOp then,
+    and the norm is computed a second time from the input of ``linear``.
+    """
+    if isinstance(norm, IdentityOp):
+        return linear, lambda x, _: (_norm_of(linear, x),)
+    return norm, lambda _, y: (y,)
 
 
 def _norm_of(linear: nn.Module, x: Tensor) -> Tensor:
@@ -287,9 +298,18 @@ def _norm_of(linear: nn.Module, x: Tensor) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, linear.layer_norm_bias, linear.eps)
 
 
+def _one_minus_cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Return 1 - cos of two [s, B, H], [s, B, 1] float32."""
+    x, y = x.float(), y.float()
+    lengths = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
+    cosine = (x * y).sum(dim=-1) / lengths.clamp_min_(1e-12)
+    # A layer that changes nothing must not score below 0 by rounding.
+    return (1 - cosine).clamp_(0, 2).unsqueeze(-1)
+
+
 def _check(totals: Mapping[str, Tensor]) -> None:
     for axis, total in totals.items():
-        if total[..., -1].min() == 0:
+        if total[:, :, 2].min() == 0:
             raise UserError(
                 "no calibration sample passed through the model: see --calibration-samples."
             )
@@ -300,14 +320,3 @@ def _check(totals: Mapping[str, Tensor]) -> None:
                 f"layer {layer} (from 0): activations that score the axis {axis!r} are NaN or "
                 "infinite: check the weights under --load and the dtype."
             )
-
-
-def _scores(totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    root = {axis: total[..., :-1].sqrt() for axis, total in totals.items()}
-    vectors = {
-        "hidden": root["hidden"].sum(dim=(0, 1)),
-        "layers": (totals["layers"][..., 0] / totals["layers"][..., 1]).flatten(),
-    }
-    for axis in ("ffn", "heads"):
-        vectors |= {f"{axis}.{layer}": row for layer, (row,) in enumerate(root[axis])}
-    return vectors

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_ext.arch import Arch
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError
+from megatron_ext.pruning.residual import MODES, NONE, Pairs, bad_pairs, mirrored_pairs
 from megatron_ext.pruning.scores import Scores, arch_from_json, written_aside
 
 FORMAT = "minitron-plan-1"
@@ -49,6 +50,10 @@ class Plan:
     """Kept neurons of each kept layer."""
     heads: Mapping[int, tuple[int, ...]]
     """Kept query heads of each kept layer, as many of each query group."""
+    head_residual: str = NONE
+    """How pruned heads are folded into kept ones, see ``pruning.residual``."""
+    residual_pairs: Mapping[int, Pairs] = field(default_factory=dict)
+    """(kept head, pruned head) of each kept layer; empty without ``head_residual``."""
     made: Mapping[str, Any] = field(default_factory=dict)
     """How it was made: aggregation, calibration samples, ..."""
 
@@ -83,6 +88,11 @@ class Plan:
                 hidden=_indices(values.pop("hidden")),
                 ffn={int(layer): _indices(kept) for layer, kept in values.pop("ffn").items()},
                 heads={int(layer): _indices(kept) for layer, kept in values.pop("heads").items()},
+                head_residual=values.pop("head_residual", NONE),
+                residual_pairs={
+                    int(layer): tuple(_pair(pair) for pair in pairs)
+                    for layer, pairs in values.pop("residual_pairs", {}).items()
+                },
                 made=dict(values.pop("made")),
             )
             if values:
@@ -125,19 +135,24 @@ def target_arch(source: Arch, **sizes: int | None) -> Arch:
     return replace(source, **changed)
 
 
-def make_plan(scores: Scores | None, source: Arch, target: Arch) -> Plan:
+def make_plan(
+    scores: Scores | None, source: Arch, target: Arch, *, head_residual: str = NONE
+) -> Plan:
     """Keep the units with the highest scores; among equal scores, those with the lower index.
 
     Neurons and heads are ranked within their layer, heads also within their query group, layers
     among each other. An axis whose size does not change keeps everything and needs no scores.
+    Scores with a removal order (blocks of layers, or one layer at a time) remove layers by it.
 
     Args:
         scores: checked scores of ``source``; None if nothing has to be ranked.
         source: the model that is pruned.
         target: the model that is left, see ``target_arch``.
+        head_residual: one of ``residual.MODES``. Without effect if all heads are kept.
 
     Raises:
-        UserError: scores that are needed are missing, or ``target`` is no pruned ``source``.
+        UserError: scores that are needed are missing, or ``target`` is no pruned ``source``; more
+            than half of the heads would have to be folded.
     """
     vectors = {} if scores is None else scores.vectors
 
@@ -146,23 +161,32 @@ def make_plan(scores: Scores | None, source: Arch, target: Arch) -> Plan:
             return tuple(range(length))
         return highest(_needed(vectors, name), count)
 
+    # Without query groups all heads of a layer compete; their keys and values go with them.
+    groups = 1 if target.num_query_groups != source.num_query_groups else source.num_query_groups
+    per_group = source.num_attention_heads // groups
+
+    def rank_heads(layer: int) -> list[list[int]]:
+        """Return the heads that compete with each other, the highest scores first."""
+        rows = _needed(vectors, f"heads.{layer}").view(groups, per_group)
+        first = per_group * torch.arange(groups).unsqueeze(1)
+        return (_descending(rows) + first).tolist()
+
     def keep_heads(layer: int) -> tuple[int, ...]:
         if target.num_attention_heads == source.num_attention_heads:
             return tuple(range(source.num_attention_heads))
-        # Without query groups all heads of a layer compete; their keys and values go with them.
-        groups = (
-            1 if target.num_query_groups != source.num_query_groups else source.num_query_groups
-        )
-        per_group = _needed(vectors, f"heads.{layer}").view(groups, -1)
-        first = range(0, source.num_attention_heads, per_group.size(1))
-        count = target.num_attention_heads // groups
-        return tuple(
-            start + head
-            for start, group in zip(first, per_group, strict=True)
-            for head in highest(group, count)
-        )
+        kept = [ranking[: target.num_attention_heads // groups] for ranking in rank_heads(layer)]
+        return tuple(sorted(itertools.chain(*kept)))
 
-    layers = keep("layers", source.num_layers, target.num_layers)
+    def pair_heads(layer: int) -> Pairs:
+        count = target.num_attention_heads // groups
+        pairs = [mirrored_pairs(ranking, count) for ranking in rank_heads(layer)]
+        return tuple(sorted(itertools.chain(*pairs)))
+
+    if scores is not None and scores.removal_order and target.num_layers < source.num_layers:
+        layers = _not_removed(scores, source, target)
+    else:
+        layers = keep("layers", source.num_layers, target.num_layers)
+    folds = head_residual != NONE and target.num_attention_heads < source.num_attention_heads
     sizes = source.ffn_hidden_size, target.ffn_hidden_size
     plan = Plan(
         source=source,
@@ -171,13 +195,9 @@ def make_plan(scores: Scores | None, source: Arch, target: Arch) -> Plan:
         hidden=keep("hidden", source.hidden_size, target.hidden_size),
         ffn={layer: keep(f"ffn.{layer}", *sizes) for layer in layers},
         heads={layer: keep_heads(layer) for layer in layers},
-        made={}
-        if scores is None
-        else {
-            "aggregation": scores.aggregation,
-            "samples": scores.samples,
-            "seq_length": scores.seq_length,
-        },
+        head_residual=head_residual if folds else NONE,
+        residual_pairs={layer: pair_heads(layer) for layer in layers} if folds else {},
+        made={} if scores is None else _made(scores, cuts_layers=len(layers) < source.num_layers),
     )
     if problem := contradiction(plan):
         raise UserError(f"the target is no pruned source: {problem}.", USAGE)
@@ -186,8 +206,46 @@ def make_plan(scores: Scores | None, source: Arch, target: Arch) -> Plan:
 
 def highest(scores: Tensor, count: int) -> tuple[int, ...]:
     """Return the indices of the ``count`` highest of [n] scores, ascending; ties to the lower."""
-    order = torch.sort(scores, descending=True, stable=True).indices
-    return tuple(order[:count].sort().values.tolist())
+    return tuple(_descending(scores)[:count].sort().values.tolist())
+
+
+def lowest(scores: Tensor) -> int:
+    """Return the index of the lowest of [n] scores; of equal ones the last, so the first stay."""
+    return int(_descending(scores)[-1])
+
+
+def _descending(scores: Tensor) -> Tensor:
+    return torch.sort(scores, descending=True, stable=True).indices
+
+
+def _not_removed(scores: Scores, source: Arch, target: Arch) -> tuple[int, ...]:
+    """Return the layers that are left when the first removals leave as many as the target has."""
+    left = list(range(source.num_layers))
+    for removed in scores.removal_order:
+        if len(left) > target.num_layers:
+            left = [layer for layer in left if layer not in removed]
+    if len(left) != target.num_layers:
+        sizes = [len(removed) for removed in scores.removal_order]
+        raise UserError(
+            f"--target-num-layers {target.num_layers} of {source.num_layers}: the scores "
+            f"({scores.depth}) remove {sizes} layers, one after the other; choose "
+            "--target-num-layers to fit, or remove the --scores file to score again.",
+            USAGE,
+        )
+    return tuple(left)
+
+
+def _made(scores: Scores, *, cuts_layers: bool) -> dict[str, Any]:
+    made = {
+        "aggregation": scores.aggregation,
+        "samples": scores.samples,
+        "seq_length": scores.seq_length,
+    }
+    if cuts_layers:
+        made["depth"] = scores.depth
+    if cuts_layers and scores.removal_order:
+        made["removal_order"] = [list(layers) for layers in scores.removal_order]
+    return made
 
 
 def _needed(vectors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -225,6 +283,18 @@ def contradiction(plan: Plan) -> str | None:
             groups = torch.bincount(torch.tensor(indices) // per_group)
             if len(groups) != source.num_query_groups or groups.unique().numel() != 1:
                 return f"heads.{layer} keeps {groups.tolist()} heads of its query groups"
+    return _bad_residual(plan)
+
+
+def _bad_residual(plan: Plan) -> str | None:
+    if plan.head_residual not in MODES:
+        return f"head_residual is {plan.head_residual!r}, not one of {', '.join(MODES)}"
+    expected = () if plan.head_residual == NONE else plan.layers
+    if tuple(sorted(plan.residual_pairs)) != expected:
+        return f"residual_pairs names layers {sorted(plan.residual_pairs)}, not {list(expected)}"
+    for layer, pairs in plan.residual_pairs.items():
+        if problem := bad_pairs(pairs, plan.heads[layer], plan.source):
+            return f"residual_pairs.{layer}: {problem}"
     return None
 
 
@@ -242,6 +312,11 @@ def _indices(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list) or any(type(value) is not int for value in values):
         raise TypeError("kept units must be a list of integers")
     return tuple(values)
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    kept, pruned = _indices(values)
+    return kept, pruned
 
 
 def save_plan(path: str | os.PathLike, plan: Plan) -> None:

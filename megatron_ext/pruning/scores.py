@@ -7,6 +7,7 @@ model, in global numbering from 0:
     ffn.{layer}   [ffn_hidden_size]      neurons of one layer
     heads.{layer} [num_attention_heads]  query heads of one layer
     layers        [num_layers]           whole layers
+    layer_blocks.{n} [num_layers - n + 1]  n layers from each on, where blocks were scored
 
 The file is safetensors; its metadata tell how the scores were made and for which sizes.
 """
@@ -14,7 +15,7 @@ The file is safetensors; its metadata tell how the scores were made and for whic
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,16 @@ class Scores:
     """Calibration samples."""
     seq_length: int
     """Tokens per sample."""
+    depth: str = "block"
+    """How layers were scored, see ``depth_method``. (Single layers beside blocks of several: by
+    block importance.)"""
+    removal_order: tuple[tuple[int, ...], ...] = ()
+    """Layers to remove together, the first to go first; empty: one by one, by their scores."""
+
+
+def depth_method(importance: str, block: int, *, rescore: bool) -> str:
+    """Return how layers are scored in words: ``kl, blocks of 2, rescored``."""
+    return importance + f", blocks of {block}" * (block > 1) + ", rescored" * rescore
 
 
 def lengths(arch: Arch) -> dict[str, int]:
@@ -76,6 +87,8 @@ def save_scores(path: str | os.PathLike, scores: Scores) -> None:
         "aggregation": scores.aggregation,
         "samples": str(scores.samples),
         "seq_length": str(scores.seq_length),
+        "depth": scores.depth,
+        "removal_order": json.dumps(scores.removal_order),
         "source": json.dumps(asdict(scores.source)),
     }
     with written_aside(path) as aside:
@@ -99,6 +112,11 @@ def load_scores(path: str | os.PathLike) -> Scores:
                 aggregation=metadata["aggregation"],
                 samples=int(metadata["samples"]),
                 seq_length=int(metadata["seq_length"]),
+                depth=metadata.get("depth", "block"),
+                removal_order=tuple(
+                    tuple(map(int, layers))
+                    for layers in json.loads(metadata.get("removal_order", "[]"))
+                ),
             )
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise UserError(
@@ -122,6 +140,9 @@ def check_scores(scores: Scores, arch: Arch) -> None:
             raise _refused(f"have {found} as vector {name!r}, expected torch.float32 [{length}]")
         if not vector.isfinite().all():
             raise _refused(f"have NaN or infinite values in vector {name!r}")
+    removed = [layer for layers in scores.removal_order for layer in layers]
+    if len(set(removed)) < len(removed) or not set(removed) < set(range(arch.num_layers)):
+        raise _refused(f"remove layers {removed} of {arch.num_layers}")
 
 
 def _refused(problem: str) -> UserError:
@@ -147,12 +168,19 @@ def arch_from_json(values: Any) -> Arch:
 
 @contextmanager
 def written_aside(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a path beside ``path``; what was written there takes its name if nothing went wrong."""
+    """Yield a path beside ``path``; what was written there takes its name if nothing went wrong.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {error}.") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()

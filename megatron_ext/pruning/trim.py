@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import numpy
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
 from torch import Tensor
 
 from megatron_ext.arch import LAYER_PREFIX, Arch, Weight, shape, weights
-from megatron_ext.checkpoint import NOT_WEIGHTS
+from megatron_ext.checkpoint import NOT_WEIGHTS, sharded_tensors
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.pruning.plan import Plan, kept_indices
+from megatron_ext.pruning.residual import fold_heads
 from megatron_ext.slices import SliceReader, layer_key
 
 # numpy gathers columns 4x faster than torch on CPUs and has no bfloat16: it moves integers.
@@ -71,16 +72,59 @@ def trimmed_share(
         key, dims = piece.weight.key, piece.weight.dims
         # Pieces of one shape follow each other: fresh memory costs more than reading into old.
         if piece.layer is None:
-            source = reader.read(key, [slice(None)] * len(dims), spare)
             name, place, axes = key, [], 0
         else:
-            source = reader.read_layer(key, piece.layer, spare)
             name = layer_key(key, piece.new_layer)
             place, axes = [(0, piece.new_layer, plan.target.num_layers)], 1
-        trimmed = trim_tensor(source, dims, plan, piece.layer)
+        source = _read(reader, piece.weight, piece.layer, spare)
+        trimmed = _cut(source, dims, plan, piece.layer)
         spare = None if trimmed is source else source
         share[name] = ShardedTensor.from_rank_offsets(key, trimmed, *place, prepend_axis_num=axes)
     return share
+
+
+@torch.no_grad()
+def fill_trimmed(state: ShardedStateDict, reader: SliceReader, plan: Plan) -> None:
+    """Fill this rank's part of a model of ``plan.target`` with trimmed weights. No collectives.
+
+    A rank reads whole tensors of the source, one at a time, and keeps its shards.
+
+    Args:
+        state: the model's sharded tensors, which share memory with its parameters.
+        reader: of the source's checkpoint.
+        plan: what to cut.
+
+    Raises:
+        UserError: as ``trimmed_share``.
+    """
+    check_tensors(reader, plan.source)
+    rows = {weight.key: weight for weight in weights(plan.target)}
+    last, whole = None, torch.empty(0)
+    for shard in sharded_tensors(state):
+        weight, axes = rows[shard.key], shard.prepend_axis_num
+        layer = plan.layers[shard.global_offset[0]] if weight.per_layer else None
+        if last != (weight, layer):  # a gated MLP's two halves are one tensor
+            whole = _cut(_read(reader, weight, layer), weight.dims, plan, layer)
+            last = weight, layer
+        starts = zip(shard.global_offset[axes:], shard.local_shape, strict=True)
+        place = (*shard.global_offset[1:axes], *(slice(start, start + n) for start, n in starts))
+        shard.data.copy_(whole[place])
+
+
+def _read(
+    reader: SliceReader, weight: Weight, layer: int | None, spare: Tensor | None = None
+) -> Tensor:
+    if layer is None:
+        return reader.read(weight.key, [slice(None)] * len(weight.dims), spare)
+    return reader.read_layer(weight.key, layer, spare)
+
+
+def _cut(tensor: Tensor, dims: tuple[str, ...], plan: Plan, layer: int | None) -> Tensor:
+    """Return ``tensor`` as it stands in the target: heads folded, units cut."""
+    if dims[0] == "qkv" and plan.residual_pairs:
+        pairs = plan.residual_pairs[layer]
+        tensor = fold_heads(tensor, plan.head_residual, pairs, plan.source)
+    return trim_tensor(tensor, dims, plan, layer)
 
 
 def empty_extra_states(reader: SliceReader, target: Arch) -> dict[str, ShardedObject]:

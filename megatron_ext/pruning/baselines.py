@@ -1,0 +1,123 @@
+"""Scores without data or forward passes, to compare activations with: weight magnitude and chance.
+
+Both have the form of ``pruning.scores`` and take the same way to a plan.
+"""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_ext.arch import Arch, dim_sizes
+from megatron_ext.errors import UserError
+from megatron_ext.pruning.plan import make_plan
+from megatron_ext.pruning.scores import lengths
+from megatron_ext.pruning.trim import Piece, check_tensors, deal, pieces
+from megatron_ext.slices import SliceReader
+from megatron_ext.together import on_all_ranks
+
+# The axis of scores that the units of a dim belong to.
+AXES = {"hidden": "hidden", "ffn": "ffn", "fc1": "ffn", "heads": "heads", "qkv": "heads"}
+
+
+def random_scores(arch: Arch, seed: int) -> dict[str, Tensor]:
+    """Return scores drawn from [0, 1), each vector from a generator of (seed, its name)."""
+    vectors = {}
+    for name, length in lengths(arch).items():
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        vectors[name] = torch.rand(length, generator=generator)
+    return vectors
+
+
+def magnitude_scores(reader: SliceReader, arch: Arch, device: torch.device) -> dict[str, Tensor]:
+    """Return the L2 norm of the weights that go when a unit goes. Collective over all ranks.
+
+    A layer's score is the norm of all its weights. A key and value that several heads share belong
+    to none of them. Padding rows of the vocabulary do not count, and a norm's gamma counts as it
+    multiplies, also where gamma - 1 is stored.
+
+    Each rank reads its share of (weight, layer) pieces, one at a time; one all-reduce of a float64
+    number per unit, one gather of errors.
+
+    Args:
+        reader: of the checkpoint, this rank's.
+        arch: its sizes.
+        device: where this rank's collectives run.
+
+    Returns:
+        Float32 vectors on the CPU, the same on every rank.
+
+    Raises:
+        UserError: on every rank; the checkpoint is damaged or not one of ``arch``, or weights are
+            NaN or infinite.
+    """
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    sums = on_all_ranks(lambda: _share(reader, arch, rank, world_size))
+    flat = torch.cat(list(sums.values())).to(device)
+    torch.distributed.all_reduce(flat)
+    vectors = dict(zip(sums, flat.cpu().split([len(x) for x in sums.values()]), strict=True))
+    for name, vector in vectors.items():
+        if not vector.isfinite().all():
+            raise UserError(
+                f"weights that score {name!r} are NaN or infinite: check the weights under --load."
+            )
+    return {name: vector.sqrt().float() for name, vector in vectors.items()}
+
+
+def _share(reader: SliceReader, arch: Arch, rank: int, world_size: int) -> dict[str, Tensor]:
+    """Return this rank's sums of squares, float64, under the names of the scores."""
+    check_tensors(reader, arch)
+    sums = {name: torch.zeros(n, dtype=torch.float64) for name, n in lengths(arch).items()}
+    everything = make_plan(None, arch, arch)
+    for piece in deal(pieces(everything), arch, world_size)[rank]:
+        _add_squares(sums, piece, _read(reader, piece, arch), arch)
+    return sums
+
+
+def _read(reader: SliceReader, piece: Piece, arch: Arch) -> Tensor:
+    key, dims = piece.weight.key, piece.weight.dims
+    if piece.layer is None:
+        tokens = slice(0, arch.vocab_size)
+        weight = reader.read(key, [tokens if dim == "vocab" else slice(None) for dim in dims])
+    else:
+        weight = reader.read_layer(key, piece.layer)
+    is_gamma = "norm" in key and key.endswith("weight")
+    return weight.float() + 1 if is_gamma and arch.apply_layernorm_1p else weight.float()
+
+
+def _add_squares(sums: Mapping[str, Tensor], piece: Piece, weight: Tensor, arch: Arch) -> None:
+    squares = weight.square()
+    if piece.layer is not None:
+        sums["layers"][piece.layer] += squares.sum(dtype=torch.float64)
+    for axis, dim in enumerate(piece.weight.dims):
+        if dim not in AXES:
+            continue
+        name = "hidden" if dim == "hidden" else f"{AXES[dim]}.{piece.layer}"
+        others = [other for other in range(squares.ndim) if other != axis]
+        per_position = (squares.sum(dim=others) if others else squares).double()
+        units = units_of(dim, arch)
+        sums[name].index_add_(0, units[units >= 0], per_position[units >= 0])
+
+
+def units_of(dim: str, arch: Arch) -> Tensor:
+    """Return the unit that goes when a position of a tensor axis goes, [n] int64; -1 for none.
+
+    The complement of ``plan.kept_indices``, for one unit.
+
+    Args:
+        dim: a dim of ``AXES``.
+        arch: the sizes.
+    """
+    if dim == "hidden":
+        return torch.arange(arch.hidden_size)
+    if AXES[dim] == "ffn":
+        return torch.arange(dim_sizes(arch)[dim]) % arch.ffn_hidden_size  # [gate ; up]
+    blocks = torch.arange(arch.num_attention_heads)
+    if dim == "qkv":
+        queries = blocks.view(arch.num_query_groups, -1)
+        alone = queries.size(1) == 1
+        key_value = queries[:, :1].expand(-1, 2) if alone else torch.full((len(queries), 2), -1)
+        blocks = torch.cat([queries, key_value], dim=1).flatten()
+    return blocks.repeat_interleave(arch.kv_channels)

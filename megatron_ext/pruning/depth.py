@@ -1,0 +1,303 @@
+"""Depth scores: what a model loses without some of its layers.
+
+    block   1 - mean cos(what goes into the first of the layers, what comes out of the last)
+    loss    language-model loss of the model without the layers, nats per token
+    kl      KL(whole model || model without the layers) of the next token, nats per token
+
+Means are over the unmasked tokens of the calibration samples. Higher means keep. loss orders layers
+as the perplexity of arXiv:2407.14679 does, block is its block importance over contiguous layers, kl
+the metric of arXiv:2504.11409.
+
+No second model is built: a layer is left out by handing its input through, on the pipeline stage
+where it lives.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.utils.hooks import RemovableHandle
+
+from megatron_ext.arch import Arch
+from megatron_ext.distillation.losses import vocab_parallel_kl
+from megatron_ext.errors import UserError
+from megatron_ext.model import LanguageModel
+from megatron_ext.pruning.calibrate import Batch, Passes, evaluating
+from megatron_ext.pruning.plan import lowest
+
+Layers = tuple[int, ...]
+"""Layers that are left out together, global numbers from 0."""
+Job = tuple[Batch, Layers]
+"""One forward pass: what goes in, and which layers are left out."""
+
+BLOCK, KL = "block", "kl"
+
+# Elements of hidden states that are float32 at a time, 16 MiB.
+CHUNK_NUMEL = 2**22
+
+
+def score_depth(
+    passes: Passes, importance: str, block: int, *, remove: int | None
+) -> tuple[dict[str, Tensor], tuple[Layers, ...]]:
+    """Score every block of contiguous layers and say in which order to remove them. Collective.
+
+    Args:
+        passes: the model and its data.
+        importance: ``block``, ``loss`` or ``kl``.
+        block: layers that go together; contiguous among those that are left.
+        remove: layers to remove one block after the other, a multiple of ``block``. Each time, the
+            blocks that are left are scored again in the model without those that are gone (kl still
+            compares with the whole model). None: score once.
+
+    Returns:
+        The first scores, a float32 vector ``layers`` or ``layer_blocks.{block}``, and the removals.
+        Scored once, these are the lowest block alone, or none for single layers, whose scores say
+        it all. The same on every rank.
+
+    Raises:
+        UserError: on every rank; a score is NaN or infinite.
+    """
+    num_layers = passes.arch.num_layers
+    blocks = contiguous(num_layers, block, ())
+    scores = score_blocks(passes, importance, blocks, ())
+    vectors = {"layers" if block == 1 else f"layer_blocks.{block}": scores}
+    if block == 1 and remove is None:
+        return vectors, ()
+    order = [blocks[lowest(scores)]]
+    while len(order) * block < (remove or block):
+        removed = sum(order, ())
+        blocks = contiguous(num_layers, block, removed)
+        order.append(blocks[lowest(score_blocks(passes, importance, blocks, removed))])
+    return vectors, tuple(order)
+
+
+@torch.no_grad()
+def score_blocks(
+    passes: Passes, importance: str, blocks: Sequence[Layers], removed: Layers
+) -> Tensor:
+    """Return a score for each of ``blocks`` in the model without ``removed``, [n] float32.
+
+    Collective; the same on every rank.
+
+    Raises:
+        UserError: on every rank; a score is NaN or infinite.
+    """
+    if importance == BLOCK:
+        totals = change_totals(passes, blocks, removed)
+    else:
+        totals = loss_totals(passes, blocks, removed, kl=importance == KL)
+    return _means(totals, passes.place.groups)
+
+
+def contiguous(num_layers: int, block: int, removed: Layers) -> list[Layers]:
+    """Return every ``block`` layers that follow each other once those ``removed`` are gone."""
+    left = [layer for layer in range(num_layers) if layer not in removed]
+    return [tuple(left[i : i + block]) for i in range(len(left) - block + 1)]
+
+
+@contextmanager
+def skipped(chunks: Sequence[nn.Module], layers: Layers) -> Iterator[None]:
+    """Leave ``layers`` out of ``chunks``: each hands on its input and computes nothing.
+
+    Forward hooks on them still run. Not to be nested.
+    """
+    mine = [layer for number, layer in _layers_of(chunks) if number in layers]
+    for layer in mine:
+        layer.forward = _hand_through  # found before the method of the class
+    try:
+        yield
+    finally:
+        for layer in mine:
+            del layer.forward
+
+
+def _hand_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    return hidden_states, kwargs.get("context")
+
+
+def _layers_of(chunks: Sequence[nn.Module]) -> Iterator[tuple[int, nn.Module]]:
+    """Yield the transformer layers on this rank with their global numbers from 0."""
+    for chunk in chunks:
+        for layer in unwrap_model(chunk).decoder.layers:
+            yield layer.layer_number - 1, layer
+
+
+def loss_totals(passes: Passes, blocks: Sequence[Layers], removed: Layers, *, kl: bool) -> Tensor:
+    """Sum the losses without ``removed`` and each block in turn, over this rank's samples.
+
+    All models of one micro-batch go through the pipeline together, for the kl the whole one first:
+    its logits are the only ones kept, until the next micro-batch.
+
+    Returns:
+        [blocks, 2] float64: sum over unmasked tokens and their number; zeros but on the first
+        tensor-parallel rank of the last pipeline stage.
+    """
+    groups, device = passes.place.groups, passes.place.device
+    whole: list[Tensor] = []
+
+    def forward_step(jobs: Iterator[Job], model: LanguageModel) -> tuple:
+        batch, layers = next(jobs)
+        inputs = batch["tokens"], batch["position_ids"], batch.get("attention_mask")
+        with skipped([model], layers):
+            output = model(*inputs, labels=None if kl else batch["labels"])
+        return output, partial(report, batch["loss_mask"])
+
+    def report(mask: Tensor, output: Tensor, non_loss_data: bool) -> Tensor:
+        if kl:
+            whole[:] = whole or [output]
+            output = vocab_parallel_kl(
+                output, whole[0], vocab_size=passes.arch.vocab_size, tp_group=groups.tp
+            ).transpose(0, 1)
+        return torch.stack([(output * mask).sum(), mask.sum()]).double()
+
+    totals = torch.zeros(len(blocks), 2, dtype=torch.float64, device=device)
+    models = [()] * kl + [(*removed, *block) for block in blocks]
+    title = f"depth, {passes.arch.num_layers - len(removed)} layers"
+    # Virtual stages take micro-batches by the number of stages.
+    spare = -len(models) % groups.pp.size() if len(passes.chunks) > 1 else 0
+    with evaluating(passes.chunks, logits=True):
+        for batch in passes.batches(title):
+            jobs = [(batch, layers) for layers in models + models[-1:] * spare]
+            reports = passes.run(jobs, forward_step)[: len(models)]
+            if reports and groups.tp.rank() == 0:  # the others hold the same
+                totals += torch.stack(reports[-len(blocks) :])
+            whole.clear()
+    return totals
+
+
+def change_totals(passes: Passes, blocks: Sequence[Layers], removed: Layers) -> Tensor:
+    """Sum 1 - cos(input, output) of each block in the model without ``removed``.
+
+    As many micro-batches as there are pipeline stages run at a time, their hidden states are kept
+    by reference. A block that begins on another stage than it ends on is compared where it ends:
+    one [s, b, hidden_size] per micro-batch is sent there.
+
+    Returns:
+        [blocks, 2] float64: sum over the unmasked positions on this rank and their number; zeros
+        on all ranks but one of those that hold the same positions and layers.
+    """
+    groups, chunks = passes.place.groups, passes.chunks
+    is_split = chunks[0].config.sequence_parallel
+    stages = _stages(chunks, passes.arch, groups.pp)
+
+    def forward_step(jobs: Iterator[Job], model: LanguageModel) -> tuple:
+        batch, layers = next(jobs)
+        inputs = batch["tokens"], batch["position_ids"], batch.get("attention_mask")
+        with skipped([model], layers):
+            return model(*inputs), lambda output, non_loss_data: None
+
+    totals = torch.zeros(len(blocks), 2, dtype=torch.float64, device=passes.place.device)
+    batches = passes.batches(f"depth, {passes.arch.num_layers - len(removed)} layers")
+    with evaluating(chunks, logits=False):
+        while jobs := [(batch, removed) for batch in islice(batches, groups.pp.size())]:
+            with _recorded(chunks) as states:
+                passes.run(jobs, forward_step)
+                for number, (batch, _) in enumerate(jobs):
+                    mask = batch["loss_mask"].T  # [s, b]
+                    if is_split:
+                        mask = mask.chunk(groups.tp.size())[groups.tp.rank()]
+                    mine = {layer: seen[number] for layer, seen in states.items()}
+                    totals += _changes(mine, mask, blocks, stages, groups.pp)
+    return totals if is_split or groups.tp.rank() == 0 else totals.zero_()
+
+
+@contextmanager
+def _recorded(chunks: Sequence[nn.Module]) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
+    """Yield {layer: (input, output) of each forward pass}, [s, b, hidden_size], filled meanwhile.
+
+    By reference: in evaluation megatron-core's layers write into neither.
+    """
+    states: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def listen(number: int, layer: nn.Module) -> RemovableHandle:
+        seen = states.setdefault(number, [])
+
+        def hook(_: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: tuple) -> None:
+            seen.append((args[0] if args else kwargs["hidden_states"], output[0]))
+
+        return layer.register_forward_hook(hook, with_kwargs=True)
+
+    handles = [listen(number, layer) for number, layer in _layers_of(chunks)]
+    try:
+        yield states
+    finally:
+        states.clear()
+        for handle in handles:
+            handle.remove()
+
+
+def _changes(
+    states: Mapping[int, tuple[Tensor, Tensor]],
+    mask: Tensor,
+    blocks: Sequence[Layers],
+    stages: Sequence[int],
+    pp: ProcessGroup,
+) -> Tensor:
+    """Return [blocks, 2] float64 sums of one micro-batch; zeros for blocks that end elsewhere."""
+    totals = torch.zeros(len(blocks), 2, dtype=torch.float64, device=mask.device)
+    for block, total in zip(blocks, totals, strict=True):
+        first, last = block[0], block[-1]
+        before = states[first][0] if first in states else None
+        after = states[last][1] if last in states else None
+        before = _hand_over(before, after, stages[first], stages[last], pp)
+        if after is not None:
+            total.copy_(_change(before, after, mask))
+    return totals
+
+
+def _stages(chunks: Sequence[nn.Module], arch: Arch, pp: ProcessGroup) -> list[int]:
+    """Return the rank in ``pp`` of every layer. One collective."""
+    stages = torch.zeros(arch.num_layers, dtype=torch.int64, device=torch.cuda.current_device())
+    for number, _ in _layers_of(chunks):
+        stages[number] = pp.rank()
+    torch.distributed.all_reduce(stages, group=pp)
+    return stages.tolist()
+
+
+def _hand_over(
+    x: Tensor | None, like: Tensor | None, source: int, target: int, pp: ProcessGroup
+) -> Tensor | None:
+    """Send ``x`` from rank ``source`` of ``pp`` to ``target``, which returns it; ``like`` it."""
+    if source != target and pp.rank() == source:
+        torch.distributed.send(x.contiguous(), group=pp, group_dst=target)
+    if source != target and pp.rank() == target:
+        x = torch.empty_like(like)
+        torch.distributed.recv(x, group=pp, group_src=source)
+    return x
+
+
+def _change(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
+    """Return sum mask (1 - cos) and sum mask, [2] float64, of two [s, b, H] and mask [s, b]."""
+    num_positions = max(1, CHUNK_NUMEL // before[0].numel())
+    change = sum(
+        # A layer that changes nothing must not score below 0 by rounding.
+        ((1 - F.cosine_similarity(x.float(), y.float(), dim=-1)).clamp_(0, 2) * weight).sum()
+        for x, y, weight in zip(
+            *(x.split(num_positions) for x in (before, after, mask)), strict=True
+        )
+    )
+    return torch.stack([change, mask.sum()]).double()
+
+
+def _means(totals: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """Return [n] float32 means on the CPU of [n, 2] sums and counts. Three collectives.
+
+    Raises:
+        UserError: on every rank; a mean is NaN or infinite.
+    """
+    for group in (groups.dp_cp, groups.tp, groups.pp):
+        torch.distributed.all_reduce(totals, group=group)
+    means = (totals[:, 0] / totals[:, 1].clamp_min(1)).float().cpu()
+    if not means.isfinite().all():
+        raise UserError(
+            "depth scores are NaN or infinite: check the weights under --load and the dtype."
+        )
+    return means

@@ -1,0 +1,75 @@
+"""Pruning in several steps, scored in between, as one plan.
+
+T iterations from size d_s to d_t: iteration i scores a model of d_s - i (d_s - d_t) / T units and
+prunes it to d_s - (i + 1) (d_s - d_t) / T (arXiv:2407.14679, section 2.2), on every width axis.
+Layers are not pruned in steps: they are scored on the source and go in the last iteration, so that
+every model in between fits the pipeline of the source.
+"""
+
+import math
+from dataclasses import replace
+
+from megatron_ext.arch import Arch
+from megatron_ext.pruning.plan import PRUNABLE, Plan
+
+# Sizes in between are multiples of this, as far as source and target are: 2, 4, ... or 64
+# tensor-parallel ranks that fit both fit them too, and no plan depends on the layout.
+MULTIPLE = 64
+
+
+def iteration_targets(source: Arch, target: Arch, iterations: int) -> list[Arch]:
+    """Return what each iteration prunes to; the last is ``target``.
+
+    Sizes are rounded up: hidden and ffn sizes to a multiple of gcd(source, target, 64), heads to
+    the same number per query group. Iterations that rounding leaves without work are left out.
+    """
+    width = [name for name in PRUNABLE if name != "num_layers"]
+    targets = []
+    for step in range(1, iterations):
+        sizes = {
+            name: _between(getattr(source, name), getattr(target, name), step, iterations)
+            for name in width
+            if getattr(source, name) != getattr(target, name)
+        }
+        heads, groups = sizes.get("num_attention_heads"), source.num_query_groups
+        if heads is not None and target.num_query_groups == groups:
+            sizes["num_attention_heads"] = -(-heads // groups) * groups
+        targets.append(replace(source, **sizes))
+    distinct = dict.fromkeys([*targets, target])
+    distinct.pop(source, None)
+    return list(distinct) or [target]
+
+
+def _between(source: int, target: int, step: int, iterations: int) -> int:
+    multiple = math.gcd(source, target, MULTIPLE)
+    exact = source * iterations - step * (source - target)  # times iterations
+    return -(-exact // (iterations * multiple)) * multiple
+
+
+def compose(first: Plan, second: Plan) -> Plan:
+    """Return the plan that prunes at once what ``first`` and then ``second`` prune.
+
+    Indices count in the source of ``first``. Neither may fold heads: a head would be changed twice.
+    """
+    assert first.target == second.source, "the second plan is for another model"
+    assert not first.residual_pairs, "heads were folded already"
+    assert not second.residual_pairs, "heads would be folded after others were pruned"
+
+    def through(indices: tuple[int, ...], kept: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(kept[index] for index in indices)
+
+    def of_layers(name: str) -> dict[int, tuple[int, ...]]:
+        kept, kept_before = getattr(second, name), getattr(first, name)
+        origin = {i: first.layers[i] for i in kept}  # layer in between -> layer in the source
+        return {origin[i]: through(kept[i], kept_before[origin[i]]) for i in kept}
+
+    iterations = first.made.get("iterations", 1) + second.made.get("iterations", 1)
+    return Plan(
+        source=first.source,
+        target=second.target,
+        layers=through(second.layers, first.layers),
+        hidden=through(second.hidden, first.hidden),
+        ffn=of_layers("ffn"),
+        heads=of_layers("heads"),
+        made={**first.made, **second.made, "iterations": iterations},
+    )

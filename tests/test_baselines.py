@@ -1,0 +1,167 @@
+"""Scores without activations: naive references, every layout, and units as trimming sees them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ext import checkpoint, platform
+from megatron_ext.arch import dim_sizes
+from megatron_ext.errors import RUNTIME
+from megatron_ext.pruning.baselines import AXES, magnitude_scores, random_scores, units_of
+from megatron_ext.pruning.plan import kept_indices, make_plan
+from megatron_ext.pruning.scores import Scores, check_scores, load_scores
+from megatron_ext.slices import SliceReader
+from tests.models import GPT2, LLAMA, NEMOTRON
+from tests.programs import fail, read_tensors, succeed, write_model
+from tests.ranks import run_ranks
+
+MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON}
+LAYERS = "decoder.layers."
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folders = {name: str(tmp_path_factory.mktemp(name)) for name in MODELS}
+    for name, arch in MODELS.items():
+        write_model(folders[name], arch)
+    return folders
+
+
+def naive_magnitude(folder, arch):
+    """Sum squares unit by unit, from what the units are and not from the table of dims."""
+    w = {key: x.double().numpy() for key, x in read_tensors(folder).items()}
+    for key in w:
+        if arch.apply_layernorm_1p and "norm" in key and key.endswith("weight"):
+            w[key] = w[key] + 1
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if key in w:
+            w[key] = w[key][: arch.vocab_size]
+    width, groups = arch.kv_channels, arch.num_query_groups
+    per_group = arch.num_attention_heads // groups
+    norms = ("final_layernorm.", "layer_norm_")
+    columns = ("word_embeddings.", "position_embeddings.", "output_layer.", "linear_qkv.weight")
+    hidden = np.zeros(arch.hidden_size)
+    for key, x in w.items():
+        if key.endswith("linear_fc1.weight") or any(part in key for part in (*columns, *norms)):
+            hidden += (x**2).reshape(-1, arch.hidden_size).sum(axis=0)
+        elif "linear_proj." in key or "linear_fc2." in key:
+            hidden += (x.reshape(arch.num_layers, arch.hidden_size, -1) ** 2).sum(axis=(0, 2))
+    scores = {"hidden": np.sqrt(hidden), "layers": np.zeros(arch.num_layers)}
+    for n in range(arch.num_layers):
+        layer = {key.removeprefix(LAYERS): x[n] for key, x in w.items() if key.startswith(LAYERS)}
+        scores["layers"][n] = np.sqrt(sum((x**2).sum() for x in layer.values()))
+        ins = [
+            x for key, x in layer.items() if key in ("mlp.linear_fc1.weight", "mlp.linear_fc1.bias")
+        ]
+        ffn = [
+            (layer["mlp.linear_fc2.weight"][:, f] ** 2).sum() for f in range(arch.ffn_hidden_size)
+        ]
+        for x in ins:
+            for f in range(arch.ffn_hidden_size):
+                ffn[f] += (x[f :: arch.ffn_hidden_size] ** 2).sum()
+        qkv = [
+            x.reshape(groups, per_group + 2, width, -1)
+            for x in (layer.get(f"self_attention.linear_qkv.{x}") for x in ("weight", "bias"))
+            if x is not None
+        ]
+        proj = layer["self_attention.linear_proj.weight"]
+        heads = []
+        for head in range(arch.num_attention_heads):
+            group, place = divmod(head, per_group)
+            blocks = [place] if per_group > 1 else [0, 1, 2]
+            outs = proj[:, head * width : (head + 1) * width]
+            heads.append((outs**2).sum() + sum((x[group, blocks] ** 2).sum() for x in qkv))
+        scores |= {f"ffn.{n}": np.sqrt(ffn), f"heads.{n}": np.sqrt(heads)}
+    return scores
+
+
+def magnitude(folder, layout):
+    place = platform.initialize(**layout)
+    source = checkpoint.read(folder)
+    return magnitude_scores(SliceReader(source.folder), source.arch, place.device)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_magnitude_is_the_norm_of_a_units_weights(name, folders):
+    expected = naive_magnitude(folders[name], MODELS[name])
+    (vectors,) = run_ranks(1, magnitude, folders[name], {})
+    assert vectors.keys() == expected.keys()
+    for unit, vector in vectors.items():
+        np.testing.assert_allclose(vector.numpy(), expected[unit], rtol=1e-6, err_msg=unit)
+    scores = Scores(vectors=vectors, source=MODELS[name], aggregation="", samples=0, seq_length=0)
+    check_scores(scores, MODELS[name])
+
+
+def test_magnitude_does_not_depend_on_ranks(folders):
+    (serial,) = run_ranks(1, magnitude, folders["llama"], {})
+    for vectors in run_ranks(3, magnitude, folders["llama"], {}):
+        assert all(torch.equal(vectors[name], serial[name]) for name in serial)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_unit_is_what_trimming_takes(name):
+    arch = MODELS[name]
+    everything = make_plan(None, arch, arch)
+    counts = {"hidden": arch.hidden_size, "ffn": arch.ffn_hidden_size}
+    counts["heads"] = arch.num_attention_heads
+    for dim, axis in AXES.items():
+        units = units_of(dim, arch)
+        assert len(units) == dim_sizes(arch)[dim]
+        for unit in range(counts[axis]):
+            left = tuple(i for i in range(counts[axis]) if i != unit)
+            plan = replace(everything, **{axis: left if axis == "hidden" else {2: left}})
+            assert torch.equal(kept_indices(plan, dim, 2), torch.where(units != unit)[0])
+
+
+def test_random_scores_differ_between_vectors_and_seeds_only():
+    vectors, again, other = (random_scores(LLAMA, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(vectors[name], again[name]) for name in vectors)
+    drawn = [tuple(x[name][:4].tolist()) for x in (vectors, other) for name in vectors]
+    assert len(set(drawn)) == len(drawn)
+    assert all(x.min() >= 0 and x.max() < 1 for x in vectors.values())
+    check_scores(
+        Scores(vectors=vectors, source=LLAMA, aggregation="", samples=0, seq_length=0), LLAMA
+    )
+
+
+# As a user runs them: no data.
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "random"])
+def test_pruning_without_data(importance, folders, tmp_path):
+    plans = []
+    for number, layout in enumerate(([], ["--tensor-model-parallel-size", "2"])):
+        scores, plan = str(tmp_path / f"s{number}"), str(tmp_path / f"p{number}")
+        argv = ["--load", folders["llama"], "--seq-length", "16", "--micro-batch-size", "1"]
+        argv += ["--importance", importance, "--target-ffn-hidden-size", "40", *layout]
+        argv += ["--target-hidden-size", "32", "--target-num-layers", "3"]
+        succeed("prune", [*argv, "--scores", scores, "--plan", plan], 1 + number)
+        plans.append(Path(plan).read_text())
+        made = load_scores(scores)
+        assert made.aggregation == importance + ",seed=1234" * (importance == "random")
+        assert (made.samples, made.seq_length, made.depth) == (0, 0, importance)
+    assert plans[0] == plans[1]
+    # The file's settings win over others, and this is said once.
+    outcomes = succeed("prune", [*argv, "--seed", "5", "--scores", scores, "--plan", plan + "2"], 2)
+    notes = [
+        outcome.stdout.count(f"NOTE: the settings of --scores {scores} hold")
+        for outcome in outcomes
+    ]
+    assert notes == ([1, 0] if importance == "random" else [0, 0])
+
+
+def spoil(model):
+    model.decoder.layers[1].mlp.linear_fc2.weight[3, 5] = float("nan")
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    write_model(str(tmp_path / "nan"), LLAMA, spoil)
+    argv = ["--load", str(tmp_path / "nan"), "--seq-length", "16", "--micro-batch-size", "1"]
+    argv += ["--importance", "magnitude", "--scores", str(tmp_path / "scores")]
+    code, message = fail("prune", argv, 2)
+    assert code == RUNTIME
+    assert "NaN or infinite: check the weights under --load" in message
+    assert not (tmp_path / "scores").exists()
