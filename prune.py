@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext import checkpoint, data, platform
+from megatron_ext import checkpoint, checkpoint_writer, data, platform
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
@@ -251,7 +251,7 @@ def trim(source: Checkpoint, plan: Plan, save: str) -> None:
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share = on_all_ranks(lambda: trimmed_share(SliceReader(source.folder), plan, rank, world_size))
     args = Namespace(**{**source.args, **plan.target.to_args(), "consumed_train_samples": 0})
-    checkpoint.save(
+    checkpoint_writer.save(
         save,
         checkpoint.RELEASE,
         {"model": share, "args": args, "checkpoint_version": 3.0, "iteration": 0},

@@ -1,4 +1,4 @@
-"""Megatron checkpoint folders: found, read, checked, written aside and published.
+"""Megatron checkpoint folders, read: found, checked and loaded under any layout.
 
     <root>/latest_checkpointed_iteration.txt     "100" or "release"
     <root>/iter_0000100/  or  <root>/release/    one torch_dist checkpoint of megatron-core
@@ -6,18 +6,17 @@
         integrity.json         SHA-256 of the files above, in Megatron-LM's schema
         megatron_args.sh       the flags with which Megatron-LM builds this model
 
-A checkpoint is published by renaming a finished folder and the tracker file is replaced atomically:
-a run killed at any moment leaves the old checkpoint or the new one, never a mixture.
+``checkpoint_writer`` writes them. Loading compares every tensor's name and shape first, and
+unpickles plain data only.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,23 +29,12 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelSaveStrategyWrapper,
-)
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
-from torch.distributed import ProcessGroup
-from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext import safe_load
 from megatron_ext.arch import Arch
-from megatron_ext.errors import CHECKPOINT, RUNTIME, UserError
-from megatron_ext.together import gather, on_first_rank
+from megatron_ext.errors import CHECKPOINT, UserError
+from megatron_ext.together import gather
 
 TRACKER = "latest_checkpointed_iteration.txt"
 INTEGRITY = "integrity.json"
@@ -173,7 +161,7 @@ def verify_integrity(folder: Path) -> None:
         path = folder / name
         if not path.exists():
             problems.append(f"{path} is missing")
-        elif _sha256(path) != expected[name]:
+        elif sha256(path) != expected[name]:
             problems.append(f"{path} is damaged: its SHA-256 differs from {INTEGRITY}")
     problems = [problem for part in gather(problems) for problem in part]
     if problems:
@@ -232,139 +220,10 @@ def _check_tensors(folder: Path, state: ShardedStateDict) -> None:
     raise UserError(f"{folder} does not fit this model.{hint}\n{table}", CHECKPOINT)
 
 
-def save(
-    root: str,
-    name: str,
-    state: ShardedStateDict,
-    *,
-    files: Mapping[str, str],
-    dp_group: ProcessGroup | None = None,
-    content_metadata: Mapping[str, Any] | None = None,
-    keep: Callable[[str], bool] = lambda name: True,
-) -> Path:
-    """Write a checkpoint aside and publish it. Collective.
-
-    Args:
-        root: folder above the checkpoint; made if it is missing.
-        name: of the checkpoint's folder, ``iter_*`` or ``release``. An older one is replaced.
-        state: sharded tensors and, equal on all ranks, the common part with ``args``.
-        files: text files to put beside the tensors, name to content.
-        dp_group: the ranks with the same shards, which then write a share each; None: the first.
-        content_metadata: how optimizer state is laid out, for the reader.
-        keep: of the other ``iter_*`` folders, which to keep; the rest is deleted at the end.
-
-    Raises:
-        UserError: on every rank, if anything could not be written. Nothing is left behind, and
-            what was there before stays.
-    """
-    top = Path(root)
-    aside = top / f".{name}.tmp"
-    final = top / name
-    try:
-        on_first_rank(lambda: _make_empty(aside))
-        strategy = _WriteInProcess("torch_dist", 1, thread_count=1)
-        if dp_group is not None:
-            strategy = FullyParallelSaveStrategyWrapper(strategy, dp_group)
-        dist_checkpointing.save(
-            dict(state), str(aside), strategy, content_metadata=content_metadata
-        )
-        hashes = _hash_own_files(aside)
-        on_first_rank(lambda: _finish(aside, final, hashes, files))
-        on_first_rank(lambda: _remove_old(top, name, keep))
-    except (Exception, CheckpointException) as error:  # torch derives it from BaseException
-        if torch.distributed.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        reason = str(error).strip().splitlines()[-1]
-        free = shutil.disk_usage(top).free / 2**30 if top.exists() else 0
-        raise UserError(
-            f"--save {root}: {name} could not be written: {reason} ({free:.1f} GiB are free there)",
-            RUNTIME,
-        ) from error
-    return final
-
-
-class _WriteInProcess(TorchDistSaveShardedStrategy):
-    """megatron-core's torch_dist format through torch's own writer.
-
-    megatron-core writes from forked processes that report through a spawned one; when a rank is
-    killed that one stays behind, and when a writer dies the save waits for ever.
-    """
-
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, self.keep_only_main_replica
-        )
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(state, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(str(checkpoint_dir)),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _hash_own_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file, on every rank; each hashes the shards that it wrote."""
-    rank = torch.distributed.get_rank()
-    torch.distributed.barrier()
-    own = list(folder.glob(f"__{rank}_*"))
-    if rank == 0:
-        own += [folder / name for name in ("common.pt", "metadata.json", ".metadata")]
-    hashes: dict[str, str] = {}
-    for part in gather({path.name: _sha256(path) for path in own}):
-        hashes |= part
-    return hashes
-
-
-def _finish(aside: Path, final: Path, hashes: dict[str, str], files: Mapping[str, str]) -> None:
-    integrity = json.dumps({"algorithm": "sha256", "files": hashes}, indent=1, sort_keys=True)
-    for name, text in {INTEGRITY: integrity, **files}.items():
-        (aside / name).write_text(text)
-    for path in aside.iterdir():
-        _fsync(path)
-    old = final.with_name(f".{final.name}.old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    aside.rename(final)
-    write_text(
-        final.parent / TRACKER,
-        str(int(final.name.removeprefix("iter_"))) if final.name != RELEASE else RELEASE,
-    )
-    _fsync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_old(top: Path, name: str, keep: Callable[[str], bool]) -> None:
-    for folder in top.glob("iter_*"):
-        if folder.name != name and not folder.is_symlink() and not keep(folder.name):
-            shutil.rmtree(folder, ignore_errors=True)
-    for left in top.glob(".*.tmp"):  # of a save that was killed
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` at once: a reader sees the old text or the new one."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text)
-    _fsync(aside)
-    os.replace(aside, path)
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _shape(shape: Iterable[int] | None) -> str:

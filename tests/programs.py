@@ -24,7 +24,7 @@ import psutil
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_ext import checkpoint, platform
+from megatron_ext import checkpoint, checkpoint_writer, platform
 from megatron_ext.arch import Arch
 from megatron_ext.errors import run_main
 from megatron_ext.flags import megatron_command_line
@@ -187,7 +187,7 @@ def _write_model(folder: str, arch: Arch, change: Callable | None, args: tuple) 
         with torch.no_grad():
             change(chunks[0], *args)
     state = model_state_dict(chunks) | {"args": Namespace(**arch.to_args()), "iteration": 0}
-    checkpoint.save(folder, checkpoint.RELEASE, state, files={})
+    checkpoint_writer.save(folder, checkpoint.RELEASE, state, files={})
 
 
 def read_model(folder: str) -> LanguageModel:

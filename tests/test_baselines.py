@@ -11,7 +11,8 @@ from megatron_ext import checkpoint, platform
 from megatron_ext.arch import dim_sizes
 from megatron_ext.errors import RUNTIME
 from megatron_ext.pruning.baselines import AXES, magnitude_scores, random_scores, units_of
-from megatron_ext.pruning.plan import kept_indices, make_plan
+from megatron_ext.pruning.kept import kept_indices
+from megatron_ext.pruning.plan import make_plan
 from megatron_ext.pruning.scores import Scores, check_scores, load_scores
 from megatron_ext.slices import SliceReader
 from tests.models import GPT2, LLAMA, NEMOTRON

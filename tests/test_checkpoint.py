@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_ext import checkpoint, model, platform
+from megatron_ext import checkpoint, checkpoint_writer, model, platform
 from megatron_ext.arch import shape, weights
 from megatron_ext.checkpoint import sharded_tensors
 from megatron_ext.errors import UserError
@@ -212,7 +212,9 @@ def write(folder, arch, iteration=3, name=None):
     chunks = build_model(arch, ModelOptions(), place.groups, seed=5)
     common = {"args": Namespace(**arch.to_args()), "iteration": iteration}
     name = name or checkpoint.iteration_name(iteration)
-    checkpoint.save(folder, name, model_state_dict(chunks) | common, files={"note.txt": "hello"})
+    checkpoint_writer.save(
+        folder, name, model_state_dict(chunks) | common, files={"note.txt": "hello"}
+    )
 
 
 @pytest.mark.parametrize("arch", [LLAMA, MOE], ids=["llama", "moe"])
@@ -292,14 +294,14 @@ def save_that_dies(folder, arch, phase):
     elif phase == "metadata":
         dist_checkpointing.serialization.save_config = die
     elif phase == "publish":
-        checkpoint._finish = die
+        checkpoint_writer._finish = die
     elif phase == "tracker":
-        checkpoint.write_text = die
+        checkpoint_writer.write_text = die
     place = platform.Platform(torch.device("cpu"), None, 0, 1)
     assert place.rank == 0
     chunks = build_model(arch, ModelOptions(), groups_now(), seed=8)
     common = {"args": Namespace(**arch.to_args()), "iteration": 4}
-    checkpoint.save(folder, "iter_0000004", model_state_dict(chunks) | common, files={})
+    checkpoint_writer.save(folder, "iter_0000004", model_state_dict(chunks) | common, files={})
 
 
 def groups_now():
@@ -328,7 +330,7 @@ def save_that_fails(folder, arch):
     torch.distributed.checkpoint.FileSystemWriter.write_data = full
     try:
         chunks = build_model(arch, ModelOptions(), groups_now(), seed=8)
-        checkpoint.save(
+        checkpoint_writer.save(
             folder,
             "iter_0000004",
             model_state_dict(chunks) | {"args": Namespace(), "iteration": 4},

@@ -409,8 +409,8 @@ PRUNE_OPTIONS = """
     --depth-block --depth-importance --depth-rescore --device --distributed-backend
     --distributed-timeout-minutes --fp16 --head-residual --help
     --importance --importance-batch --importance-heads --importance-neurons --importance-sequence
-    --load --merge-file --micro-batch-size --mock-data --no-mmap-bin-files --no-overlap-p2p-communication
-    --no-verify-integrity --num-layers-per-virtual-pipeline-stage
+    --load --merge-file --micro-batch-size --mock-data --no-mmap-bin-files
+    --no-overlap-p2p-communication --no-verify-integrity --num-layers-per-virtual-pipeline-stage
     --num-virtual-stages-per-pipeline-rank --num-workers --pipeline-model-parallel-layout
     --pipeline-model-parallel-size --plan --prune-iterations --reset-attention-mask
     --reset-position-ids --save --scores --seed --seq-length --sequence-parallel --split

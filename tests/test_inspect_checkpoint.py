@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ext import checkpoint, platform
+from megatron_ext import checkpoint, checkpoint_writer, platform
 from megatron_ext.arch import num_parameters
 from megatron_ext.errors import UserError
 from megatron_ext.model import ModelOptions, build_model, model_state_dict
@@ -23,7 +23,7 @@ def _write(folder):
     common = {"args": Namespace(**LLAMA.to_args()), "iteration": 0}
     plan = make_plan(None, LLAMA, LLAMA)
     files = {"plan.json": plan.to_json()}
-    checkpoint.save(folder, checkpoint.RELEASE, state | common, files=files)
+    checkpoint_writer.save(folder, checkpoint.RELEASE, state | common, files=files)
 
 
 def test_text_and_json(tmp_path, capsys):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ext import checkpoint, platform
+from megatron_ext import checkpoint, checkpoint_writer, platform
 from megatron_ext.arch import weights
 from megatron_ext.errors import USAGE
 from megatron_ext.model import ModelOptions, build_model, model_state_dict
@@ -180,7 +180,7 @@ def save_filled(load, save, plan, layout, options):
     state = model_state_dict(chunks)
     fill_trimmed(state, SliceReader(checkpoint.read(load).folder), plan)
     args = Namespace(**plan.target.to_args())
-    checkpoint.save(save, "release", model_state_dict(chunks) | {"args": args}, files={})
+    checkpoint_writer.save(save, "release", model_state_dict(chunks) | {"args": args}, files={})
 
 
 @pytest.mark.parametrize("layout", ["serial", "TP2+SP", "PP2"])

@@ -8,12 +8,12 @@ import torch
 
 from megatron_ext.arch import dim_sizes
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError
+from megatron_ext.pruning.kept import kept_indices
 from megatron_ext.pruning.plan import (
     Plan,
     check_plan,
     contradiction,
     highest,
-    kept_indices,
     load_plan,
     lowest,
     make_plan,

@@ -9,7 +9,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from megatron_ext import checkpoint, safe_load
+from megatron_ext import checkpoint_writer, safe_load
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.slices import SliceReader
 from tests.ranks import run_ranks
@@ -45,7 +45,7 @@ def save_sharded(folder):
         rows = tensors[PER_LAYER][layer].chunk(2, 0)[rank].contiguous()
         state[key] = ShardedTensor.from_rank_offsets(key, rows, (0, rank, 2))
     state["rng_state"] = ShardedObject("rng_state", {"seed": 7}, (2,), (rank,))
-    checkpoint.save(folder, "release", state | {"args": Namespace(num_layers=3)}, files={})
+    checkpoint_writer.save(folder, "release", state | {"args": Namespace(num_layers=3)}, files={})
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def load_through_core(folder):
 def save_and_load_bomb(folder, boom):
     safe_load.install()
     state = {"rng_state": ShardedObject("rng_state", Bomb(boom), (1,), (0,)), "args": Namespace()}
-    checkpoint.save(folder, "release", state, files={})
+    checkpoint_writer.save(folder, "release", state, files={})
     state = {"rng_state": ShardedObject("rng_state", None, (1,), (0,))}
     try:
         dist_checkpointing.load(state, f"{folder}/release")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_ext import checkpoint, platform
+from megatron_ext import checkpoint, checkpoint_writer, platform
 from megatron_ext.arch import shape, weights
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.model import ModelOptions, build_model, model_state_dict
@@ -142,7 +142,7 @@ def save_tensors(root, tensors, stacked):
         for layer, x in enumerate(tensor):
             name = layer_key(key, layer)
             state[name] = ShardedTensor.from_rank_offsets(name, x.clone())
-    checkpoint.save(root, "release", state, files={})
+    checkpoint_writer.save(root, "release", state, files={})
 
 
 def shares(folder, plan, world_size):
@@ -253,7 +253,7 @@ def logits(chunks, arch):
 
 
 def save_model(root, chunks, arch):
-    checkpoint.save(
+    checkpoint_writer.save(
         root, "release", model_state_dict(chunks) | {"args": Namespace(**arch.to_args())}, files={}
     )
 
@@ -281,7 +281,7 @@ def save_share(root, source, plan):
         torch.distributed.get_rank(),
         torch.distributed.get_world_size(),
     )
-    checkpoint.save(
+    checkpoint_writer.save(
         root, "release", {"model": share, "args": Namespace(**plan.target.to_args())}, files={}
     )
 

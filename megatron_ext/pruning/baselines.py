@@ -104,7 +104,7 @@ def _add_squares(sums: Mapping[str, Tensor], piece: Piece, weight: Tensor, arch:
 def units_of(dim: str, arch: Arch) -> Tensor:
     """Return the unit that goes when a position of a tensor axis goes, [n] int64; -1 for none.
 
-    The complement of ``plan.kept_indices``, for one unit.
+    The complement of ``kept.kept_indices``, for one unit.
 
     Args:
         dim: a dim of ``AXES``.

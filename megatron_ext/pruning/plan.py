@@ -3,7 +3,7 @@
 Indices are global, count from 0 and ascend. ``ffn`` and ``heads`` have one tuple per kept layer,
 under the layer's number in the *source* model.
 
-``kept_indices`` is the only place that knows how a unit spreads over the axes of tensors.
+``kept.py`` knows how a unit spreads over the axes of tensors.
 """
 
 import itertools
@@ -349,50 +349,3 @@ def check_plan(plan: Plan, arch: Arch) -> None:
                 "remove the --plan file to plan again.",
                 CHECKPOINT,
             )
-
-
-def kept_indices(plan: Plan, dim: str, layer: int | None) -> Tensor | None:
-    """Return the [n] int64 positions that stay of a tensor axis, or None if all do.
-
-    Args:
-        plan: what is kept.
-        dim: a named dim of ``megatron_ext.arch``.
-        layer: the layer's number in the source; None for a weight outside the layers.
-    """
-    source = plan.source
-    if dim == "hidden":
-        return _unless_all(torch.tensor(plan.hidden), source.hidden_size)
-    if dim in ("ffn", "fc1"):
-        neurons = torch.tensor(plan.ffn[layer])
-        if dim == "fc1" and source.swiglu:  # [gate ; up]
-            neurons = torch.cat([neurons, neurons + source.ffn_hidden_size])
-            return _unless_all(neurons, 2 * source.ffn_hidden_size)
-        return _unless_all(neurons, source.ffn_hidden_size)
-    if dim in ("heads", "qkv"):
-        # Heads as blocks of kv_channels: in "heads" one per query head, in "qkv" one per query
-        # head of a group, then its key, then its value.
-        if dim == "heads":
-            blocks, num_blocks = list(plan.heads[layer]), source.num_attention_heads
-        else:
-            blocks = _qkv_blocks(plan.heads[layer], source)
-            num_blocks = source.num_attention_heads + 2 * source.num_query_groups
-        channels = torch.arange(source.kv_channels)
-        rows = torch.tensor(blocks).unsqueeze(1) * source.kv_channels + channels
-        return _unless_all(rows.flatten(), num_blocks * source.kv_channels)
-    assert dim in ("head_dim", "vocab", "position"), f"no rule to trim the dim {dim!r}"
-    return None
-
-
-def _qkv_blocks(heads: tuple[int, ...], source: Arch) -> list[int]:
-    """Return blocks of kv_channels rows: each group's kept query heads, its key and its value."""
-    per_group = source.num_attention_heads // source.num_query_groups
-    blocks = []
-    for group in dict.fromkeys(head // per_group for head in heads):
-        first = group * (per_group + 2)
-        blocks += [first + head % per_group for head in heads if head // per_group == group]
-        blocks += [first + per_group, first + per_group + 1]
-    return blocks
-
-
-def _unless_all(indices: Tensor, length: int) -> Tensor | None:
-    return None if torch.equal(indices, torch.arange(length)) else indices

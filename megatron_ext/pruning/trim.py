@@ -17,7 +17,8 @@ from torch import Tensor
 from megatron_ext.arch import LAYER_PREFIX, Arch, Weight, shape, weights
 from megatron_ext.checkpoint import NOT_WEIGHTS, sharded_tensors
 from megatron_ext.errors import CHECKPOINT, UserError
-from megatron_ext.pruning.plan import Plan, kept_indices
+from megatron_ext.pruning.kept import kept_indices
+from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.residual import fold_heads
 from megatron_ext.slices import SliceReader, layer_key
 

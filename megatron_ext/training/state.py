@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_ext import checkpoint
+from megatron_ext import checkpoint, checkpoint_writer
 from megatron_ext.arch import Arch
 from megatron_ext.data import tokenizer_sha256
 from megatron_ext.errors import CHECKPOINT, UserError
@@ -170,7 +170,7 @@ def save(run: Run) -> None:
         "num_floating_point_operations_so_far": counters.floating_point_operations,
     }
     interval = flags.checkpoint.save_retain_interval
-    checkpoint.save(
+    checkpoint_writer.save(
         flags.checkpoint.save,
         checkpoint.iteration_name(counters.iteration),
         state,
