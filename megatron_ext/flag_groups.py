@@ -188,8 +188,39 @@ class TrainPrecision(Precision):
     )
 
 
+TOKENIZERS = (
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "HuggingFaceTokenizer",
+    "GPT2BPETokenizer",
+    "NullTokenizer",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class Tokenizer:
+    """Tokenizer."""
+
+    tokenizer_type: str | None = flag(None, "kind of tokenizer", choices=TOKENIZERS)
+    tokenizer_model: str | None = flag(None, "tokenizer file, or a Hugging Face folder or name")
+    vocab_file: str | None = flag(None, "vocab.json of GPT2BPETokenizer")
+    merge_file: str | None = flag(None, "merges.txt of GPT2BPETokenizer")
+    vocab_size: int | None = flag(
+        None, "tokens of NullTokenizer, without the end of document", at_least=1
+    )
+    trust_remote_code: bool = flag(False, "let a Hugging Face tokenizer run its own code")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeededTokenizer(Tokenizer):
+    """Tokenizer."""
+
+    tokenizer_type: str = flag(REQUIRED, "kind of tokenizer", choices=TOKENIZERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Tokenizer):
     """Data and tokenizer."""
 
     data_path: tuple[str, ...] = flag(
@@ -207,25 +238,6 @@ class Data:
     mmap_bin_files: bool = flag(
         True, "read data files instead of mapping them", off="--no-mmap-bin-files"
     )
-    tokenizer_type: str | None = flag(
-        None,
-        "kind of tokenizer",
-        choices=(
-            "SentencePieceTokenizer",
-            "GPTSentencePieceTokenizer",
-            "Llama2Tokenizer",
-            "HuggingFaceTokenizer",
-            "GPT2BPETokenizer",
-            "NullTokenizer",
-        ),
-    )
-    tokenizer_model: str | None = flag(None, "tokenizer file, or a Hugging Face folder or name")
-    vocab_file: str | None = flag(None, "vocab.json of GPT2BPETokenizer")
-    merge_file: str | None = flag(None, "merges.txt of GPT2BPETokenizer")
-    vocab_size: int | None = flag(
-        None, "tokens of NullTokenizer, without the end of document", at_least=1
-    )
-    trust_remote_code: bool = flag(False, "let a Hugging Face tokenizer run its own code")
 
     # What pruning does not offer: it reads the training split and computes no loss.
     valid_data_path = test_data_path = ()

@@ -179,7 +179,7 @@ def _make_parser(program: type, ignored: Mapping[str, tuple[int, str]]) -> _Pars
         argument_default=argparse.SUPPRESS,
         usage="%(prog)s [flags]",
         description=program.__doc__,
-        epilog=f"Accepted without effect: {' '.join(ignored)}",
+        epilog=f"Accepted without effect: {' '.join(ignored)}" if ignored else None,
     )
     parser.set_defaults(ignored=[])
     for group in groups(program).values():

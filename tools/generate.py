@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tokenizers import MegatronTokenizerBase
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ext import checkpoint, data, platform
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.errors import USAGE, UserError, run_main
-from megatron_ext.flag_checks import TOKENIZER_NEEDS
+from megatron_ext.flag_groups import NeededTokenizer
 from megatron_ext.flag_parser import REQUIRED, build, flag, missing, read
 from megatron_ext.model import ModelOptions, build_model, choose_transformer_impl
 from megatron_ext.platform import Platform
@@ -45,23 +44,11 @@ class Generation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokenizer:
-    """Tokenizer."""
-
-    tokenizer_type: str = flag(REQUIRED, "kind of tokenizer", choices=tuple(TOKENIZER_NEEDS))
-    tokenizer_model: str | None = flag(None, "tokenizer file, or a Hugging Face folder or name")
-    vocab_file: str | None = flag(None, "vocab.json of GPT2BPETokenizer")
-    merge_file: str | None = flag(None, "merges.txt of GPT2BPETokenizer")
-    vocab_size: int | None = flag(None, "tokens of NullTokenizer", at_least=1)
-    trust_remote_code: bool = flag(False, "let a Hugging Face tokenizer run its own code")
-
-
-@dataclass(frozen=True, kw_only=True)
 class GenerateFlags:
     """Continue texts with a checkpoint."""
 
     generation: Generation
-    tokenizer: Tokenizer
+    tokenizer: NeededTokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -110,7 +97,7 @@ def parse(argv: Sequence[str]) -> GenerateFlags:
     return flags
 
 
-def tokens_of(prompt: str, tokenizer: MegatronTokenizerBase) -> list[int]:
+def tokens_of(prompt: str, tokenizer: data.MegatronTokenizerBase) -> list[int]:
     """Return the tokens of a prompt, at least one."""
     try:
         ids = tokenizer.tokenize(prompt) if prompt else []

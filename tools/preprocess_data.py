@@ -22,13 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import megatron_ext  # noqa: F401  (first: it silences what megatron-core says on import)
+
+# isort: split
 import numpy
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from tqdm import tqdm
 
 from megatron_ext.data import build_tokenizer
 from megatron_ext.errors import DATA, USAGE, UserError, run_main
-from megatron_ext.flag_checks import TOKENIZER_NEEDS
+from megatron_ext.flag_groups import NeededTokenizer
 from megatron_ext.flag_parser import REQUIRED, build, flag, missing, read
 
 CHUNK_BYTES = 1 << 20
@@ -50,23 +53,11 @@ class Files:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokenizer:
-    """Tokenizer."""
-
-    tokenizer_type: str = flag(REQUIRED, "kind of tokenizer", choices=tuple(TOKENIZER_NEEDS))
-    tokenizer_model: str | None = flag(None, "tokenizer file, or a Hugging Face folder or name")
-    vocab_file: str | None = flag(None, "vocab.json of GPT2BPETokenizer")
-    merge_file: str | None = flag(None, "merges.txt of GPT2BPETokenizer")
-    vocab_size: int | None = flag(None, "tokens of NullTokenizer", at_least=1)
-    trust_remote_code: bool = flag(False, "let a Hugging Face tokenizer run its own code")
-
-
-@dataclass(frozen=True, kw_only=True)
 class PreprocessFlags:
     """Tokenize text into a Megatron dataset."""
 
     files: Files
-    tokenizer: Tokenizer
+    tokenizer: NeededTokenizer
 
 
 @dataclass(frozen=True)
