@@ -1,0 +1,65 @@
+"""Devices, seeds and what stands in for CUDA."""
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_ext import platform
+from megatron_ext.errors import UserError
+from tests.ranks import run_ranks
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"device": "cuda"}, "--device cuda"), ({"backend": "nccl"}, "--distributed-backend nccl")],
+)
+def test_what_is_not_there_is_refused(options, words):
+    with pytest.raises(UserError, match=words) as caught:
+        platform.initialize(**options)
+    assert caught.value.code == 2
+
+
+def _draws(sizes):
+    """Return this rank's layout and draws from the default and the tensor-parallel generator."""
+    groups = platform.initialize(seed=7, device="cpu", **sizes).groups
+    before = torch.rand(3)
+    with get_cuda_rng_tracker().fork():
+        inside = torch.rand(3)
+    after = torch.rand(3)
+    return (groups.tp.rank(), groups.pp.rank(), groups.dp.rank()), before, inside, after
+
+
+def test_generators_differ_where_megatrons_do():
+    """Dropout differs between tensor ranks in split regions only, and between pipeline stages."""
+    results = run_ranks(
+        4, _draws, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    )
+    by_rank = {place[:2]: draws for place, *draws in results}
+    for stage in (0, 1):
+        (before, inside, after), (before_1, inside_1, after_1) = (
+            by_rank[0, stage],
+            by_rank[1, stage],
+        )
+        assert torch.equal(before, before_1)
+        assert torch.equal(after, after_1)
+        assert not torch.equal(inside, inside_1)
+        assert not torch.equal(before, after)
+    assert not torch.equal(by_rank[0, 0][0], by_rank[0, 1][0])
+
+
+def test_data_parallel_ranks_draw_alike():
+    (_, *first), (_, *second) = run_ranks(2, _draws, {})
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _cuda_calls():
+    platform.initialize(device="cpu")
+    tensor = torch.zeros(2, device="cuda") + torch.ones(2).cuda() + torch.ones(2).to("cuda:0")
+    assert torch.cuda.current_device() == torch.device("cpu")
+    return tensor.tolist(), tensor.device.type, tensor.type(), tensor.bfloat16().type()
+
+
+def test_cuda_calls_act_on_the_cpu():
+    (result,) = run_ranks(1, _cuda_calls)
+    assert result == ([2.0, 2.0], "cpu", "torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor")
