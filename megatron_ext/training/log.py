@@ -16,14 +16,15 @@ import torch
 from tqdm import tqdm
 
 from megatron_ext.errors import UserError
-from megatron_ext.flags import TrainFlags, format_flags
+from megatron_ext.flags import TrainFlags, flags_as_dict, format_flags
 from megatron_ext.together import on_first_rank
 
 
 class Log:
     """Writes a run's metrics; on ranks other than 0 every method does nothing.
 
-    ``metrics.jsonl`` gets one JSON object per logged step or evaluation, beside the checkpoints.
+    Beside the checkpoints: ``flags.json``, the flags of the last start, and ``metrics.jsonl``, one
+    JSON object per logged step or evaluation.
     """
 
     def __init__(self, flags: TrainFlags, *, flops_per_step: float, first_iteration: int):
@@ -53,6 +54,7 @@ class Log:
             if flags.checkpoint.save:
                 folder = Path(flags.checkpoint.save)
                 folder.mkdir(parents=True, exist_ok=True)
+                (folder / "flags.json").write_text(json.dumps(flags_as_dict(flags), indent=1))
                 self.metrics = _reopen(folder / "metrics.jsonl", first_iteration)
             if flags.log.tensorboard_dir:
                 from torch.utils.tensorboard import SummaryWriter
