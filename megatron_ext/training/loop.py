@@ -40,8 +40,8 @@ def train(
         The exit code: 0, or ``INTERRUPTED`` after a signal or a time limit, with all saved.
 
     Raises:
-        UserError: a loss or gradient is not finite. The weights are then those of the step before;
-            the last checkpoint stays.
+        UserError: a loss or the gradient norm is not finite. The last checkpoint stays; a loss is
+            noticed before the weights change, a gradient after.
     """
     flags, counters = run.flags, run.counters
     began, saved_at = time.perf_counter(), counters.iteration
