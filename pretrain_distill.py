@@ -26,7 +26,7 @@ from megatron_ext.flags import (
 )
 from megatron_ext.model import build_model
 from megatron_ext.platform import Platform
-from megatron_ext.startup import check_tokenizer, join_ranks, model_options
+from megatron_ext.startup import batches_of_rank, check_tokenizer, join_ranks, model_options
 from megatron_ext.training import state
 from megatron_ext.training.log import Log
 from megatron_ext.training.loop import MakeBatches, train, validate
@@ -73,10 +73,13 @@ def find_start(flags: TrainFlags) -> Start:
         UserError: --load names a folder without a checkpoint, and it is not the folder to save to.
     """
     options = flags.checkpoint
-    if options.save and options.save != options.load and checkpoint.find(options.save):
-        return Start(checkpoint.read(options.save), resume=True)
-    if options.load and checkpoint.find(options.load, options.ckpt_step):
-        source = checkpoint.read(options.load, options.ckpt_step)
+    if options.save and options.save != options.load:
+        own = checkpoint.find(options.save)
+        if own:
+            return Start(checkpoint.read(str(own)), resume=True)
+    found = checkpoint.find(options.load, options.ckpt_step) if options.load else None
+    if found:
+        source = checkpoint.read(str(found))
         is_own = options.load == options.save
         resume = source.iteration > 0 and (is_own or not options.finetune)
         return Start(source, resume)
@@ -193,19 +196,15 @@ def batch_maker(dataset: object, flags: TrainFlags, place: Platform) -> MakeBatc
     """Return a function that begins this rank's micro-batches at a number of consumed samples."""
     if dataset is None:
         return None
-    groups = place.groups
 
     def make(consumed_samples: int) -> Iterator[Batch]:
-        for batch in data.batches(
+        return batches_of_rank(
             dataset,
+            place,
             micro_batch_size=flags.batch.micro_batch_size,
-            dp_rank=groups.dp.rank(),
-            dp_size=groups.dp.size(),
-            consumed_samples=consumed_samples,
             num_workers=flags.data.num_workers,
-        ):
-            shard = data.shard_for_context_parallel(batch, groups.cp.rank(), groups.cp.size())
-            yield {key: x.to(place.device, non_blocking=True) for key, x in shard.items()}
+            consumed_samples=consumed_samples,
+        )
 
     return make
 

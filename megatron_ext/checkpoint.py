@@ -13,8 +13,6 @@ unpickles plain data only.
 import contextlib
 import hashlib
 import json
-import os
-import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -33,7 +31,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext import safe_load
 from megatron_ext.arch import Arch
-from megatron_ext.errors import CHECKPOINT, UserError
+from megatron_ext.errors import CHECKPOINT, UserError, warn
 from megatron_ext.together import gather
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -117,10 +115,10 @@ def find(root: str, step: int | None = None) -> Path | None:
         reason = incomplete_reason(folder)
         if name and reason is None:
             return folder
-        _warn(f"{top / TRACKER} names {name!r}, which cannot be used: {reason}.")
+        warn(f"{top / TRACKER} names {name!r}, which cannot be used: {reason}.")
     finished = [f for f in sorted(top.glob("iter_*"), reverse=True) if not incomplete_reason(f)]
     if finished:
-        _warn(f"{top}: taking the newest finished checkpoint, {finished[0].name}.")
+        warn(f"{top}: taking the newest finished checkpoint, {finished[0].name}.")
     return finished[0] if finished else None
 
 
@@ -152,7 +150,7 @@ def verify_integrity(folder: Path) -> None:
         UserError: on every rank, naming the first file that differs or is missing.
     """
     if not (folder / INTEGRITY).exists():
-        _warn(f"{folder}: no {INTEGRITY}; damage would go unnoticed.")
+        warn(f"{folder}: no {INTEGRITY}; damage would go unnoticed.")
         return
     expected = json.loads((folder / INTEGRITY).read_text())["files"]
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -228,8 +226,3 @@ def sha256(path: Path) -> str:
 
 def _shape(shape: Iterable[int] | None) -> str:
     return "-" if shape is None else str(list(shape))
-
-
-def _warn(message: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"WARNING: {message}", file=sys.stderr, flush=True)

@@ -27,6 +27,12 @@ class UserError(Exception):
         self.code = code
 
 
+def warn(message: str) -> None:
+    """Print a warning on rank 0."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"WARNING: {message}", file=sys.stderr, flush=True)
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Call ``main`` and exit: with its return value, or with a ``UserError``'s code and one line.
 

@@ -18,13 +18,12 @@ import dataclasses
 import difflib
 import math
 import operator
-import os
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from megatron_ext.errors import USAGE, UserError
+from megatron_ext.errors import USAGE, UserError, warn
 
 REQUIRED: Any = dataclasses.MISSING
 BOUNDS = {
@@ -144,6 +143,18 @@ def build(program: type[Program], typed: Mapping[str, Any]) -> Program:
     return program(**values)
 
 
+def parse(program: type[Program], argv: Sequence[str] | None) -> Program:
+    """Return the flags of a program that ignores none; ``argv`` None reads the command line.
+
+    Raises:
+        UserError: with code ``USAGE``, for what is unknown, malformed or missing.
+    """
+    typed = read(program, sys.argv[1:] if argv is None else argv, {})
+    if absent := missing(program, typed):
+        raise UserError(f"missing {' '.join(absent)}.", USAGE)
+    return build(program, typed)
+
+
 def flags_as_dict(flags: Any) -> dict[str, Any]:
     """Return every flag of a parsed program by name, in plain values that JSON can hold."""
     values: dict[str, Any] = {}
@@ -241,10 +252,10 @@ def _unknown_flags(unknown: Sequence[str], known: Sequence[str]) -> str:
 
 
 def _warn_of_ignored(typed: Sequence[str], ignored: Mapping[str, tuple[int, str]]) -> None:
-    if not typed or os.environ.get("RANK", "0") != "0":
+    if not typed:
         return
     by_reason: dict[str, list[str]] = {}
     for name in dict.fromkeys(typed):
         by_reason.setdefault(ignored[name][1], []).append(name)
     parts = [f"{' '.join(names)} ({reason})" for reason, names in by_reason.items()]
-    print(f"WARNING: flags without effect: {', '.join(parts)}.", file=sys.stderr, flush=True)
+    warn(f"flags without effect: {', '.join(parts)}.")

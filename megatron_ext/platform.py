@@ -37,11 +37,6 @@ class Platform:
     rank: int
     world_size: int
 
-    @property
-    def is_last_rank(self) -> bool:
-        """The rank that logs losses: they exist on the last pipeline stage only."""
-        return self.rank == self.world_size - 1
-
 
 def initialize(
     *,

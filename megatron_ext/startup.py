@@ -1,10 +1,13 @@
-"""What both programs do before they touch a weight: join the ranks, choose how to hold models."""
+"""What both programs do alike around a model: join the ranks, choose how to hold it, feed it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from megatron_ext import platform
+from megatron_ext import data, platform
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.flags import PruneFlags, TrainFlags, virtual_pipeline_size
@@ -60,6 +63,31 @@ def model_options(
         fuse_kernels=place.device.type == "cuda",
         recompute=recompute,
     )
+
+
+def batches_of_rank(
+    dataset: Dataset,
+    place: Platform,
+    *,
+    micro_batch_size: int,
+    num_workers: int,
+    consumed_samples: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield this rank's micro-batches on its device, cut for context parallelism.
+
+    As ``data.batches`` otherwise: tokens, labels, loss_mask, position_ids [b, s / cp], ...
+    """
+    groups = place.groups
+    for batch in data.batches(
+        dataset,
+        micro_batch_size=micro_batch_size,
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        consumed_samples=consumed_samples,
+        num_workers=num_workers,
+    ):
+        shard = data.shard_for_context_parallel(batch, groups.cp.rank(), groups.cp.size())
+        yield {name: x.to(place.device, non_blocking=True) for name, x in shard.items()}
 
 
 def check_tokenizer(source: Checkpoint, vocab_size: int, sha256: str | None) -> None:

@@ -7,15 +7,14 @@ Reads no weights and needs no model, no GPU and no other rank.
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_ext import checkpoint
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.checkpoint import Checkpoint
-from megatron_ext.errors import USAGE, UserError, run_main
-from megatron_ext.flag_parser import REQUIRED, build, flag, missing, read
+from megatron_ext.errors import run_main
+from megatron_ext.flag_parser import REQUIRED, flag, parse
 from megatron_ext.pruning.plan import Plan, load_plan
 from megatron_ext.slices import SliceReader
 
@@ -42,11 +41,7 @@ class InspectFlags:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print what the checkpoint holds."""
-    typed = read(InspectFlags, sys.argv[1:] if argv is None else argv, {})
-    needed = missing(InspectFlags, typed)
-    if needed:
-        raise UserError(f"missing {', '.join(needed)}.", USAGE)
-    options = build(InspectFlags, typed).inspection
+    options = parse(InspectFlags, argv).inspection
     source = checkpoint.read(options.load, options.ckpt_step)
     reader = SliceReader(source.folder)
     plan_file = source.folder / "plan.json"

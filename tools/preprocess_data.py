@@ -30,9 +30,9 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from tqdm import tqdm
 
 from megatron_ext.data import build_tokenizer
-from megatron_ext.errors import DATA, USAGE, UserError, run_main
+from megatron_ext.errors import DATA, UserError, run_main
 from megatron_ext.flag_groups import NeededTokenizer
-from megatron_ext.flag_parser import REQUIRED, build, flag, missing, read
+from megatron_ext.flag_parser import REQUIRED, flag, parse
 
 CHUNK_BYTES = 1 << 20
 FOLDER_SUFFIXES = (".jsonl", ".json", ".txt")
@@ -76,10 +76,7 @@ Encoded = list[list[numpy.ndarray]]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Tokenize what the command line names and print what was written."""
-    typed = read(PreprocessFlags, sys.argv[1:] if argv is None else argv, {})
-    if absent := missing(PreprocessFlags, typed):
-        raise UserError(f"missing {' '.join(absent)}.", USAGE)
-    flags = build(PreprocessFlags, typed)
+    flags = parse(PreprocessFlags, argv)
     files = flags.files
     paths = find_inputs(files.input)
     # Each worker is one thread; Hugging Face warns about its own threads after a fork otherwise.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.errors import RUNTIME, USAGE, UserError, run_main
-from megatron_ext.flag_parser import build, flag, read
+from megatron_ext.flag_parser import flag, parse
 from megatron_ext.report import markdown_table, new_figure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,8 +60,7 @@ class ExperimentFlags:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run every setting that has no result yet and write the table and the plot."""
-    typed = read(ExperimentFlags, sys.argv[1:] if argv is None else argv, {})
-    options = build(ExperimentFlags, typed).experiment
+    options = parse(ExperimentFlags, argv).experiment
     if not (Path(options.quickstart) / "done" / "teacher").exists():
         raise UserError(
             f"--quickstart {options.quickstart}: no finished teacher; run the quickstart first.",

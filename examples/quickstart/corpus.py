@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import io
 import json
-import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Sequence
@@ -22,8 +21,8 @@ from pathlib import Path
 import sentencepiece
 from tqdm import tqdm
 
-from megatron_ext.errors import USAGE, UserError, run_main
-from megatron_ext.flag_parser import REQUIRED, build, flag, missing, read
+from megatron_ext.errors import run_main
+from megatron_ext.flag_parser import REQUIRED, flag, parse
 
 # Tests and test data, other people's packages, demos, one file of tables per character set.
 SKIPPED_FOLDERS = {
@@ -68,10 +67,7 @@ class CorpusFlags:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the three files and print what is in them."""
-    typed = read(CorpusFlags, sys.argv[1:] if argv is None else argv, {})
-    if absent := missing(CorpusFlags, typed):
-        raise UserError(f"missing {' '.join(absent)}.", USAGE)
-    flags = build(CorpusFlags, typed).corpus
+    flags = parse(CorpusFlags, argv).corpus
     folder = Path(flags.output)
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -6,7 +6,6 @@ python examples/quickstart/report.py --output runs/quickstart
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from megatron_ext.arch import num_parameters
-from megatron_ext.errors import USAGE, UserError, run_main
-from megatron_ext.flag_parser import REQUIRED, build, flag, missing, read
+from megatron_ext.errors import run_main
+from megatron_ext.flag_parser import REQUIRED, flag, parse
 from megatron_ext.pruning.plan import Plan, load_plan
 from megatron_ext.pruning.scores import Scores, load_scores
 from megatron_ext.report import (
@@ -84,10 +83,7 @@ class Results:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write report.md and report.png and print the first."""
-    typed = read(ReportFlags, sys.argv[1:] if argv is None else argv, {})
-    if absent := missing(ReportFlags, typed):
-        raise UserError(f"missing {' '.join(absent)}.", USAGE)
-    results = load(Path(build(ReportFlags, typed).report.output))
+    results = load(Path(parse(ReportFlags, argv).report.output))
     draw(results)
     text = "\n\n".join(
         [

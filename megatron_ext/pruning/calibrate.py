@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from megatron_ext import data
 from megatron_ext.arch import Arch
 from megatron_ext.model import LanguageModel
 from megatron_ext.platform import Platform
 from megatron_ext.pruning.aggregation import DEFAULT, Aggregation
 from megatron_ext.pruning.importance import Importance
+from megatron_ext.startup import batches_of_rank
 
 Batch = dict[str, Tensor]
 
@@ -40,20 +40,16 @@ class Passes:
 
     def batches(self, title: str) -> Iterator[Batch]:
         """Yield this rank's micro-batches, on its device; rank 0 shows a progress bar."""
-        groups = self.place.groups
-        batches = data.batches(
+        batches = batches_of_rank(
             self.dataset,
+            self.place,
             micro_batch_size=self.micro_batch_size,
-            dp_rank=groups.dp.rank(),
-            dp_size=groups.dp.size(),
-            consumed_samples=0,
             num_workers=self.num_workers,
         )
-        step, is_quiet = self.micro_batch_size * groups.dp.size(), self.place.rank != 0
+        step, is_quiet = self.micro_batch_size * self.place.groups.dp.size(), self.place.rank != 0
         with tqdm(total=self.num_samples, desc=title, unit="sample", disable=is_quiet) as bar:
             for batch in islice(batches, self.num_samples // step):
-                shard = data.shard_for_context_parallel(batch, groups.cp.rank(), groups.cp.size())
-                yield {k: x.to(self.place.device, non_blocking=True) for k, x in shard.items()}
+                yield batch
                 bar.update(step)
 
     def run(self, jobs: Sequence[Any], forward_step: Callable) -> list[Any]:

@@ -183,7 +183,6 @@ def save(run: Run) -> None:
 
 def saved_args(run: Run) -> Namespace:
     """Return the flags and sizes of ``run`` under Megatron-LM's names; plain values only."""
-    parallel = run.flags.parallel
     return Namespace(
         **{
             **flags_as_dict(run.flags),
@@ -191,8 +190,6 @@ def saved_args(run: Run) -> Namespace:
             "world_size": torch.distributed.get_world_size(),
             "data_parallel_size": run.groups.dp.size(),
             "params_dtype": run.chunks[0].config.params_dtype,
-            "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
             "no_save_optim": not run.flags.checkpoint.save_optim,
             "no_save_rng": not run.flags.checkpoint.save_rng,
             "ckpt_fully_parallel_save": True,
