@@ -19,7 +19,8 @@ from megatron_ext import checkpoint, data, platform
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.errors import USAGE, UserError, run_main
 from megatron_ext.flag_groups import NeededTokenizer
-from megatron_ext.flag_parser import REQUIRED, build, flag, missing, read
+from megatron_ext.flag_parser import REQUIRED, flag
+from megatron_ext.flag_parser import parse as parse_flags
 from megatron_ext.model import ModelOptions, build_model, choose_transformer_impl
 from megatron_ext.platform import Platform
 from megatron_ext.startup import check_tokenizer
@@ -83,12 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str]) -> GenerateFlags:
     """Return the checked flags."""
-    typed = read(GenerateFlags, argv, {})
-    if absent := missing(GenerateFlags, typed):
-        raise UserError(f"missing {' '.join(absent)}.", USAGE)
+    flags = parse_flags(GenerateFlags, argv)
     if list(argv).count("--prompt") > 1:
         raise UserError("--prompt is given twice: put all texts behind one --prompt.", USAGE)
-    flags = build(GenerateFlags, typed)
     options = flags.generation
     if not options.prompt:
         raise UserError("--prompt: no text behind it.", USAGE)
