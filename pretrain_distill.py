@@ -170,7 +170,7 @@ def go(run: state.Run, tokenizer: data.MegatronTokenizerBase, place: Platform) -
     flags, batch = run.flags, run.flags.batch
     evaluates = bool(flags.log.eval_iters) and (flags.log.eval_interval or batch.skip_train)
     num_valid = batch.global_batch_size * flags.log.eval_iters if evaluates else 0
-    num_train = 0 if batch.skip_train else batch.global_batch_size * batch.train_iters
+    num_train = 0 if batch.skip_train else state.num_data_samples(run)
     datasets = data.build_datasets(
         flags.data,
         seq_length=batch.seq_length,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_ext.errors import UserError
+from megatron_ext.errors import UserError, warn
 from megatron_ext.flags import TrainFlags, flags_as_dict, format_flags
 from megatron_ext.together import on_first_rank
 
@@ -78,6 +78,7 @@ class Log:
         iteration: int,
         losses: dict[str, float],
         *,
+        consumed_samples: int,
         learning_rate: float,
         grad_norm: float,
         loss_scale: float,
@@ -94,6 +95,7 @@ class Log:
         seconds = (time.perf_counter() - self.since) / self.steps_since
         metrics = {
             **losses,
+            "consumed-samples": consumed_samples,
             "learning-rate": learning_rate,
             "grad-norm": grad_norm,
             "loss-scale": loss_scale,
@@ -128,7 +130,13 @@ class Log:
 
     def _write(self, iteration: int, metrics: dict[str, float]) -> None:
         if self.metrics is not None:
-            print(json.dumps({"iteration": iteration, **metrics}), file=self.metrics, flush=True)
+            try:
+                print(
+                    json.dumps({"iteration": iteration, **metrics}), file=self.metrics, flush=True
+                )
+            except OSError as error:  # a full disk: what was learnt is worth more than its log
+                warn(f"{self.metrics.name}: {error}; no metrics are written from here on.")
+                self.metrics = None
         if self.board is not None:
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, iteration)
@@ -138,7 +146,7 @@ class Log:
         left = timedelta(seconds=round((batch.train_iters - iteration) * seconds))
         cells = [
             f" [{datetime.now():%F %T}] iteration {iteration:8d}/{batch.train_iters:8d}",
-            f"consumed samples: {iteration * batch.global_batch_size:12d}",
+            f"consumed samples: {metrics['consumed-samples']:12d}",
             f"elapsed time per iteration (ms): {seconds * 1000:.1f}",
             f"throughput per GPU (TFLOP/s/GPU): {metrics['throughput']:.3f}",
             f"learning rate: {metrics['learning-rate']:.6E}",

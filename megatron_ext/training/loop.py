@@ -45,7 +45,7 @@ def train(
     """
     flags, counters = run.flags, run.counters
     began, saved_at = time.perf_counter(), counters.iteration
-    batches = [train_batches(counters.consumed_train_samples) for _ in run.model]
+    batches = [train_batches(counters.consumed_data_samples) for _ in run.model]
 
     def save_unless_saved() -> None:
         nonlocal saved_at
@@ -75,7 +75,7 @@ def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
     losses, apply = train_step(
         run.model, run.optimizer, batches, step_shape(run), run.objective, run.groups
     )
-    first = counters.consumed_train_samples
+    first = counters.consumed_data_samples
     where = (
         f"iteration {counters.iteration + 1} (training samples {first} to {first + batch_size - 1})"
     )
@@ -87,10 +87,12 @@ def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
         run.schedule.step(increment=batch_size)
     counters.iteration += 1
     counters.consumed_train_samples += batch_size
+    counters.consumed_data_samples += batch_size
     counters.floating_point_operations += run.flops_per_step
     log.step(
         counters.iteration,
         losses,
+        consumed_samples=counters.consumed_train_samples,
         learning_rate=learning_rate,
         grad_norm=grad_norm,
         loss_scale=float(run.optimizer.get_loss_scale()),

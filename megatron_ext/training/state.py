@@ -19,10 +19,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_ext import checkpoint, checkpoint_writer
 from megatron_ext.arch import Arch
 from megatron_ext.data import tokenizer_sha256
-from megatron_ext.errors import CHECKPOINT, UserError
+from megatron_ext.errors import CHECKPOINT, UserError, warn
+from megatron_ext.flag_parser import dashed
 from megatron_ext.flags import TrainFlags, flags_as_dict, megatron_command_line
 from megatron_ext.model import LanguageModel, model_state_dict
-from megatron_ext.training import torch_adam
+from megatron_ext.training import phase, torch_adam
 from megatron_ext.training.step import wrap
 
 # Optimizer state as whole tensors: any layout reads it, also of the distributed optimizer.
@@ -40,6 +41,8 @@ class Counters:
 
     iteration: int = 0
     consumed_train_samples: int = 0
+    consumed_data_samples: int = 0
+    """Of them, those of the present data set, see ``phase``."""
     floating_point_operations: float = 0.0
 
 
@@ -194,6 +197,7 @@ def saved_args(run: Run) -> Namespace:
             "no_save_rng": not run.flags.checkpoint.save_rng,
             "ckpt_fully_parallel_save": True,
             "consumed_train_samples": run.counters.consumed_train_samples,
+            "consumed_data_samples": run.counters.consumed_data_samples,
             "skipped_train_samples": 0,
             "consumed_valid_samples": 0,
             "tokenizer_sha256": tokenizer_sha256(run.flags.data),
@@ -236,12 +240,37 @@ def restore(run: Run, source: checkpoint.Checkpoint) -> None:
     if flags.checkpoint.load_optim:
         run.optimizer.load_state_dict(loaded["optimizer"])
         torch_adam.unshare_steps(run.optimizer)
-        run.schedule.load_state_dict(loaded["opt_param_scheduler"])
+        _restore_schedule(run, loaded["opt_param_scheduler"], source)
     if "rng_state" in state:
         _set_rng_state(loaded["rng_state"])
     run.counters.iteration = source.iteration
     run.counters.consumed_train_samples = source.args["consumed_train_samples"]
+    run.counters.consumed_data_samples = phase.consumed_data_samples(source.args, flags)
+    for name, (before, now) in phase.changes(source.args, flags).items():
+        warn(f"{dashed(name)}: {before} before, {now} from here on; the data begin anew.")
     run.counters.floating_point_operations = loaded["num_floating_point_operations_so_far"]
+
+
+def num_data_samples(run: Run) -> int:
+    """Return how many samples of its present data set ``run`` needs, from the first one on."""
+    batch, counters = run.flags.batch, run.counters
+    iterations_left = max(0, batch.train_iters - counters.iteration)
+    num_samples = counters.consumed_data_samples + iterations_left * batch.global_batch_size
+    return max(num_samples, batch.global_batch_size)  # a data set of none cannot be built
+
+
+def _restore_schedule(run: Run, saved: dict[str, Any], source: checkpoint.Checkpoint) -> None:
+    batch_size = run.flags.batch.global_batch_size
+    before = source.args.get("global_batch_size") or batch_size
+    try:
+        run.schedule.load_state_dict(phase.rescaled_schedule(saved, before, batch_size))
+    except AssertionError as error:
+        raise UserError(
+            f"{source.folder} was trained with another schedule ({' '.join(str(error).split())}): "
+            "--override-opt-param-scheduler takes the typed one, "
+            "--use-checkpoint-opt-param-scheduler the saved one.",
+            CHECKPOINT,
+        ) from error
 
 
 def _check_optimizer_parts(run: Run, source: checkpoint.Checkpoint) -> None:
