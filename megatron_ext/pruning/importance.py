@@ -14,6 +14,11 @@ How scores lie over the ranks follows from the tensor that a hook taps:
     layers   input and output of a layer           [s, B, H]   whole       TP-split under SP
     under context parallelism                      as above    as above    also CP-split
 
+    in a mixture of experts, instead of ffn (the first two: see ``pruning.experts``)
+    experts     output of an expert's linear_fc2   [n, H]      n tokens of any rank of tp x ep
+    moe_ffn     its input; pre: as above           [n, c]
+    shared_ffn  the shared experts': as ffn        [S, B, c]   TP-split    whole
+
 Positions of one sample are summed over ranks before they are aggregated. Samples, stages and split
 units come together once, in ``Importance.collect``. A layer's score is 1 - cos(input, output), a
 mean over positions whatever the aggregation of the other axes.
@@ -47,8 +52,9 @@ from megatron_ext.pruning.aggregation import (
     aggregate,
     sums_over_positions,
 )
+from megatron_ext.pruning.experts import DispatchedSums, ExpertTap, gather_left_out
 
-TP_SPLIT_AXES = ("ffn", "heads")
+TP_SPLIT_AXES = ("ffn", "heads", "shared_ffn")
 
 # Elements that a hook works on at a time. On a CPU their float32 copies stay in the cache of a core
 # (tools/bench/calibration.py); a GPU needs more to be busy.
@@ -92,7 +98,7 @@ class Importance:
         Args:
             model_chunks: this rank's part of the model, wrapped (DDP, Float16Module) or not.
             arch: sizes of the whole model.
-            groups: megatron-core's tp, pp, cp and dp_cp.
+            groups: megatron-core's tp, pp, cp and dp_cp; with experts tp_ep and expt_tp too.
             sequence_parallel: whether norms see positions split over ``groups.tp``.
             aggregation: how activations become scores.
         """
@@ -109,7 +115,10 @@ class Importance:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Attach all taps and detach them on exit, also after an error."""
-        handles = [self._attach(tap) for tap in self.taps]
+        handles = []
+        for tap in self.taps:
+            attach = self._attach_experts if isinstance(tap, ExpertTap) else self._attach
+            handles += attach(tap)
         try:
             yield
         finally:
@@ -117,7 +126,9 @@ class Importance:
                 handle.remove()
 
     def expect(self, loss_mask: Tensor) -> None:
-        """Say which positions of the next micro-batch take part. One collective over cp.
+        """Say which positions of the next micro-batch take part.
+
+        One collective over cp, with experts one over tp_ep.
 
         Args:
             loss_mask: [B, s], 0 at positions that take no part; of the positions that this
@@ -131,14 +142,42 @@ class Importance:
         self.num_positions = counts.clamp_min(1).unsqueeze(-1)  # [B, 1]
         # A layer's score is a mean over positions, the others' over samples that have any.
         self.weights = {axis: (counts > 0).double() for axis in self._widths()} | {"layers": counts}
+        if self.arch.num_experts is not None:
+            split = self.groups.tp.size() if self.sequence_parallel else 1
+            self.left_out_everywhere = gather_left_out(loss_mask, self.groups, split)
 
-    def _attach(self, tap: Tap) -> RemovableHandle:
+    def _attach(self, tap: Tap) -> list[RemovableHandle]:
         @torch.no_grad()
         def hook(_: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             self._add(tap, tap.tensors(before, output))
 
-        return tap.module.register_forward_hook(hook, with_kwargs=True)
+        return [tap.module.register_forward_hook(hook, with_kwargs=True)]
+
+    def _attach_experts(self, tap: ExpertTap) -> list[RemovableHandle]:
+        """Sum what the experts see while their layer runs; count its samples when it has run."""
+        running: list[DispatchedSums] = []
+
+        def begin(_: nn.Module, args: Any) -> None:
+            running.append(DispatchedSums(tap, self.groups, self.left_out_everywhere))
+
+        def add_of(expert: int) -> Callable:
+            @torch.no_grad()
+            def add(_: nn.Module, args: tuple, output: Any) -> None:
+                running[0].add(expert, tap.values(args[0], output, self.groups))
+
+            return add
+
+        @torch.no_grad()
+        def finish(_: nn.Module, args: Any, output: Any) -> None:
+            sums = running.pop().sent_home()
+            tap.samples.add(sums, self.num_positions, self.weights[tap.axis])
+
+        return [
+            tap.mlp.register_forward_pre_hook(begin),
+            *(module.register_forward_hook(add_of(expert)) for expert, module in tap.modules()),
+            tap.mlp.register_forward_hook(finish),
+        ]
 
     def _add(self, tap: Tap, tensors: Sequence[Tensor]) -> None:
         """Sum the values of ``tap`` over this rank's positions, some at a time."""
@@ -156,22 +195,38 @@ class Importance:
         )
         tap.samples.add(sums, self.num_positions, self.weights[tap.axis])
 
-    def _taps_of(self, layer: nn.Module) -> list[Tap]:
-        attention, mlp = layer.self_attention, layer.mlp
-        pre = self.aggregation.neurons == "pre"
-        neurons = (mlp.linear_fc1, self._gate) if pre else (mlp.linear_fc2, _input)
+    def _taps_of(self, layer: nn.Module) -> list[Tap | ExpertTap]:
+        attention, number = layer.self_attention, layer.layer_number - 1
         heads = _itself if self.aggregation.heads == "aggregate-first" else self._head_norms
         rows = [
-            ("ffn", 0, *neurons, _itself),
+            *self._neurons(layer.mlp),
             ("heads", 0, attention.linear_proj, _input, heads),
             ("hidden", 0, *_norm(layer.input_layernorm, attention.linear_qkv), _itself),
-            ("hidden", 1, *_norm(layer.pre_mlp_layernorm, mlp.linear_fc1), _itself),
+            ("hidden", 1, *_norm(layer.pre_mlp_layernorm, layer.mlp), _itself),
             ("layers", 0, layer, _input_and_output, _one_minus_cosine),
         ]
-        return [
-            Tap(axis, (layer.layer_number - 1, index), *rest, self._samples(axis))
-            for axis, index, *rest in rows
+        taps: list[Tap | ExpertTap] = [
+            Tap(axis, (number, index), *rest, self._samples(axis)) for axis, index, *rest in rows
         ]
+        if self.arch.num_experts is None:
+            return taps
+        pre = self.aggregation.neurons == "pre"
+        taps += [
+            ExpertTap("experts", (number, 0), layer.mlp, False, self._samples("experts")),
+            ExpertTap("moe_ffn", (number, 0), layer.mlp, pre, self._samples("moe_ffn")),
+        ]
+        return taps
+
+    def _neurons(self, mlp: nn.Module) -> list[tuple]:
+        """Return the row of the neurons that every token passes, if there are any."""
+        axis = "ffn"
+        if self.arch.num_experts is not None:
+            if self.arch.moe_shared_expert_intermediate_size is None:
+                return []
+            axis, mlp = "shared_ffn", mlp.shared_experts
+        if self.aggregation.neurons == "pre":
+            return [(axis, 0, mlp.linear_fc1, self._gate, _itself)]
+        return [(axis, 0, mlp.linear_fc2, _input, _itself)]
 
     def _samples(self, axis: str) -> OverSamples:
         split_units = axis in TP_SPLIT_AXES
@@ -187,13 +242,19 @@ class Importance:
 
     def _widths(self) -> dict[str, int]:
         """Return how many numbers per layer and tap every axis aggregates."""
-        by_channel = self.aggregation.heads == "aggregate-first"
-        return {
-            "ffn": self.arch.ffn_hidden_size,
-            "heads": self.arch.num_attention_heads * (self.arch.kv_channels if by_channel else 1),
-            "hidden": self.arch.hidden_size,
+        arch, by_channel = self.arch, self.aggregation.heads == "aggregate-first"
+        widths = {
+            "heads": arch.num_attention_heads * (arch.kv_channels if by_channel else 1),
+            "hidden": arch.hidden_size,
             "layers": 1,
         }
+        if arch.num_experts is None:
+            return {"ffn": arch.ffn_hidden_size, **widths}
+        widths |= {"experts": arch.num_experts}
+        widths |= {"moe_ffn": arch.num_experts * arch.moe_ffn_hidden_size}
+        if arch.moe_shared_expert_intermediate_size is not None:
+            widths |= {"shared_ffn": arch.moe_shared_expert_intermediate_size}
+        return widths
 
     def _gate(self, _: Tensor, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor]:
         """Return what goes into the activation function; of fc1 [gate ; up] the gate."""
@@ -262,8 +323,12 @@ class Importance:
             "hidden": finished["hidden"].sum(dim=(0, 1)),
             "layers": finished["layers"].flatten(),
         }
-        for axis in TP_SPLIT_AXES:
-            vectors |= {f"{axis}.{layer}": row for layer, (row,) in enumerate(finished[axis])}
+        for axis in (*TP_SPLIT_AXES, "experts"):
+            for layer, (row,) in enumerate(finished.get(axis, ())):
+                vectors[f"{axis}.{layer}"] = row
+        for layer, (row,) in enumerate(finished.get("moe_ffn", ())):
+            for expert, neurons in enumerate(row.view(self.arch.num_experts, -1)):
+                vectors[f"moe_ffn.{layer}.{expert}"] = neurons
         return {name: vector.float() for name, vector in vectors.items()}
 
 
@@ -279,13 +344,14 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def _norm(norm: nn.Module, linear: nn.Module) -> tuple[nn.Module, Callable]:
+def _norm(norm: nn.Module, block: nn.Module) -> tuple[nn.Module, Callable]:
     """Return the module to listen to for the output of a norm, and how to take that from it.
 
     Transformer Engine norms inside the linear layer that follows; ``norm`` is an IdentityOp then,
-    and the norm is computed a second time from the input of ``linear``.
+    and the norm is computed a second time from the input of that layer, or of the MLP's first.
     """
     if isinstance(norm, IdentityOp):
+        linear = getattr(block, "linear_fc1", block)
         return linear, lambda x, _: (_norm_of(linear, x),)
     return norm, lambda _, y: (y,)
 

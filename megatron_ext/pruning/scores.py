@@ -7,6 +7,9 @@ model, in global numbering from 0:
     ffn.{layer}   [ffn_hidden_size]      neurons of one layer
     heads.{layer} [num_attention_heads]  query heads of one layer
     layers        [num_layers]           whole layers
+    experts.{layer}           [num_experts]            in a mixture of experts, instead of ffn:
+    moe_ffn.{layer}.{expert}  [moe_ffn_hidden_size]    neurons of one expert
+    shared_ffn.{layer}        [moe_shared_expert_intermediate_size]  of the shared experts
     layer_blocks.{n} [num_layers - n + 1]  n layers from each on, where blocks were scored
 
 The file is safetensors; its metadata tell how the scores were made and for which sizes.
@@ -38,6 +41,9 @@ SIZES = (
     "num_attention_heads",
     "num_query_groups",
     "kv_channels",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
 )
 
 
@@ -71,8 +77,15 @@ def lengths(arch: Arch) -> dict[str, int]:
     """Return the name and length of every score vector of ``arch``."""
     vectors = {"hidden": arch.hidden_size, "layers": arch.num_layers}
     for layer in range(arch.num_layers):
-        vectors[f"ffn.{layer}"] = arch.ffn_hidden_size
         vectors[f"heads.{layer}"] = arch.num_attention_heads
+        if arch.num_experts is None:
+            vectors[f"ffn.{layer}"] = arch.ffn_hidden_size
+            continue
+        vectors[f"experts.{layer}"] = arch.num_experts
+        for expert in range(arch.num_experts):
+            vectors[f"moe_ffn.{layer}.{expert}"] = arch.moe_ffn_hidden_size
+        if arch.moe_shared_expert_intermediate_size is not None:
+            vectors[f"shared_ffn.{layer}"] = arch.moe_shared_expert_intermediate_size
     return vectors
 
 
