@@ -4,12 +4,15 @@ r"""Prune a checkpoint: calibration data -> scores -> plan -> pruned checkpoint.
         --tensor-model-parallel-size 2 --data-path corpus --calibration-samples 1024 ...
 
 --scores and --plan name files: one that exists replaces the steps before it, or else is written.
+Several models from the same scores: --targets FILE.
 """
 
 import os
 import sys
 from argparse import Namespace
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,10 @@ import torch
 from megatron_ext import checkpoint, checkpoint_writer, data, platform
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.checkpoint import Checkpoint
-from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
+from megatron_ext.errors import USAGE, UserError, run_main
 from megatron_ext.flags import (
     PruneFlags,
+    check_experts,
     check_layout,
     check_targets,
     format_flags,
@@ -35,7 +39,8 @@ from megatron_ext.pruning.baselines import magnitude_scores, random_scores
 from megatron_ext.pruning.calibrate import Passes, calibrate
 from megatron_ext.pruning.depth import score_depth
 from megatron_ext.pruning.iterate import compose, iteration_targets
-from megatron_ext.pruning.plan import Plan, check_plan, load_plan, make_plan, save_plan, target_arch
+from megatron_ext.pruning.plan import PRUNABLE, Plan, check_plan, load_plan, save_plan
+from megatron_ext.pruning.planner import make_plan, read_targets, target_arch
 from megatron_ext.pruning.scores import (
     Scores,
     check_scores,
@@ -50,68 +55,110 @@ from megatron_ext.together import on_all_ranks, on_first_rank
 from megatron_ext.training.state import restore_weights
 
 
+@dataclass(frozen=True)
+class Job:
+    """One model to prune to."""
+
+    target: Arch
+    save: str | None
+    """Folder of the pruned checkpoint."""
+    plan: str | None
+    """The plan's file."""
+
+
 def main() -> int:
     """Run the program; returns its exit code."""
     flags = parse_prune(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
     source = checkpoint.read(flags.checkpoint.load, flags.checkpoint.ckpt_step)
-    if source.arch.num_experts is not None:
-        raise UserError(
-            f"--load {source.folder}: models with experts cannot be pruned yet.", CHECKPOINT
-        )
     check_layout(source.arch, flags.parallel, seq_length=flags.batch.seq_length)
-    check_targets(source.arch, flags.prune)
-    if flags.checkpoint.save and checkpoint.find(flags.checkpoint.save):
-        raise UserError(f"--save {flags.checkpoint.save}: a checkpoint is there already.", USAGE)
+    check_experts([source.arch], flags.parallel)
+    jobs = find_jobs(flags, source.arch)
+    check_targets(source.arch, [job.target for job in jobs], flags.prune)
     place = join_ranks(flags, source.arch.num_layers)
+    on_first_rank(lambda: check_outputs(flags.prune.scores, jobs))
     say(format_flags(flags))
     if flags.checkpoint.verify_integrity:
         checkpoint.verify_integrity(source.folder)
-    plan = get_plan(flags, source, place)
-    if flags.checkpoint.save:
-        trim(source, plan, flags.checkpoint.save)
-    say(summary(plan))
+    num_layers = min(job.target.num_layers for job in jobs)
+    scores = cache(lambda: get_scores(flags, source, place, num_layers))
+    for job in jobs:
+        plan = get_plan(flags, source, place, job, scores)
+        if job.save:
+            trim(source, plan, job.save)
+        say(f"{job.save or job.plan or flags.prune.scores}\n{summary(plan)}")
     platform.shut_down()
     return 0
 
 
-def get_plan(flags: PruneFlags, source: Checkpoint, place: Platform) -> Plan:
+def find_jobs(flags: PruneFlags, source: Arch) -> list[Job]:
+    """Return what to prune to: the --target sizes, or each entry of --targets."""
+    options, save = flags.prune, flags.checkpoint.save
+    if options.targets is None:
+        sizes = {size: getattr(options, f"target_{size}") for size in PRUNABLE}
+        return [Job(target_arch(source, **sizes), save, options.plan)]
+    return [
+        Job(
+            target,
+            save and str(Path(save) / name),
+            options.plan and str(Path(options.plan) / f"{name}.json"),
+        )
+        for name, target in read_targets(options.targets, source).items()
+    ]
+
+
+def check_outputs(scores: str | None, jobs: list[Job]) -> None:
+    """Refuse now what could not be written after hours of calibration. On one rank."""
+    for job in jobs:
+        if job.save and checkpoint.find(job.save):
+            raise UserError(f"--save {job.save}: a checkpoint is there already.", USAGE)
+    files = [("--scores", scores), *(("--plan", job.plan) for job in jobs)]
+    folders = [(flag, Path(path).parent) for flag, path in files if path]
+    folders += [("--save", Path(job.save)) for job in jobs if job.save]
+    for flag, folder in folders:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"{flag}: {there} is no folder that can be written to.", USAGE)
+
+
+def get_plan(
+    flags: PruneFlags, source: Checkpoint, place: Platform, job: Job, scores: Callable[[], Scores]
+) -> Plan:
     """Return the plan of --plan, or make one from scores and write it there. Collective."""
-    path, options = flags.prune.plan, flags.prune
-    target = target_arch(
-        source.arch,
-        hidden_size=options.target_hidden_size,
-        ffn_hidden_size=options.target_ffn_hidden_size,
-        num_attention_heads=options.target_num_attention_heads,
-        num_layers=options.target_num_layers,
-    )
+    path, head_residual = job.plan, flags.prune.head_residual
     if _exists(path):
         plan = load_plan(path)
         check_plan(plan, source.arch)
-        if target not in (source.arch, plan.target):
+        if job.target not in (source.arch, plan.target):
             raise UserError(
                 f"--plan {path} leads to other sizes than the --target flags: remove the file to "
                 "plan again, or the flags to use it.",
                 USAGE,
             )
-        if options.head_residual not in ("none", plan.head_residual):
+        if head_residual not in ("none", plan.head_residual):
             raise UserError(
                 f"--plan {path} was made with --head-residual {plan.head_residual}: remove the "
                 "file to plan again, or the flag to use it.",
                 USAGE,
             )
         return plan
-    plan = plan_from_scores(flags, source, target, place)
+    plan = plan_from_scores(flags, source, place, job.target, scores())
     if path:
         on_first_rank(lambda: save_plan(path, plan))
     return plan
 
 
-def plan_from_scores(flags: PruneFlags, source: Checkpoint, target: Arch, place: Platform) -> Plan:
-    """Score and plan, as often as --prune-iterations says; return all plans as one. Collective."""
+def plan_from_scores(
+    flags: PruneFlags, source: Checkpoint, place: Platform, target: Arch, scores: Scores
+) -> Plan:
+    """Plan, and with --prune-iterations score what is left and plan again. Collective.
+
+    Returns:
+        All plans as one.
+    """
     targets = iteration_targets(source.arch, target, flags.prune.prune_iterations)
     for arch in targets[:-1]:
         check_layout(arch, flags.parallel, seq_length=flags.batch.seq_length)
-    scores, plan = get_scores(flags, source, place), None
+    plan = None
     for step in targets:
         if plan is not None:
             vectors = calibrate(passes_over(flags, source, place, plan), aggregation(flags))
@@ -122,8 +169,11 @@ def plan_from_scores(flags: PruneFlags, source: Checkpoint, target: Arch, place:
     return plan
 
 
-def get_scores(flags: PruneFlags, source: Checkpoint, place: Platform) -> Scores:
-    """Return the scores of --scores, or measure them and write them there. Collective."""
+def get_scores(flags: PruneFlags, source: Checkpoint, place: Platform, num_layers: int) -> Scores:
+    """Return the scores of --scores, or measure them and write them there. Collective.
+
+    ``num_layers`` is how many any target keeps at least.
+    """
     path, settings = flags.prune.scores, scoring(flags)
     if _exists(path):
         scores = load_scores(path)
@@ -134,7 +184,7 @@ def get_scores(flags: PruneFlags, source: Checkpoint, place: Platform) -> Scores
         return scores
     order: tuple[tuple[int, ...], ...] = ()
     if flags.prune.importance == "activation":
-        vectors, order = measure(flags, source, place)
+        vectors, order = measure(flags, source, place, num_layers)
     elif flags.prune.importance == "magnitude":
         reader = on_all_ranks(lambda: SliceReader(source.folder))
         vectors = magnitude_scores(reader, source.arch, place.device)
@@ -176,15 +226,15 @@ def aggregation(flags: PruneFlags) -> Aggregation:
 
 
 def measure(
-    flags: PruneFlags, source: Checkpoint, place: Platform
+    flags: PruneFlags, source: Checkpoint, place: Platform, num_layers: int
 ) -> tuple[dict[str, torch.Tensor], tuple[tuple[int, ...], ...]]:
     """Return the scores of every axis and the order in which layers go, from forward passes."""
-    options, num_layers = flags.prune, source.arch.num_layers
+    options = flags.prune
     passes = passes_over(flags, source, place)
     vectors = calibrate(passes, aggregation(flags))
     if scoring(flags)["depth"] == "block":
         return vectors, ()  # measured in the same passes
-    remove = num_layers - (options.target_num_layers or num_layers)
+    remove = source.arch.num_layers - num_layers
     layers, order = score_depth(
         passes,
         options.depth_importance,
@@ -265,15 +315,18 @@ def trim(source: Checkpoint, plan: Plan, save: str) -> None:
 def summary(plan: Plan) -> str:
     """Return a table of what was cut."""
     rows = [("", "source", "pruned", "kept")]
-    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
+    unused = "ffn_hidden_size" if plan.source.num_experts else None
+    for name in PRUNABLE:
         before, after = getattr(plan.source, name), getattr(plan.target, name)
+        if name == unused or before is None:
+            continue
         rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
     for name, embeddings in (("parameters", True), ("without embeddings", False)):
         before, after = (
             num_parameters(arch, embeddings=embeddings) for arch in (plan.source, plan.target)
         )
         rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
-    return "\n".join(f"{a:24}{b:>18}{c:>18}{d:>8}" for a, b, c, d in rows)
+    return "\n".join(f"{a:36}{b:>18}{c:>18}{d:>8}" for a, b, c, d in rows)
 
 
 def say(text: str) -> None:

@@ -291,6 +291,11 @@ def shape(weight: Weight, arch: Arch) -> tuple[int, ...]:
     return tuple(sizes[dim] for dim in weight.dims)
 
 
+def is_of_experts(weight: Weight) -> bool:
+    """Whether ``weight`` holds a matrix of each expert; the router's holds a row of each."""
+    return weight.dims[0] == "experts" and len(weight.dims) == 3
+
+
 def num_parameters(arch: Arch, *, embeddings: bool = True, active: bool = False) -> int:
     """Count parameters.
 
@@ -324,6 +329,7 @@ def forward_flops(arch: Arch, seq_length: int) -> int:
 
 def _numel(weight: Weight, arch: Arch, *, active: bool) -> int:
     """Return the elements of ``weight`` in one layer, or of its active experts."""
-    is_experts = weight.dims[0] == "experts" and len(weight.dims) == 3  # two: the router
     numel = prod(shape(weight, arch))
-    return numel // arch.num_experts * arch.moe_router_topk if active and is_experts else numel
+    if active and is_of_experts(weight):
+        return numel // arch.num_experts * arch.moe_router_topk
+    return numel

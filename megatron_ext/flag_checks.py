@@ -6,6 +6,7 @@ obvious. ``refuse`` raises the first.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from megatron_ext import flag_groups as group
@@ -270,9 +271,20 @@ def prune_problems(checkpoint: group.Checkpoint, prune: group.Prune) -> Iterator
         value = getattr(prune, name)
         if prune.importance != "activation" and value != getattr(default, name):
             yield f"{dashed(name)} {value} needs --importance activation."
-    if prune.depth_rescore and prune.target_num_layers is None:
+    typed = [f.name for f in fields(prune) if f.name.startswith("target_")]
+    typed = [name for name in typed if getattr(prune, name) is not None]
+    if prune.targets is not None and typed:
+        yield f"--targets {prune.targets} and {dashed(typed[0])}: sizes stand in the file or here."
+    if prune.targets is not None and prune.prune_iterations > 1:
+        yield (
+            f"--targets {prune.targets} and --prune-iterations {prune.prune_iterations}: several "
+            "targets share one set of scores, iterations measure their own; give one target."
+        )
+    several = prune.targets is not None
+    if prune.depth_rescore and not several and prune.target_num_layers is None:
         yield "--depth-rescore needs --target-num-layers: how many to remove."
-    if prune.head_residual != "none" and prune.target_num_attention_heads is None:
+    cuts_heads = prune.target_num_attention_heads is not None or several
+    if prune.head_residual != "none" and not cuts_heads:
         yield f"--head-residual {prune.head_residual} needs --target-num-attention-heads."
     if prune.head_residual != "none" and prune.prune_iterations > 1:
         yield (

@@ -47,8 +47,11 @@ class Parallel:
         choices=("local", "transformer_engine"),
     )
 
-    # What pruning does not offer: its models have no experts.
-    expert_model_parallel_size = 1
+    expert_model_parallel_size: int = flag(
+        1, "data and context parallel ranks that share the experts (EP); TP splits each", at_least=1
+    )
+
+    # What pruning does not offer: its hooks read the order in which this one gathers tokens.
     moe_token_dispatcher_type = "allgather"
     moe_grouped_gemm = False
 
@@ -57,9 +60,6 @@ class Parallel:
 class TrainParallel(Parallel):
     """Parallel layout and device."""
 
-    expert_model_parallel_size: int = flag(
-        1, "data and context parallel ranks that share the experts (EP); TP splits each", at_least=1
-    )
     moe_token_dispatcher_type: str = flag(
         "allgather",
         "how tokens reach the experts of other ranks",
@@ -326,8 +326,28 @@ class Prune:
 
     target_hidden_size: int | None = flag(None, "default as the source", at_least=1)
     target_ffn_hidden_size: int | None = flag(None, "default as the source", at_least=1)
-    target_num_attention_heads: int | None = flag(None, "default as the source", at_least=1)
+    target_num_attention_heads: int | None = flag(
+        None, "default as the source; the same number of each query group", at_least=1
+    )
+    target_num_query_groups: int | None = flag(
+        None,
+        "whole groups are removed; keep a multiple of every TP size to be used; default as the "
+        "source",
+        at_least=1,
+    )
+    target_num_experts: int | None = flag(None, "default as the source", at_least=1)
+    target_moe_ffn_hidden_size: int | None = flag(
+        None, "neurons of each expert; default as the source", at_least=1
+    )
+    target_moe_shared_expert_intermediate_size: int | None = flag(
+        None, "neurons of the shared experts; default as the source", at_least=1
+    )
     target_num_layers: int | None = flag(None, "default as the source", at_least=1)
+    targets: str | None = flag(
+        None,
+        "YAML file with several targets for one set of scores, name: {hidden_size: N, ...}; each "
+        "is saved to SAVE/name, its plan to PLAN/name.json",
+    )
     calibration_samples: int = flag(1024, "samples that the scores are measured on", at_least=1)
     importance: str = flag(
         "activation",

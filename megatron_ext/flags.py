@@ -173,8 +173,8 @@ def check_experts(archs: Iterable[Arch], parallel: group.Parallel) -> None:
             raise UserError(f"{dashed(name)}: no model of this run has experts.", USAGE)
 
 
-def check_targets(arch: Arch, prune: group.Prune) -> None:
-    """Check that the target sizes can be cut from those of ``arch``.
+def check_targets(arch: Arch, targets: Iterable[Arch], prune: group.Prune) -> None:
+    """Check that what ``prune`` asks for fits pruning ``arch`` to each of ``targets``.
 
     No layout enters: a plan is the same for any number of ranks, and the program that loads the
     pruned checkpoint checks it against its own layout.
@@ -182,34 +182,29 @@ def check_targets(arch: Arch, prune: group.Prune) -> None:
     Raises:
         UserError: with code ``USAGE``, naming both numbers and the flag.
     """
-    for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_layers"):
-        target, source = getattr(prune, f"target_{name}"), getattr(arch, name)
-        if target is not None and target > source:
-            option = dashed(f"target_{name}")
-            raise UserError(f"{option} {target}: the checkpoint has only {source}.", USAGE)
-    heads, groups = prune.target_num_attention_heads, arch.num_query_groups
-    # Where every head has a group of its own, a head goes with its key and value.
-    if heads is not None and groups < arch.num_attention_heads and heads % groups:
-        raise UserError(
-            f"--target-num-attention-heads {heads} is not a multiple of the checkpoint's "
-            f"{groups} query groups: each keeps the same number of heads.",
-            USAGE,
-        )
-    if heads is not None and prune.head_residual != "none" and 2 * heads < arch.num_attention_heads:
-        raise UserError(
-            f"--head-residual {prune.head_residual} folds a pruned head into each kept one: "
-            f"--target-num-attention-heads {heads} must be half of {arch.num_attention_heads} or "
-            "more.",
-            USAGE,
-        )
-    check.refuse(_depth_problems(arch.num_layers, prune))
-
-
-def _depth_problems(num_layers: int, prune: group.Prune) -> Iterator[str]:
-    block, target = prune.depth_block, prune.target_num_layers
+    block, num_layers = prune.depth_block, arch.num_layers
     if block >= num_layers:
-        yield f"--depth-block {block}: the checkpoint has only {num_layers} layers."
-    cut = num_layers - (target or num_layers)
+        problem = f"--depth-block {block}: the checkpoint has only {num_layers} layers."
+        raise UserError(problem, USAGE)
+    for target in targets:
+        check.refuse(
+            _residual_problems(arch, target, prune.head_residual),
+            _depth_problems(num_layers, target.num_layers, prune),
+        )
+
+
+def _residual_problems(arch: Arch, target: Arch, head_residual: str) -> Iterator[str]:
+    heads = target.num_attention_heads
+    if head_residual != "none" and 2 * heads < arch.num_attention_heads:
+        yield (
+            f"--head-residual {head_residual} folds a pruned head into each kept one: "
+            f"--target-num-attention-heads {heads} must be half of {arch.num_attention_heads} or "
+            "more."
+        )
+
+
+def _depth_problems(num_layers: int, target: int, prune: group.Prune) -> Iterator[str]:
+    block, cut = prune.depth_block, num_layers - target
     if prune.depth_rescore and cut % block:
         yield (
             f"--target-num-layers {target} removes {cut} of {num_layers} layers, not a multiple "

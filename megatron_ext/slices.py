@@ -102,21 +102,27 @@ class SliceReader:
             self._read_chunk(item, out)
         return out
 
-    def read_layer(self, key: str, layer: int, out: Tensor | None = None) -> Tensor:
+    def read_layer(
+        self, key: str, layer: int, out: Tensor | None = None, *, expert: int | None = None
+    ) -> Tensor:
         """Return one layer of the weight with the stacked name ``key``, whichever way it is stored.
 
         Args:
             key: ``decoder.layers.mlp.linear_fc1.weight`` and the like.
             layer: global number from 0.
-            out: as for ``read``, without the layer axis.
+            out: as for ``read``, without the axes of layers and experts.
+            expert: of a weight of all experts, this one alone.
         """
+        chosen = [] if expert is None else [expert]
         if key in self.shapes:
-            whole = [slice(None)] * (len(self.shapes[key][0]) - 1)
-            if out is not None:
-                out = out.unsqueeze(0)
-            return self.read(key, [slice(layer, layer + 1), *whole], out).squeeze(0)
-        key = layer_key(key, layer)
-        return self.read(key, [slice(None)] * len(self.shapes[key][0]), out)
+            chosen = [layer, *chosen]
+        else:
+            key = layer_key(key, layer)
+        whole = [slice(None)] * (len(self.shapes[key][0]) - len(chosen))
+        if out is not None:
+            out = out.view(*[1] * len(chosen), *out.shape)
+        part = self.read(key, [*(slice(i, i + 1) for i in chosen), *whole], out)
+        return part.view(part.shape[len(chosen) :])
 
     def _read_chunk(self, item: ReadItem, out: Tensor) -> None:
         path = self.folder / _file_of(item.storage_index, self._files)

@@ -12,14 +12,15 @@ from megatron_ext.arch import dim_sizes
 from megatron_ext.errors import RUNTIME
 from megatron_ext.pruning.baselines import AXES, magnitude_scores, random_scores, units_of
 from megatron_ext.pruning.kept import kept_indices
-from megatron_ext.pruning.plan import make_plan
+from megatron_ext.pruning.plan import layer_axes
+from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores import Scores, check_scores, load_scores
 from megatron_ext.slices import SliceReader
-from tests.models import GPT2, LLAMA, NEMOTRON
+from tests.models import GPT2, LLAMA, MOE, NEMOTRON
 from tests.programs import fail, read_tensors, succeed, write_model
 from tests.ranks import run_ranks
 
-MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON}
+MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON, "moe": MOE}
 LAYERS = "decoder.layers."
 
 
@@ -42,27 +43,21 @@ def naive_magnitude(folder, arch):
             w[key] = w[key][: arch.vocab_size]
     width, groups = arch.kv_channels, arch.num_query_groups
     per_group = arch.num_attention_heads // groups
-    norms = ("final_layernorm.", "layer_norm_")
+    norms = ("final_layernorm.", "layer_norm_", "pre_mlp_layernorm.")
     columns = ("word_embeddings.", "position_embeddings.", "output_layer.", "linear_qkv.weight")
+    columns += ("router.weight",)
     hidden = np.zeros(arch.hidden_size)
     for key, x in w.items():
         if key.endswith("linear_fc1.weight") or any(part in key for part in (*columns, *norms)):
             hidden += (x**2).reshape(-1, arch.hidden_size).sum(axis=0)
-        elif "linear_proj." in key or "linear_fc2." in key:
-            hidden += (x.reshape(arch.num_layers, arch.hidden_size, -1) ** 2).sum(axis=(0, 2))
+        elif "linear_proj." in key or "linear_fc2." in key:  # of each layer, and of each expert
+            count = arch.num_layers * (arch.num_experts if "mlp.experts." in key else 1)
+            hidden += (x.reshape(count, arch.hidden_size, -1) ** 2).sum(axis=(0, 2))
     scores = {"hidden": np.sqrt(hidden), "layers": np.zeros(arch.num_layers)}
     for n in range(arch.num_layers):
         layer = {key.removeprefix(LAYERS): x[n] for key, x in w.items() if key.startswith(LAYERS)}
         scores["layers"][n] = np.sqrt(sum((x**2).sum() for x in layer.values()))
-        ins = [
-            x for key, x in layer.items() if key in ("mlp.linear_fc1.weight", "mlp.linear_fc1.bias")
-        ]
-        ffn = [
-            (layer["mlp.linear_fc2.weight"][:, f] ** 2).sum() for f in range(arch.ffn_hidden_size)
-        ]
-        for x in ins:
-            for f in range(arch.ffn_hidden_size):
-                ffn[f] += (x[f :: arch.ffn_hidden_size] ** 2).sum()
+        scores |= naive_neurons(layer, n, arch)
         qkv = [
             x.reshape(groups, per_group + 2, width, -1)
             for x in (layer.get(f"self_attention.linear_qkv.{x}") for x in ("weight", "bias"))
@@ -75,8 +70,34 @@ def naive_magnitude(folder, arch):
             blocks = [place] if per_group > 1 else [0, 1, 2]
             outs = proj[:, head * width : (head + 1) * width]
             heads.append((outs**2).sum() + sum((x[group, blocks] ** 2).sum() for x in qkv))
-        scores |= {f"ffn.{n}": np.sqrt(ffn), f"heads.{n}": np.sqrt(heads)}
+        scores |= {f"heads.{n}": np.sqrt(heads)}
     return scores
+
+
+def naive_neurons(layer, number, arch):
+    def neurons(fc1, fc2, width):
+        """Sum squares of the rows of ``fc1``, in one block or two, and of the columns of fc2."""
+        sums = [(fc2[:, f] ** 2).sum() for f in range(width)]
+        for x in fc1:
+            for f in range(width):
+                sums[f] += (x[f::width] ** 2).sum()
+        return np.sqrt(sums)
+
+    if arch.num_experts is None:
+        names = ("mlp.linear_fc1.weight", "mlp.linear_fc1.bias")
+        fc1 = [layer[name] for name in names if name in layer]
+        fc2 = layer["mlp.linear_fc2.weight"]
+        return {f"ffn.{number}": neurons(fc1, fc2, arch.ffn_hidden_size)}
+    shared = [layer[f"mlp.shared_experts.linear_fc{i}.weight"] for i in (1, 2)]
+    width = arch.moe_shared_expert_intermediate_size
+    scores = {f"shared_ffn.{number}": neurons(shared[:1], shared[1], width)}
+    whole = []
+    for expert, router in enumerate(layer["mlp.router.weight"]):
+        fc1, fc2 = (layer[f"mlp.experts.experts.linear_fc{i}.weight"][expert] for i in (1, 2))
+        name = f"moe_ffn.{number}.{expert}"
+        scores[name] = neurons([fc1], fc2, arch.moe_ffn_hidden_size)
+        whole.append((fc1**2).sum() + (fc2**2).sum() + (router**2).sum())
+    return {**scores, f"experts.{number}": np.sqrt(whole)}
 
 
 def magnitude(folder, layout):
@@ -106,15 +127,17 @@ def test_magnitude_does_not_depend_on_ranks(folders):
 def test_a_unit_is_what_trimming_takes(name):
     arch = MODELS[name]
     everything = make_plan(None, arch, arch)
-    counts = {"hidden": arch.hidden_size, "ffn": arch.ffn_hidden_size}
-    counts["heads"] = arch.num_attention_heads
+    counts = {"hidden": arch.hidden_size, **layer_axes(arch), "moe_ffn": arch.moe_ffn_hidden_size}
     for dim, axis in AXES.items():
+        if dim not in dim_sizes(arch) or (arch.num_experts and dim in ("ffn", "fc1")):
+            continue
         units = units_of(dim, arch)
         assert len(units) == dim_sizes(arch)[dim]
         for unit in range(counts[axis]):
             left = tuple(i for i in range(counts[axis]) if i != unit)
-            plan = replace(everything, **{axis: left if axis == "hidden" else {2: left}})
-            assert torch.equal(kept_indices(plan, dim, 2), torch.where(units != unit)[0])
+            kept = {"hidden": left, "moe_ffn": {(2, 1): left}}.get(axis, {2: left})
+            plan = replace(everything, **{axis: kept})
+            assert torch.equal(kept_indices(plan, dim, 2, 1), torch.where(units != unit)[0])
 
 
 def test_random_scores_differ_between_vectors_and_seeds_only():

@@ -407,14 +407,16 @@ TRAIN_OPTIONS = """
 PRUNE_OPTIONS = """
     --bf16 --calibration-samples --ckpt-step --context-parallel-size --data-cache-path --data-path
     --depth-block --depth-importance --depth-rescore --device --distributed-backend
-    --distributed-timeout-minutes --fp16 --head-residual --help
+    --distributed-timeout-minutes --expert-model-parallel-size --fp16 --head-residual --help
     --importance --importance-batch --importance-heads --importance-neurons --importance-sequence
     --load --merge-file --micro-batch-size --mock-data --no-mmap-bin-files
     --no-overlap-p2p-communication --no-verify-integrity --num-layers-per-virtual-pipeline-stage
     --num-virtual-stages-per-pipeline-rank --num-workers --pipeline-model-parallel-layout
     --pipeline-model-parallel-size --plan --prune-iterations --reset-attention-mask
     --reset-position-ids --save --scores --seed --seq-length --sequence-parallel --split
-    --target-ffn-hidden-size --target-hidden-size --target-num-attention-heads --target-num-layers
+    --target-ffn-hidden-size --target-hidden-size --target-moe-ffn-hidden-size
+    --target-moe-shared-expert-intermediate-size --target-num-attention-heads --target-num-experts
+    --target-num-layers --target-num-query-groups --targets
     --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path
     --transformer-impl --trust-remote-code --vocab-file --vocab-size
 """

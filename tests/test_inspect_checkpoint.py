@@ -10,7 +10,7 @@ from megatron_ext import checkpoint, checkpoint_writer, platform
 from megatron_ext.arch import num_parameters
 from megatron_ext.errors import UserError
 from megatron_ext.model import ModelOptions, build_model, model_state_dict
-from megatron_ext.pruning.plan import make_plan
+from megatron_ext.pruning.planner import make_plan
 from tests.models import LLAMA
 from tests.ranks import run_ranks
 from tools import inspect_checkpoint

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from megatron_ext import checkpoint
 from megatron_ext.arch import Arch, shape, weights
 from megatron_ext.errors import CHECKPOINT, DATA, RUNTIME, USAGE
 from megatron_ext.pruning.plan import load_plan
 from megatron_ext.pruning.scores import load_scores, save_scores
-from tests.models import GPT2, LLAMA, NEMOTRON
+from tests.models import GPT2, LLAMA, MOE, NEMOTRON
 from tests.programs import (
     LAYOUTS,
     assert_same_bytes,
@@ -29,8 +30,9 @@ from tests.programs import (
     write_model,
 )
 from tests.ranks import run_ranks
+from tests.test_trim import output_matrices, without
 
-MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON}
+MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON, "moe": MOE}
 TARGETS = {
     "llama": {"num_layers": 3, "hidden_size": 40, "ffn_hidden_size": 48, "num_attention_heads": 2},
     "gpt2": {"num_layers": 2, "hidden_size": 28, "ffn_hidden_size": 34, "num_attention_heads": 2},
@@ -40,6 +42,21 @@ TARGETS = {
         "ffn_hidden_size": 40,
         "num_attention_heads": 4,
     },
+    "moe": {
+        "num_layers": 3,
+        "hidden_size": 20,
+        "num_attention_heads": 2,
+        "num_experts": 3,
+        "moe_ffn_hidden_size": 12,
+        "moe_shared_expert_intermediate_size": 8,
+    },
+}
+EP2 = {
+    "EP2": (2, "--expert-model-parallel-size 2"),
+    "TP2+SP x EP2": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2",
+    ),
 }
 NO_DATA = ["--seq-length", "16", "--micro-batch-size", "1"]
 
@@ -77,10 +94,11 @@ def llama(sources):
     [
         *(("llama", layout) for layout in LAYOUTS if layout != "TP1"),
         *((name, layout) for name in ("gpt2", "nemotron") for layout in ("TP2+SP", "PP2", "CP2")),
+        *(("moe", layout) for layout in ("TP2+SP", "PP2", "CP2", "DP2", *EP2)),
     ],
 )
 def test_no_layout_changes_scores_plan_or_bytes(name, layout, sources, tmp_path):
-    source, (world_size, flags) = sources[name], LAYOUTS[layout]
+    source, (world_size, flags) = sources[name], (LAYOUTS | EP2)[layout]
     scores, plan, save = (str(tmp_path / x) for x in ("scores", "plan", "pruned"))
     argv = ["--load", source.load, *source.data, *source.targets, *flags.split()]
     succeed("prune", [*argv, "--scores", scores, "--plan", plan, "--save", save], world_size)
@@ -100,7 +118,8 @@ def test_no_layout_changes_scores_plan_or_bytes(name, layout, sources, tmp_path)
 def test_pruning_to_the_same_sizes_returns_the_same_bytes(name, sources, tmp_path):
     source, save = sources[name], str(tmp_path / "same")
     argv = ["--load", source.load, *source.data, "--save", save]
-    succeed("prune", [*argv, "--tensor-model-parallel-size", "2"], 2)
+    layout = EP2["EP2"] if source.arch.num_experts else LAYOUTS["TP2"]
+    succeed("prune", [*argv, *layout[1].split()], 2)
     assert_same_bytes(read_tensors(save), read_tensors(source.load))
     assert checkpoint.read(save).arch == source.arch
 
@@ -119,6 +138,53 @@ def test_the_pruned_checkpoint_describes_itself(name, sources):
     }
 
 
+TARGETS_FILE = """
+half: {hidden_size: 24, num_query_groups: 1}
+shallow: {num_layers: 3}
+"""
+
+
+def test_several_targets_share_one_set_of_scores(llama, tmp_path):
+    """Each is what a run of its own from the same scores makes; the scores are measured once."""
+    targets, save, plans = (tmp_path / name for name in ("targets.yaml", "save", "plans"))
+    targets.write_text(TARGETS_FILE)
+    argv = ["--load", llama.load, *llama.data, "--targets", str(targets)]
+    argv += ["--save", str(save), "--plan", str(plans)]
+    (outcome, _) = succeed("prune", [*argv, *LAYOUTS["TP2"][1].split()], 2)
+    assert outcome.stderr.count("calibration: 100%") == 1
+    for name, sizes in yaml.safe_load(TARGETS_FILE).items():
+        alone = str(tmp_path / name)
+        argv = ["--load", llama.load, *NO_DATA, "--scores", llama.scores, *target_flags(sizes)]
+        succeed("prune", [*argv, "--save", alone])
+        assert_same_bytes(read_tensors(str(save / name)), read_tensors(alone))
+        assert load_plan(plans / f"{name}.json") == load_plan(f"{alone}/release/plan.json")
+    assert checkpoint.read(str(save / "half")).arch.num_attention_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "extra", "words"),
+    [
+        ("a: {hidden_sice: 8}", "", ["a: hidden_sice", "hidden_size"]),
+        ("a: {hidden_size: 49}", "", ["a: --target-hidden-size 49", "48"]),
+        ("a: {num_experts: 2}", "", ["a: --target-num-experts 2", "none"]),
+        ("../a: {hidden_size: 8}", "", ["../a", "name"]),
+        ("- hidden_size", "", ["needs lines like"]),
+        ("{", "", ["cannot be read"]),
+        ("a: {hidden_size: 8}", "--target-num-layers 2", ["--targets", "--target-num-layers"]),
+        ("a: {hidden_size: 8}", "--prune-iterations 2", ["--targets", "--prune-iterations 2"]),
+    ],
+)
+def test_bad_targets(text, extra, words, llama, tmp_path):
+    targets, save = tmp_path / "targets.yaml", tmp_path / "save"
+    targets.write_text(text)
+    argv = ["--load", llama.load, *llama.data, "--targets", str(targets), "--save", str(save)]
+    code, message = fail("prune", [*argv, *extra.split()])
+    assert code == USAGE
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+    assert not save.exists()
+
+
 # Masked = trimmed, in float64: what differs is a mistake.
 
 
@@ -135,11 +201,20 @@ def mask(model, plan):
         table.data *= hidden
     for number, layer in enumerate(model.decoder.layers):
         heads = kept(plan.heads.get(number, ()), arch.num_attention_heads)
-        neurons = kept(plan.ffn.get(number, ()), arch.ffn_hidden_size)
-        for linear, inputs in (
-            (layer.self_attention.linear_proj, heads.repeat_interleave(arch.kv_channels)),
-            (layer.mlp.linear_fc2, neurons),
-        ):
+        outputs = [(layer.self_attention.linear_proj, heads.repeat_interleave(arch.kv_channels))]
+        matrices = output_matrices(layer.mlp)
+        if arch.num_experts is None:
+            outputs += [(matrices[0], kept(plan.ffn.get(number, ()), arch.ffn_hidden_size))]
+        else:
+            for expert in range(arch.num_experts):
+                neurons = plan.moe_ffn.get((number, expert), ())
+                outputs += [(matrices[expert], kept(neurons, arch.moe_ffn_hidden_size))]
+            shared = arch.moe_shared_expert_intermediate_size
+            outputs += [(matrices[-1], kept(plan.shared_ffn.get(number, ()), shared))]
+            if number in plan.layers:
+                router = layer.mlp.router
+                router.gating = without(plan.experts[number], router.gating)
+        for linear, inputs in outputs:
             linear.weight.data *= hidden.outer(inputs)
             if linear.bias is not None:
                 linear.bias.data *= hidden * (number in plan.layers)
@@ -176,8 +251,9 @@ def logits_loaded(load):
     return logits_of(read_model(load), checkpoint.read(load).arch)
 
 
-@pytest.mark.parametrize("axis", [*TARGETS["llama"], "all"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "axis"), [(name, axis) for name in MODELS for axis in [*TARGETS[name], "all"]]
+)
 def test_trimmed_equals_masked(name, axis, sources, tmp_path):
     source, save, plan = sources[name], str(tmp_path / "pruned"), str(tmp_path / "plan")
     sizes = TARGETS[name] if axis == "all" else {axis: TARGETS[name][axis]}
@@ -233,7 +309,7 @@ def rows_of(blocks, width):
     return (blocks.flatten()[:, None] * width + torch.arange(width)).flatten()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "nemotron"])
 def test_the_order_of_units_does_not_matter(name, sources, tmp_path):
     """A model and the same with permuted units compute the same, before and after pruning."""
     source, other, save = sources[name], str(tmp_path / "permuted"), str(tmp_path / "pruned")
@@ -372,9 +448,11 @@ def test_bad_files(make, flag, words, llama, tmp_path):
         ("--data-path {tmp}/none", DATA, ["{tmp}/none.idx", "no such file"]),
         ("--save {save}", USAGE, ["--save", "a checkpoint is there already"]),
         ("--plan {plan} --target-hidden-size 32", USAGE, ["--plan {plan}", "--target"]),
-        ("--scores {tmp}/file/scores", RUNTIME, ["{tmp}/file/scores cannot be written"]),
-        ("--plan {tmp}/file/plan", RUNTIME, ["{tmp}/file/plan cannot be written"]),
-        ("--save {tmp}/file", RUNTIME, ["--save {tmp}/file"]),
+        ("--scores {tmp}/file/scores", USAGE, ["--scores", "{tmp}/file is no folder"]),
+        ("--plan {tmp}/file/plan", USAGE, ["--plan", "{tmp}/file is no folder"]),
+        ("--save {tmp}/file", USAGE, ["--save", "{tmp}/file is no folder"]),
+        ("--target-num-experts 2", USAGE, ["--target-num-experts 2", "none"]),
+        ("--expert-model-parallel-size 2", USAGE, ["--expert-model-parallel-size", "experts"]),
     ],
 )
 def test_bad_flags(flags, code, words, llama, tmp_path):

@@ -12,7 +12,8 @@ import torch
 from examples.quickstart import report as quickstart
 from megatron_ext.arch import num_parameters
 from megatron_ext.errors import RUNTIME, USAGE, UserError
-from megatron_ext.pruning.plan import make_plan, save_plan, target_arch
+from megatron_ext.pruning.plan import save_plan
+from megatron_ext.pruning.planner import make_plan, target_arch
 from megatron_ext.pruning.scores import save_scores
 from megatron_ext.report import (
     curve,

@@ -8,7 +8,8 @@ import torch
 
 from megatron_ext.arch import shape, weights
 from megatron_ext.errors import USAGE, UserError
-from megatron_ext.pruning.plan import contradiction, make_plan, target_arch
+from megatron_ext.pruning.plan import contradiction
+from megatron_ext.pruning.planner import make_plan, target_arch
 from megatron_ext.pruning.residual import fold_heads, mirrored_pairs
 from megatron_ext.pruning.trim import trim_tensor, trimmed_share
 from tests.models import GPT2, LLAMA, NEMOTRON
@@ -148,7 +149,7 @@ class FakeReader:
     def read(self, key, index, out=None):
         return self.tensors[key]
 
-    def read_layer(self, key, layer, out=None):
+    def read_layer(self, key, layer, out=None, *, expert=None):
         return self.tensors[key][layer]
 
 

@@ -14,10 +14,11 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_ext import checkpoint, checkpoint_writer, platform
-from megatron_ext.arch import shape, weights
+from megatron_ext.arch import dim_sizes, shape, weights
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.model import ModelOptions, build_model, model_state_dict
-from megatron_ext.pruning.plan import Plan, make_plan, target_arch
+from megatron_ext.pruning.plan import Plan, layer_axes
+from megatron_ext.pruning.planner import make_plan, target_arch
 from megatron_ext.pruning.trim import (
     check_tensors,
     deal,
@@ -28,12 +29,25 @@ from megatron_ext.pruning.trim import (
 )
 from megatron_ext.slices import SliceReader, layer_key
 from megatron_ext.training.state import restore_weights
-from tests.models import GPT2, LLAMA, NEMOTRON, random_batch
+from tests.models import GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, random_batch
 from tests.ranks import run_ranks
 from tests.test_scores import random_scores
 
 SMALLER = {"num_layers": 3, "hidden_size": 28, "ffn_hidden_size": 20, "num_attention_heads": 2}
-MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON}
+FEWER_EXPERTS = {
+    "num_layers": 3,
+    "hidden_size": 20,
+    "num_attention_heads": 2,
+    "num_experts": 3,
+    "moe_ffn_hidden_size": 13,
+}
+SHARED = {"moe_shared_expert_intermediate_size": 9}
+MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON, "moe": MOE, "mixtral": MIXTRAL}
+TARGETS = {
+    **dict.fromkeys(("llama", "gpt2", "nemotron"), SMALLER),
+    "moe": FEWER_EXPERTS | SHARED,
+    "mixtral": FEWER_EXPERTS,
+}
 
 
 def plan_of(arch, **sizes):
@@ -43,23 +57,25 @@ def plan_of(arch, **sizes):
 # Naive reference.
 
 
-def naive_trim(tensor, dims, plan, layer):
+def naive_trim(tensor, dims, plan, layer, expert=None):
     for axis, dim in enumerate(dims):
-        tensor = naive_cut(tensor.movedim(axis, 0), dim, plan, layer).movedim(0, axis)
+        tensor = naive_cut(tensor.movedim(axis, 0), dim, plan, layer, expert).movedim(0, axis)
     return tensor
 
 
-def naive_cut(x, dim, plan, layer):
+def naive_cut(x, dim, plan, layer, expert):
     """Keep units along the first axis of ``x``."""
     arch, rest = plan.source, x.shape[1:]
     heads, groups, width = arch.num_attention_heads, arch.num_query_groups, arch.kv_channels
     if dim == "hidden":
         return x[list(plan.hidden)]
-    if dim == "ffn" or (dim == "fc1" and not arch.swiglu):
-        return x[list(plan.ffn[layer])]
-    if dim == "fc1":
-        gate, up = x.chunk(2)
-        return torch.cat([gate[list(plan.ffn[layer])], up[list(plan.ffn[layer])]])
+    if dim == "experts":
+        return x[list(plan.experts[layer])]
+    if dim.endswith(("ffn", "fc1")):
+        neurons = {"ffn": plan.ffn, "fc1": plan.ffn}.get(dim, plan.shared_ffn)
+        kept = list(plan.moe_ffn[layer, expert] if dim.startswith("moe") else neurons[layer])
+        halves = x.chunk(2) if dim.endswith("fc1") and arch.swiglu else [x]
+        return torch.cat([half[kept] for half in halves])
     if dim == "heads":
         return x.reshape(heads, width, *rest)[list(plan.heads[layer])].reshape(-1, *rest)
     if dim == "qkv":
@@ -74,17 +90,21 @@ def naive_cut(x, dim, plan, layer):
     return x
 
 
-@pytest.mark.parametrize("arch", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_every_weight_is_cut_as_by_naive_slices(arch, dtype):
-    plan = plan_of(arch, **SMALLER)
-    for weight in weights(arch):
-        x = torch.randn(shape(weight, arch)).to(dtype)
-        for layer in plan.layers if weight.per_layer else [None]:
-            trimmed = trim_tensor(x, weight.dims, plan, layer)
-            assert trimmed.dtype == dtype
-            assert trimmed.shape == shape(weight, plan.target)
-            assert torch.equal(trimmed, naive_trim(x, weight.dims, plan, layer)), weight.key
+def test_every_weight_is_cut_as_by_naive_slices(name, dtype):
+    arch = MODELS[name]
+    plan = plan_of(arch, **TARGETS[name])
+    before, after = dim_sizes(arch), dim_sizes(plan.target)
+    for piece in pieces(plan):
+        x = torch.randn([before[dim] for dim in piece.dims]).to(dtype)
+        place = (piece.layer, piece.expert)
+        trimmed = trim_tensor(x, piece.dims, plan, *place)
+        assert trimmed.dtype == dtype
+        assert trimmed.shape == tuple(after[dim] for dim in piece.dims)
+        assert torch.equal(trimmed, naive_trim(x, piece.dims, plan, *place)), piece.weight.key
+    seen = {(piece.weight.key, piece.new_layer, piece.new_expert) for piece in pieces(plan)}
+    assert len(seen) == len(list(pieces(plan)))
 
 
 def test_numbers_that_one_can_read():
@@ -297,13 +317,41 @@ def mask(model, plan):
     """Switch off in a whole model the units that ``plan`` drops."""
     arch = plan.source
     for number, layer in enumerate(model.decoder.layers):
-        proj, fc2 = layer.self_attention.linear_proj, layer.mlp.linear_fc2
+        proj, outputs = layer.self_attention.linear_proj, output_matrices(layer.mlp)
         if number not in plan.layers:
-            for parameter in (*proj.parameters(), *fc2.parameters()):
-                parameter.data.zero_()
+            for linear in (proj, *outputs):
+                for parameter in linear.parameters():
+                    parameter.data.zero_()
             continue
         cut(proj.weight, 1, plan.heads[number], arch.kv_channels)
-        cut(fc2.weight, 1, plan.ffn[number])
+        if arch.num_experts is None:
+            cut(outputs[0].weight, 1, plan.ffn[number])
+            continue
+        for expert in plan.experts[number]:
+            cut(outputs[expert].weight, 1, plan.moe_ffn[number, expert])
+        for shared in outputs[arch.num_experts :]:
+            cut(shared.weight, 1, plan.shared_ffn[number])
+        layer.mlp.router.gating = without(plan.experts[number], layer.mlp.router.gating)
+
+
+def output_matrices(mlp):
+    """Return linear_fc2 of a plain MLP, or of each expert and then of the shared ones."""
+    if not hasattr(mlp, "experts"):
+        return [mlp.linear_fc2]
+    shared = [mlp.shared_experts.linear_fc2] if mlp.shared_experts is not None else []
+    return [expert.linear_fc2 for expert in mlp.experts.local_experts] + shared
+
+
+def without(kept, gating):
+    """Return a router's scores with those of the experts that go at minus infinity."""
+
+    def masked(x):
+        logits = gating(x)
+        gone = [expert for expert in range(logits.size(-1)) if expert not in kept]
+        logits[..., gone] = -math.inf
+        return logits
+
+    return masked
 
 
 def mask_hidden(model, plan, correct_norms):
@@ -315,7 +363,7 @@ def mask_hidden(model, plan, correct_norms):
     cut(model.embedding.word_embeddings.weight, 1, plan.hidden)
     norms = [model.decoder.final_layernorm]
     for layer in model.decoder.layers:
-        for linear in (layer.self_attention.linear_proj, layer.mlp.linear_fc2):
+        for linear in (layer.self_attention.linear_proj, *output_matrices(layer.mlp)):
             for parameter in linear.parameters():
                 cut(parameter, 0, plan.hidden)
         norms += [layer.input_layernorm, layer.pre_mlp_layernorm]
@@ -349,30 +397,50 @@ def masked_and_trimmed(root, plans):
     return results
 
 
+AXES = {
+    "llama": ({"num_query_groups": 1},),
+    "gpt2": ({"num_query_groups": 3},),  # every head a group of its own
+    "nemotron": ({"num_query_groups": 1}, {"num_query_groups": 1, "num_attention_heads": 2}),
+    "moe": (
+        {"num_experts": 2},
+        {"moe_ffn_hidden_size": 7},
+        SHARED,
+        {**SHARED, "num_experts": 3, "moe_ffn_hidden_size": 11, "num_layers": 2},
+    ),
+    "mixtral": ({"num_experts": 5, "moe_ffn_hidden_size": 21},),
+}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_trimming_equals_masking(name, tmp_path):
-    plans = [
-        plan_of(MODELS[name], **sizes)
-        for sizes in (
-            {"ffn_hidden_size": 24},
-            {"num_attention_heads": 2},
-            {"num_layers": 2},
-            {"num_layers": 3, "ffn_hidden_size": 17, "num_attention_heads": 2},
-        )
-    ]
+    dense = (
+        {"ffn_hidden_size": 24},
+        {"num_layers": 3, "ffn_hidden_size": 17, "num_attention_heads": 2},
+    )
+    everywhere = ({"num_attention_heads": 2}, {"num_layers": 2})
+    arch = MODELS[name]
+    axes = (*everywhere, *AXES[name], *dense * (arch.num_experts is None))
+    plans = [plan_of(arch, **sizes) for sizes in axes]
     for trimmed, masked in run_ranks(1, masked_and_trimmed, str(tmp_path), plans)[0]:
         torch.testing.assert_close(trimmed, masked, rtol=1e-11, atol=1e-11)
 
 
 def test_trimming_hidden_equals_masking_with_the_norms_corrected(tmp_path):
-    plans = [plan_of(LLAMA, hidden_size=40), plan_of(LLAMA, **SMALLER)]
-    for trimmed, masked, uncorrected in run_ranks(1, masked_and_trimmed, str(tmp_path), plans)[0]:
-        torch.testing.assert_close(trimmed, masked, rtol=1e-10, atol=1e-10)
-        assert (trimmed - uncorrected).abs().max() > 1e-2
+    for plans in (
+        [plan_of(LLAMA, hidden_size=40), plan_of(LLAMA, **SMALLER)],
+        [plan_of(MOE, **TARGETS["moe"])],
+    ):
+        results = run_ranks(1, masked_and_trimmed, str(tmp_path), plans)[0]
+        for trimmed, masked, uncorrected in results:
+            torch.testing.assert_close(trimmed, masked, rtol=1e-10, atol=1e-10)
+            assert (trimmed - uncorrected).abs().max() > 1e-2
 
 
 def permuted_logits(root, arch):
     """Return logits of a model and of the same with all units in another order."""
+    # The router's is float32 inside, which depends on the order of experts.
+    softmax = torch.softmax
+    torch.softmax = lambda x, dim, dtype=None: softmax(x, dim)
     groups = platform.initialize().groups
     source = random_model(arch, groups)
     save_model(f"{root}/source", source, arch)
@@ -396,10 +464,19 @@ def permutation(arch):
         target=arch,
         layers=tuple(layers),
         hidden=shuffled(arch.hidden_size),
-        ffn={layer: shuffled(arch.ffn_hidden_size) for layer in layers},
         heads={
             layer: tuple(g * per_group + h for g in groups for h in shuffled(per_group))
             for layer in layers
+        },
+        **{
+            axis: {layer: shuffled(length) for layer in layers}
+            for axis, length in layer_axes(arch).items()
+            if axis != "heads"
+        },
+        moe_ffn={
+            (layer, expert): shuffled(arch.moe_ffn_hidden_size)
+            for layer in layers
+            for expert in range(arch.num_experts or 0)
         },
     )
 

@@ -15,11 +15,10 @@ from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.errors import run_main
 from megatron_ext.flag_parser import REQUIRED, flag, parse
-from megatron_ext.pruning.plan import Plan, load_plan
+from megatron_ext.pruning.plan import PRUNABLE, Plan, load_plan
 from megatron_ext.slices import SliceReader
 
 # Units of a prunable axis, by the size that counts them.
-AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +65,10 @@ def describe(source: Checkpoint, reader: SliceReader, plan: Plan | None) -> Iter
     yield f"  {'tensors':38} {len(reader.shapes)}, {stored / 2**20:,.1f} MiB"
     if plan is not None:
         yield f"pruned from {parameters(plan.source)['parameters']:,} parameters"
-        for axis in AXES:
-            before, after = getattr(plan.source, axis), getattr(plan.target, axis)
-            yield f"  {axis:38} {before} -> {after}"
+        for size in PRUNABLE:
+            before, after = getattr(plan.source, size), getattr(plan.target, size)
+            if before is not None:
+                yield f"  {size:38} {before} -> {after}"
         for name, value in plan.made.items():
             yield f"  {name:38} {value}"
 

@@ -11,14 +11,25 @@ from torch import Tensor
 
 from megatron_ext.arch import Arch, dim_sizes
 from megatron_ext.errors import UserError
-from megatron_ext.pruning.plan import make_plan
+from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores import lengths
-from megatron_ext.pruning.trim import Piece, check_tensors, deal, pieces
+from megatron_ext.pruning.trim import Piece, check_tensors, deal, pieces, read_piece
 from megatron_ext.slices import SliceReader
 from megatron_ext.together import on_all_ranks
 
 # The axis of scores that the units of a dim belong to.
-AXES = {"hidden": "hidden", "ffn": "ffn", "fc1": "ffn", "heads": "heads", "qkv": "heads"}
+AXES = {
+    "hidden": "hidden",
+    "ffn": "ffn",
+    "fc1": "ffn",
+    "heads": "heads",
+    "qkv": "heads",
+    "experts": "experts",
+    "moe_ffn": "moe_ffn",
+    "moe_fc1": "moe_ffn",
+    "shared_ffn": "shared_ffn",
+    "shared_fc1": "shared_ffn",
+}
 
 
 def random_scores(arch: Arch, seed: int) -> dict[str, Tensor]:
@@ -77,13 +88,10 @@ def _share(reader: SliceReader, arch: Arch, rank: int, world_size: int) -> dict[
 
 
 def _read(reader: SliceReader, piece: Piece, arch: Arch) -> Tensor:
-    key, dims = piece.weight.key, piece.weight.dims
-    if piece.layer is None:
-        tokens = slice(0, arch.vocab_size)
-        weight = reader.read(key, [tokens if dim == "vocab" else slice(None) for dim in dims])
-    else:
-        weight = reader.read_layer(key, piece.layer)
-    is_gamma = "norm" in key and key.endswith("weight")
+    weight = read_piece(reader, piece)
+    if piece.dims[0] == "vocab":
+        weight = weight[: arch.vocab_size]
+    is_gamma = "norm" in piece.weight.key and piece.weight.key.endswith("weight")
     return weight.float() + 1 if is_gamma and arch.apply_layernorm_1p else weight.float()
 
 
@@ -91,10 +99,13 @@ def _add_squares(sums: Mapping[str, Tensor], piece: Piece, weight: Tensor, arch:
     squares = weight.square()
     if piece.layer is not None:
         sums["layers"][piece.layer] += squares.sum(dtype=torch.float64)
-    for axis, dim in enumerate(piece.weight.dims):
+    if piece.expert is not None:
+        sums[f"experts.{piece.layer}"][piece.expert] += squares.sum(dtype=torch.float64)
+    for axis, dim in enumerate(piece.dims):
         if dim not in AXES:
             continue
-        name = "hidden" if dim == "hidden" else f"{AXES[dim]}.{piece.layer}"
+        numbers = [piece.layer] if piece.expert is None else [piece.layer, piece.expert]
+        name = ".".join([AXES[dim], *map(str, numbers)]) if dim != "hidden" else "hidden"
         others = [other for other in range(squares.ndim) if other != axis]
         per_position = (squares.sum(dim=others) if others else squares).double()
         units = units_of(dim, arch)
@@ -112,8 +123,11 @@ def units_of(dim: str, arch: Arch) -> Tensor:
     """
     if dim == "hidden":
         return torch.arange(arch.hidden_size)
-    if AXES[dim] == "ffn":
-        return torch.arange(dim_sizes(arch)[dim]) % arch.ffn_hidden_size  # [gate ; up]
+    if dim == "experts":
+        return torch.arange(arch.num_experts)
+    if AXES[dim].endswith("ffn"):
+        sizes = dim_sizes(arch)
+        return torch.arange(sizes[dim]) % sizes[AXES[dim]]  # [gate ; up]
     blocks = torch.arange(arch.num_attention_heads)
     if dim == "qkv":
         queries = blocks.view(arch.num_query_groups, -1)

@@ -31,7 +31,7 @@ from megatron_ext.distillation.losses import vocab_parallel_kl
 from megatron_ext.errors import UserError
 from megatron_ext.model import LanguageModel
 from megatron_ext.pruning.calibrate import Batch, Passes, evaluating
-from megatron_ext.pruning.plan import lowest
+from megatron_ext.pruning.planner import lowest
 
 Layers = tuple[int, ...]
 """Layers that are left out together, global numbers from 0."""

@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 
 from megatron_ext.arch import Arch
-from megatron_ext.pruning.plan import PRUNABLE, Plan
+from megatron_ext.pruning.plan import LAYER_AXES, PRUNABLE, Plan
 
 # Sizes in between are multiples of this, as far as source and target are: 2, 4, ... or 64
 # tensor-parallel ranks that fit both fit them too, and no plan depends on the layout.
@@ -20,8 +20,8 @@ MULTIPLE = 64
 def iteration_targets(source: Arch, target: Arch, iterations: int) -> list[Arch]:
     """Return what each iteration prunes to; the last is ``target``.
 
-    Sizes are rounded up: hidden and ffn sizes to a multiple of gcd(source, target, 64), heads to
-    the same number per query group. Iterations that rounding leaves without work are left out.
+    Sizes are rounded up to a multiple of gcd(source, target, 64), heads to the same number per
+    query group. Iterations that rounding leaves without work are left out.
     """
     width = [name for name in PRUNABLE if name != "num_layers"]
     targets = []
@@ -34,6 +34,13 @@ def iteration_targets(source: Arch, target: Arch, iterations: int) -> list[Arch]
         heads, groups = sizes.get("num_attention_heads"), source.num_query_groups
         if heads is not None and target.num_query_groups == groups:
             sizes["num_attention_heads"] = -(-heads // groups) * groups
+        elif heads is not None and groups < source.num_attention_heads:
+            # Whole groups go too: what is left of each must shrink from step to step as well.
+            per_group = [
+                arch.num_attention_heads // arch.num_query_groups for arch in (source, target)
+            ]
+            left = _between(*per_group, step, iterations)
+            sizes["num_attention_heads"] = left * sizes["num_query_groups"]
         targets.append(replace(source, **sizes))
     distinct = dict.fromkeys([*targets, target])
     distinct.pop(source, None)
@@ -63,13 +70,21 @@ def compose(first: Plan, second: Plan) -> Plan:
         origin = {i: first.layers[i] for i in kept}  # layer in between -> layer in the source
         return {origin[i]: through(kept[i], kept_before[origin[i]]) for i in kept}
 
+    def of_experts() -> dict[tuple[int, int], tuple[int, ...]]:
+        places = {}
+        for (i, j), kept in second.moe_ffn.items():
+            layer = first.layers[i]
+            expert = first.experts[layer][j]
+            places[layer, expert] = through(kept, first.moe_ffn[layer, expert])
+        return places
+
     iterations = first.made.get("iterations", 1) + second.made.get("iterations", 1)
     return Plan(
         source=first.source,
         target=second.target,
         layers=through(second.layers, first.layers),
         hidden=through(second.hidden, first.hidden),
-        ffn=of_layers("ffn"),
-        heads=of_layers("heads"),
+        **{axis: of_layers(axis) for axis in LAYER_AXES},
+        moe_ffn=of_experts(),
         made={**first.made, **second.made, "iterations": iterations},
     )

@@ -7,23 +7,29 @@ from megatron_ext.arch import Arch
 from megatron_ext.pruning.plan import Plan
 
 
-def kept_indices(plan: Plan, dim: str, layer: int | None) -> Tensor | None:
+def kept_indices(
+    plan: Plan, dim: str, layer: int | None, expert: int | None = None
+) -> Tensor | None:
     """Return the [n] int64 positions that stay of a tensor axis, or None if all do.
 
     Args:
         plan: what is kept.
         dim: a named dim of ``megatron_ext.arch``.
         layer: the layer's number in the source; None for a weight outside the layers.
+        expert: the expert's number in the source, of a weight of one expert.
     """
     source = plan.source
     if dim == "hidden":
         return _unless_all(torch.tensor(plan.hidden), source.hidden_size)
+    if dim == "experts":
+        return _unless_all(torch.tensor(plan.experts[layer]), source.num_experts)
     if dim in ("ffn", "fc1"):
-        neurons = torch.tensor(plan.ffn[layer])
-        if dim == "fc1" and source.swiglu:  # [gate ; up]
-            neurons = torch.cat([neurons, neurons + source.ffn_hidden_size])
-            return _unless_all(neurons, 2 * source.ffn_hidden_size)
-        return _unless_all(neurons, source.ffn_hidden_size)
+        return _neurons(plan.ffn[layer], source.ffn_hidden_size, dim, source)
+    if dim in ("moe_ffn", "moe_fc1"):
+        return _neurons(plan.moe_ffn[layer, expert], source.moe_ffn_hidden_size, dim, source)
+    if dim in ("shared_ffn", "shared_fc1"):
+        length = source.moe_shared_expert_intermediate_size
+        return _neurons(plan.shared_ffn[layer], length, dim, source)
     if dim in ("heads", "qkv"):
         # Heads as blocks of kv_channels: in "heads" one per query head, in "qkv" one per query
         # head of a group, then its key, then its value.
@@ -37,6 +43,13 @@ def kept_indices(plan: Plan, dim: str, layer: int | None) -> Tensor | None:
         return _unless_all(rows.flatten(), num_blocks * source.kv_channels)
     assert dim in ("head_dim", "vocab", "position"), f"no rule to trim the dim {dim!r}"
     return None
+
+
+def _neurons(kept: tuple[int, ...], length: int, dim: str, source: Arch) -> Tensor | None:
+    neurons = torch.tensor(kept)
+    if dim.endswith("fc1") and source.swiglu:  # [gate ; up]
+        return _unless_all(torch.cat([neurons, neurons + length]), 2 * length)
+    return _unless_all(neurons, length)
 
 
 def _qkv_blocks(heads: tuple[int, ...], source: Arch) -> list[int]:

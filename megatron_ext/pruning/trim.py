@@ -1,10 +1,12 @@
 """Trimming: a plan applied to the tensors of a checkpoint, piece by piece.
 
-A piece is one weight outside the layers, or one weight of one kept layer. A distributed checkpoint
-holds global tensors, so that global indices are all there is to cut with, however the model was
-spread over ranks when it was saved.
+A piece is one weight outside the layers, or one weight of one kept layer, or of one kept expert of
+it. A distributed checkpoint holds global tensors, so that global indices are all there is to cut
+with, however the model was spread over ranks when it was saved.
 """
 
+import itertools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
 from torch import Tensor
 
-from megatron_ext.arch import LAYER_PREFIX, Arch, Weight, shape, weights
+from megatron_ext.arch import LAYER_PREFIX, Arch, Weight, dim_sizes, is_of_experts, shape, weights
 from megatron_ext.checkpoint import NOT_WEIGHTS, sharded_tensors
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.pruning.kept import kept_indices
@@ -35,17 +37,31 @@ class Piece:
     """The layer's number in the source; None outside the layers."""
     new_layer: int | None
     """The layer's number in the target."""
+    expert: int | None = None
+    """The expert's number in the source; None for a weight of no expert."""
+    new_expert: int | None = None
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The dims of the piece, one per axis."""
+        return self.weight.dims if self.expert is None else self.weight.dims[1:]
 
 
-def trim_tensor(tensor: Tensor, dims: tuple[str, ...], plan: Plan, layer: int | None) -> Tensor:
+def trim_tensor(
+    tensor: Tensor,
+    dims: tuple[str, ...],
+    plan: Plan,
+    layer: int | None,
+    expert: int | None = None,
+) -> Tensor:
     """Return what ``plan`` keeps of a CPU tensor whose axes have the named ``dims``.
 
-    ``tensor`` itself comes back if all of it stays. ``layer`` counts in the source.
+    ``tensor`` itself comes back if all of it stays. ``layer`` and ``expert`` count in the source.
     """
     assert tensor.ndim == len(dims), f"{list(tensor.shape)} has not the dims {dims}"
     # The first axis first: rows are cheap to drop and leave fewer columns to gather.
     for axis, dim in enumerate(dims):
-        kept = kept_indices(plan, dim, layer)
+        kept = kept_indices(plan, dim, layer, expert)
         if kept is not None:
             numbers = tensor.view(INTEGERS[tensor.element_size()]).numpy()
             gathered = torch.from_numpy(numpy.take(numbers, kept.numpy(), axis=axis))
@@ -70,17 +86,20 @@ def trimmed_share(
     share = empty_extra_states(reader, plan.target) if rank == 0 else {}
     spare = None
     for piece in deal(pieces(plan), plan.target, world_size)[rank]:
-        key, dims = piece.weight.key, piece.weight.dims
         # Pieces of one shape follow each other: fresh memory costs more than reading into old.
-        if piece.layer is None:
-            name, place, axes = key, [], 0
-        else:
-            name = layer_key(key, piece.new_layer)
-            place, axes = [(0, piece.new_layer, plan.target.num_layers)], 1
-        source = _read(reader, piece.weight, piece.layer, spare)
-        trimmed = _cut(source, dims, plan, piece.layer)
+        source = read_piece(reader, piece, spare)
+        trimmed = _cut(source, piece, plan)
         spare = None if trimmed is source else source
-        share[name] = ShardedTensor.from_rank_offsets(key, trimmed, *place, prepend_axis_num=axes)
+        numbers = (piece.new_layer, piece.new_expert)
+        counts = (plan.target.num_layers, plan.target.num_experts)
+        place = [
+            (axis, number, count)
+            for axis, (number, count) in enumerate(zip(numbers, counts, strict=True))
+            if number is not None
+        ]
+        share[f"{piece.weight.key} {numbers}"] = ShardedTensor.from_rank_offsets(
+            piece.weight.key, trimmed, *place, prepend_axis_num=len(place)
+        )
     return share
 
 
@@ -99,33 +118,36 @@ def fill_trimmed(state: ShardedStateDict, reader: SliceReader, plan: Plan) -> No
         UserError: as ``trimmed_share``.
     """
     check_tensors(reader, plan.source)
-    rows = {weight.key: weight for weight in weights(plan.target)}
+    places = {
+        (piece.weight.key, piece.new_layer or 0, piece.new_expert or 0): piece
+        for piece in pieces(plan)
+    }
     last, whole = None, torch.empty(0)
     for shard in sharded_tensors(state):
-        weight, axes = rows[shard.key], shard.prepend_axis_num
-        layer = plan.layers[shard.global_offset[0]] if weight.per_layer else None
-        if last != (weight, layer):  # a gated MLP's two halves are one tensor
-            whole = _cut(_read(reader, weight, layer), weight.dims, plan, layer)
-            last = weight, layer
+        axes = shard.prepend_axis_num
+        numbers = (*shard.global_offset[:axes], 0, 0)[:2]
+        piece = places[shard.key, *numbers]
+        if piece != last:  # a gated MLP's two halves are one tensor
+            whole, last = _cut(read_piece(reader, piece), piece, plan), piece
         starts = zip(shard.global_offset[axes:], shard.local_shape, strict=True)
         place = (*shard.global_offset[1:axes], *(slice(start, start + n) for start, n in starts))
         shard.data.copy_(whole[place])
 
 
-def _read(
-    reader: SliceReader, weight: Weight, layer: int | None, spare: Tensor | None = None
-) -> Tensor:
-    if layer is None:
-        return reader.read(weight.key, [slice(None)] * len(weight.dims), spare)
-    return reader.read_layer(weight.key, layer, spare)
+def read_piece(reader: SliceReader, piece: Piece, spare: Tensor | None = None) -> Tensor:
+    """Return a piece of the source; ``spare`` may be overwritten, as in ``SliceReader.read``."""
+    key = piece.weight.key
+    if piece.layer is None:
+        return reader.read(key, [slice(None)] * len(piece.dims), spare)
+    return reader.read_layer(key, piece.layer, spare, expert=piece.expert)
 
 
-def _cut(tensor: Tensor, dims: tuple[str, ...], plan: Plan, layer: int | None) -> Tensor:
+def _cut(tensor: Tensor, piece: Piece, plan: Plan) -> Tensor:
     """Return ``tensor`` as it stands in the target: heads folded, units cut."""
-    if dims[0] == "qkv" and plan.residual_pairs:
-        pairs = plan.residual_pairs[layer]
+    if piece.dims[0] == "qkv" and plan.residual_pairs:
+        pairs = plan.residual_pairs[piece.layer]
         tensor = fold_heads(tensor, plan.head_residual, pairs, plan.source)
-    return trim_tensor(tensor, dims, plan, layer)
+    return trim_tensor(tensor, piece.dims, plan, piece.layer, piece.expert)
 
 
 def empty_extra_states(reader: SliceReader, target: Arch) -> dict[str, ShardedObject]:
@@ -137,10 +159,13 @@ def empty_extra_states(reader: SliceReader, target: Arch) -> dict[str, ShardedOb
     states = {}
     for name in sorted(reader.objects):
         key = re.sub(rf"^{re.escape(LAYER_PREFIX)}\d+\.", LAYER_PREFIX, name.split("/")[0])
-        if key.endswith("_extra_state"):
-            count = target.num_layers if key.startswith(LAYER_PREFIX) else 1
-            for place in range(count):
-                states[f"{key}.{place}"] = ShardedObject(key, None, (count,), (place,))
+        if not key.endswith("_extra_state"):
+            continue
+        counts = (target.num_layers,) if key.startswith(LAYER_PREFIX) else (1,)
+        if ".mlp.experts." in key:
+            counts += (target.num_experts,)
+        for place in itertools.product(*map(range, counts)):
+            states[f"{key} {place}"] = ShardedObject(key, None, counts, place)
     return states
 
 
@@ -151,7 +176,11 @@ def pieces(plan: Plan) -> Iterator[Piece]:
             yield Piece(weight, None, None)
             continue
         for new_layer, layer in enumerate(plan.layers):
-            yield Piece(weight, layer, new_layer)
+            if not is_of_experts(weight):
+                yield Piece(weight, layer, new_layer)
+                continue
+            for new_expert, expert in enumerate(plan.experts[layer]):
+                yield Piece(weight, layer, new_layer, expert, new_expert)
 
 
 def deal(work: Iterator[Piece], target: Arch, world_size: int) -> list[list[Piece]]:
@@ -161,7 +190,8 @@ def deal(work: Iterator[Piece], target: Arch, world_size: int) -> list[list[Piec
     """
     hands: list[list[Piece]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
-    sized = [(torch.Size(shape(piece.weight, target)).numel(), piece) for piece in work]
+    sizes = dim_sizes(target)
+    sized = [(math.prod(sizes[dim] for dim in piece.dims), piece) for piece in work]
     for size, piece in sorted(sized, key=lambda entry: -entry[0]):
         rank = loads.index(min(loads))
         hands[rank].append(piece)

@@ -1,0 +1,271 @@
+"""From scores to a plan: which units have the highest scores.
+
+Neurons, experts and heads are ranked within their layer, heads also within their query group,
+neurons of an expert within that expert, layers among each other.
+"""
+
+import itertools
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from megatron_ext.arch import Arch
+from megatron_ext.errors import CHECKPOINT, USAGE, UserError
+from megatron_ext.pruning.plan import LAYER_AXES, PRUNABLE, Plan, contradiction, layer_axes
+from megatron_ext.pruning.residual import NONE, Pairs, mirrored_pairs
+from megatron_ext.pruning.scores import Scores
+
+
+def target_arch(source: Arch, **sizes: int | None) -> Arch:
+    """Return ``source`` with some sizes replaced; None keeps one.
+
+    Where each query head has its own key and value (no query groups), these go with the head. Where
+    query groups go and no number of heads is given, the groups that stay keep all of theirs.
+
+    Raises:
+        UserError: a size that cannot be pruned to.
+    """
+    changed = {name: size for name, size in sizes.items() if size is not None}
+    for name, size in changed.items():
+        length = _prunable_size(source, name)
+        if length is None:
+            raise UserError(f"{_option(name)} {size}: the checkpoint's model has none.", USAGE)
+        if not 1 <= size <= length:
+            raise UserError(
+                f"{_option(name)} {size}: choose from 1 to the checkpoint's {length}.", USAGE
+            )
+    heads, groups = source.num_attention_heads, source.num_query_groups
+    if groups == heads:
+        both = [changed[n] for n in ("num_attention_heads", "num_query_groups") if n in changed]
+        if len(set(both)) > 1:
+            raise UserError(
+                f"--target-num-attention-heads {both[0]} and --target-num-query-groups {both[1]}: "
+                "every head of the checkpoint is a query group of its own; give one of them.",
+                USAGE,
+            )
+        if both:
+            changed |= {"num_attention_heads": both[0], "num_query_groups": both[0]}
+    groups = changed.get("num_query_groups", groups)
+    heads = changed.setdefault("num_attention_heads", heads // source.num_query_groups * groups)
+    if heads % groups or heads // groups > source.num_attention_heads // source.num_query_groups:
+        raise UserError(
+            f"--target-num-attention-heads {heads}: each of {groups} query groups keeps the same "
+            f"number of its {source.num_attention_heads // source.num_query_groups} heads.",
+            USAGE,
+        )
+    if changed.get("num_experts", source.moe_router_topk) < source.moe_router_topk:
+        raise UserError(
+            f"--target-num-experts {changed['num_experts']}: the router sends a token to "
+            f"{source.moe_router_topk} experts (moe_router_topk).",
+            USAGE,
+        )
+    return replace(source, **changed)
+
+
+def read_targets(path: str | os.PathLike, source: Arch) -> dict[str, Arch]:
+    """Return the targets of a YAML file, ``name: {hidden_size: N, ...}`` with Megatron's sizes.
+
+    Raises:
+        UserError: it cannot be read, or names a size that cannot be pruned or pruned to.
+    """
+    try:
+        entries = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--targets {path} cannot be read: {reason}.", USAGE) from error
+    is_table = isinstance(entries, dict) and all(isinstance(e, dict) for e in entries.values())
+    if not is_table or not entries:
+        raise UserError(f"--targets {path}: needs lines like 'half: {{hidden_size: 2048}}'.", USAGE)
+    targets = {}
+    for name, sizes in entries.items():
+        where = f"--targets {path}: {name}"
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+            raise UserError(f"{where}: a target's name is the name of its folder.", USAGE)
+        for size, value in sizes.items():
+            if size not in PRUNABLE or type(value) is not int:
+                raise UserError(
+                    f"{where}: {size}: {value!r}: choose whole numbers for {', '.join(PRUNABLE)}.",
+                    USAGE,
+                )
+        try:
+            targets[name] = target_arch(source, **sizes)
+        except UserError as error:
+            raise UserError(f"{where}: {error}", USAGE) from error
+    return targets
+
+
+def _prunable_size(source: Arch, name: str) -> int | None:
+    """Return a size that pruning can cut, or None where the model has no such units."""
+    axes = {size: axis for axis, size in LAYER_AXES.items()}
+    if name in axes and axes[name] not in layer_axes(source):
+        return None
+    return getattr(source, name)
+
+
+def _option(name: str) -> str:
+    return f"--target-{name.replace('_', '-')}"
+
+
+def make_plan(
+    scores: Scores | None, source: Arch, target: Arch, *, head_residual: str = NONE
+) -> Plan:
+    """Keep the units with the highest scores; among equal scores, those with the lower index.
+
+    An axis whose size does not change keeps everything and needs no scores. Scores with a removal
+    order (blocks of layers, or one layer at a time) remove layers by it.
+
+    Args:
+        scores: checked scores of ``source``; None if nothing has to be ranked.
+        source: the model that is pruned.
+        target: the model that is left, see ``target_arch``.
+        head_residual: one of ``residual.MODES``. Without effect if all heads are kept.
+
+    Raises:
+        UserError: scores that are needed are missing, or ``target`` is no pruned ``source``; more
+            than half of the heads would have to be folded, or heads of a query group that goes.
+    """
+    vectors = {} if scores is None else scores.vectors
+
+    def keep(name: str, size: str) -> tuple[int, ...]:
+        length, count = getattr(source, size), getattr(target, size)
+        if count == length:
+            return tuple(range(length))
+        return highest(_needed(vectors, name), count)
+
+    if scores is not None and scores.removal_order and target.num_layers < source.num_layers:
+        layers = _not_removed(scores, source, target)
+    else:
+        layers = keep("layers", "num_layers")
+    folds = head_residual != NONE and target.num_attention_heads < source.num_attention_heads
+    kept = {
+        axis: {layer: keep(f"{axis}.{layer}", LAYER_AXES[axis]) for layer in layers}
+        for axis in layer_axes(source)
+        if axis != "heads"
+    }
+    experts = kept.get("experts", {})
+    plan = Plan(
+        source=source,
+        target=target,
+        layers=layers,
+        hidden=keep("hidden", "hidden_size"),
+        heads={layer: _keep_heads(vectors, layer, source, target) for layer in layers},
+        moe_ffn={
+            (layer, expert): keep(f"moe_ffn.{layer}.{expert}", "moe_ffn_hidden_size")
+            for layer in experts
+            for expert in experts[layer]
+        },
+        **kept,
+        head_residual=head_residual if folds else NONE,
+        residual_pairs={
+            layer: _pair_heads(vectors, layer, source, target, head_residual) for layer in layers
+        }
+        if folds
+        else {},
+        made={} if scores is None else _made(scores, cuts_layers=len(layers) < source.num_layers),
+    )
+    if problem := contradiction(plan):
+        raise UserError(f"the target is no pruned source: {problem}.", USAGE)
+    return plan
+
+
+def _rank_heads(
+    vectors: Mapping[str, Tensor], layer: int, source: Arch, target: Arch
+) -> list[list[int]]:
+    """Return the heads that compete with each other, the highest scores first.
+
+    Under grouped queries those of each query group that is kept. A group's score is the L2 norm of
+    its heads' scores: that of all their outputs together. Without groups, all heads of a layer.
+    """
+    groups, per_group = source.num_query_groups, _heads_per_group(source)
+    scores = _needed(vectors, f"heads.{layer}")
+    if per_group == 1:
+        return [_descending(scores).tolist()]
+    rows = scores.view(groups, per_group)
+    first = per_group * torch.arange(groups).unsqueeze(1)
+    rankings = (_descending(rows) + first).tolist()
+    return [rankings[group] for group in highest(rows.norm(dim=1), target.num_query_groups)]
+
+
+def _keep_heads(
+    vectors: Mapping[str, Tensor], layer: int, source: Arch, target: Arch
+) -> tuple[int, ...]:
+    if target.num_attention_heads == source.num_attention_heads:
+        return tuple(range(source.num_attention_heads))
+    rankings = _rank_heads(vectors, layer, source, target)
+    count = target.num_attention_heads // len(rankings)
+    return tuple(sorted(itertools.chain(*(ranking[:count] for ranking in rankings))))
+
+
+def _pair_heads(
+    vectors: Mapping[str, Tensor], layer: int, source: Arch, target: Arch, head_residual: str
+) -> Pairs:
+    if _heads_per_group(source) > 1 and target.num_query_groups < source.num_query_groups:
+        raise UserError(
+            f"--head-residual {head_residual} folds a head into another of its query group, and "
+            "--target-num-query-groups removes whole groups: use one of them.",
+            USAGE,
+        )
+    rankings = _rank_heads(vectors, layer, source, target)
+    count = target.num_attention_heads // len(rankings)
+    return tuple(sorted(itertools.chain(*(mirrored_pairs(each, count) for each in rankings))))
+
+
+def _heads_per_group(arch: Arch) -> int:
+    return arch.num_attention_heads // arch.num_query_groups
+
+
+def highest(scores: Tensor, count: int) -> tuple[int, ...]:
+    """Return the indices of the ``count`` highest of [n] scores, ascending; ties to the lower."""
+    return tuple(_descending(scores)[:count].sort().values.tolist())
+
+
+def lowest(scores: Tensor) -> int:
+    """Return the index of the lowest of [n] scores; of equal ones the last, so the first stay."""
+    return int(_descending(scores)[-1])
+
+
+def _descending(scores: Tensor) -> Tensor:
+    return torch.sort(scores, descending=True, stable=True).indices
+
+
+def _not_removed(scores: Scores, source: Arch, target: Arch) -> tuple[int, ...]:
+    """Return the layers that are left when the first removals leave as many as the target has."""
+    left = list(range(source.num_layers))
+    for removed in scores.removal_order:
+        if len(left) > target.num_layers:
+            left = [layer for layer in left if layer not in removed]
+    if len(left) != target.num_layers:
+        sizes = [len(removed) for removed in scores.removal_order]
+        raise UserError(
+            f"--target-num-layers {target.num_layers} of {source.num_layers}: the scores "
+            f"({scores.depth}) remove {sizes} layers, one after the other; choose "
+            "--target-num-layers to fit, or remove the --scores file to score again.",
+            USAGE,
+        )
+    return tuple(left)
+
+
+def _made(scores: Scores, *, cuts_layers: bool) -> dict[str, Any]:
+    made = {
+        "aggregation": scores.aggregation,
+        "samples": scores.samples,
+        "seq_length": scores.seq_length,
+    }
+    if cuts_layers:
+        made["depth"] = scores.depth
+    if cuts_layers and scores.removal_order:
+        made["removal_order"] = [list(layers) for layers in scores.removal_order]
+    return made
+
+
+def _needed(vectors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in vectors:
+        raise UserError(f"this plan needs scores {name!r}: the scores have none.", CHECKPOINT)
+    return vectors[name]
