@@ -16,8 +16,9 @@ from megatron_ext.errors import UserError
 from megatron_ext.model import ModelOptions, build_model
 from megatron_ext.pruning.calibrate import Passes, calibrate
 from megatron_ext.pruning.depth import contiguous, score_blocks, score_depth, skipped
-from tests.models import GPT2, LLAMA, random_batch
+from tests.models import GPT2, LLAMA, MOE, random_batch
 from tests.ranks import run_ranks
+from tests.test_trim import output_matrices
 
 NUM_SAMPLES, SEQ_LENGTH, NUM_LAYERS = 4, 16, 4
 TOLERANCE = {"block": 1e-6, "loss": 1e-5, "kl": 1e-9}
@@ -240,7 +241,7 @@ def silence(chunks):
         for chunk in chunks:
             for layer in chunk.decoder.layers:
                 if layer.layer_number == 3:
-                    for linear in (layer.self_attention.linear_proj, layer.mlp.linear_fc2):
+                    for linear in (layer.self_attention.linear_proj, *output_matrices(layer.mlp)):
                         for parameter in linear.parameters():
                             parameter.zero_()
 
@@ -253,7 +254,7 @@ def scores_with_a_silent_layer(arch):
     return scores, whole
 
 
-@pytest.mark.parametrize("arch", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("arch", [LLAMA, GPT2, MOE], ids=["llama", "gpt2", "moe"])
 def test_a_layer_that_changes_nothing_is_worth_nothing(arch):
     scores, order = run_ranks(2, scores_with_a_silent_layer, arch)[0]
     assert order == ((2,),)

@@ -3,6 +3,7 @@
 import itertools
 from argparse import Namespace
 from dataclasses import replace
+from functools import reduce
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from megatron_ext.pruning.planner import make_plan, target_arch
 from megatron_ext.pruning.scores import load_scores, save_scores
 from megatron_ext.pruning.trim import fill_trimmed, trimmed_share
 from megatron_ext.slices import SliceReader
-from tests.models import GPT2, LLAMA, NEMOTRON
+from tests.models import GPT2, LLAMA, MOE, NEMOTRON
 from tests.programs import (
     LAYOUTS,
     assert_same_bytes,
@@ -35,6 +36,8 @@ from tests.test_prune import target_flags
 from tests.test_residual import FakeReader
 from tests.test_scores import random_scores
 
+# 4 query groups of 4 heads: steps on which heads go faster than groups, and the other way round.
+GROUPS = replace(NEMOTRON, num_attention_heads=16, num_query_groups=4)
 NEMOTRON_15B = replace(
     NEMOTRON,
     num_layers=32,
@@ -76,15 +79,37 @@ def test_keys_and_values_go_with_heads_that_have_their_own():
     assert sizes(steps, "num_attention_heads") == sizes(steps, "num_query_groups") == [8, 4]
 
 
+WIDTHS = [
+    (NEMOTRON, {"hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2}),
+    (NEMOTRON_15B, {"num_query_groups": 2, "num_attention_heads": 6, "hidden_size": 64}),
+    (GROUPS, {"num_query_groups": 2, "num_attention_heads": 4}),
+    (
+        MOE,
+        {
+            "num_query_groups": 1,
+            "num_experts": 2,
+            "moe_ffn_hidden_size": 5,
+            "moe_shared_expert_intermediate_size": 3,
+        },
+    ),
+]
+
+
 @pytest.mark.parametrize("iterations", [1, 2, 3, 7])
-def test_every_step_is_a_pruned_form_of_the_one_before(iterations):
-    target = target_arch(NEMOTRON, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2)
-    steps = [NEMOTRON, *iteration_targets(NEMOTRON, target, iterations)]
+@pytest.mark.parametrize(("arch", "widths"), WIDTHS)
+def test_every_step_is_a_pruned_form_of_the_one_before(arch, widths, iterations):
+    arch = replace(arch, num_layers=2)
+    target = target_arch(arch, **widths)
+    steps = [arch, *iteration_targets(arch, target, iterations)]
     assert steps[-1] == target
     assert len(steps) == len(set(steps)) <= iterations + 1
-    for source, step in itertools.pairwise(steps):
-        plan = make_plan(random_scores(source), source, step)
-        assert contradiction(plan) is None
+    plans = [
+        make_plan(random_scores(source), source, step) for source, step in itertools.pairwise(steps)
+    ]
+    assert all(contradiction(plan) is None for plan in plans)
+    whole = reduce(compose, plans)
+    assert contradiction(whole) is None
+    assert (whole.source, whole.target) == (arch, target)
 
 
 def test_one_iteration_and_no_change_are_one_step():

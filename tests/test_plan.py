@@ -11,7 +11,7 @@ from megatron_ext.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.pruning.kept import kept_indices
 from megatron_ext.pruning.plan import Plan, check_plan, contradiction, load_plan, save_plan
 from megatron_ext.pruning.planner import highest, lowest, make_plan, target_arch
-from tests.models import GPT2, LLAMA, NEMOTRON
+from tests.models import GPT2, LLAMA, MOE, NEMOTRON
 from tests.test_scores import random_scores
 
 TINY = replace(  # 2 query groups of 3 heads, 2 channels each: rows that one can count
@@ -256,3 +256,44 @@ def test_impossible_targets_are_refused(sizes, message):
 def test_a_target_of_another_kind_is_refused():
     with pytest.raises(UserError, match="swiglu is True in the source and False"):
         make_plan(random_scores(LLAMA), LLAMA, replace(LLAMA, swiglu=False))
+
+
+def test_whole_query_groups_by_the_norm_of_their_heads():
+    arch = replace(TINY, num_layers=1, num_attention_heads=6, num_query_groups=3)
+    scores = with_vectors(arch, heads__0=[5.0, 0, 3, 3.9, 3, 4.1])  # groups: 5, 4.9, 5.08
+    plan = make_plan(scores, arch, target_arch(arch, num_query_groups=2))
+    assert plan.heads == {0: (0, 1, 4, 5)}
+    assert (plan.target.num_query_groups, plan.target.num_attention_heads) == (2, 4)
+    assert kept_indices(plan, "qkv", 0).tolist() == [*range(8), *range(16, 24)]
+    fewer = target_arch(arch, num_query_groups=2, num_attention_heads=2)
+    assert make_plan(scores, arch, fewer).heads == {0: (0, 5)}
+    with pytest.raises(UserError, match="whole groups"):
+        make_plan(scores, arch, fewer, head_residual="paper")
+    separate = replace(arch, num_query_groups=6)
+    assert target_arch(separate, num_query_groups=4).num_attention_heads == 4
+    with pytest.raises(UserError, match="give one of them"):
+        target_arch(separate, num_query_groups=4, num_attention_heads=2)
+    with pytest.raises(UserError, match="each of 2 query groups"):
+        target_arch(arch, num_query_groups=2, num_attention_heads=6)
+
+
+def test_experts_are_ranked_in_their_layer_and_neurons_in_their_expert():
+    arch = replace(MOE, num_layers=1, num_experts=3, moe_ffn_hidden_size=3)
+    scores = with_vectors(
+        arch,
+        experts__0=[1.0, 3, 2],
+        moe_ffn__0__1=[0.0, 9, 8],
+        moe_ffn__0__2=[7.0, 1, 2],
+    )
+    plan = make_plan(scores, arch, target_arch(arch, num_experts=2, moe_ffn_hidden_size=2))
+    assert plan.experts == {0: (1, 2)}
+    assert plan.moe_ffn == {(0, 1): (1, 2), (0, 2): (0, 2)}
+    assert plan.shared_ffn == {0: tuple(range(14))}
+    assert plan.ffn == {}
+    assert Plan.from_json(plan.to_json()) == plan
+    assert kept_indices(plan, "moe_fc1", 0, 2).tolist() == [0, 2, 3, 5]
+    assert contradiction(replace(plan, moe_ffn={(0, 1): (1, 2)})) is not None
+    with pytest.raises(UserError, match="--target-num-experts 1: the router sends a token to 2"):
+        target_arch(arch, num_experts=1)
+    with pytest.raises(UserError, match=r"--target-ffn-hidden-size 8: .* none"):
+        target_arch(arch, ffn_hidden_size=8)
