@@ -5,13 +5,14 @@ argument, so that a caller decides what stands beside what.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.errors import RUNTIME, UserError
-from megatron_ext.pruning.scores import Scores
+from megatron_ext.pruning.scores import Scores, written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,28 +100,67 @@ def plot_curves(
     axes.legend(fontsize="small")
 
 
-def plot_ranked_scores(axes: "Axes", scores: Scores, axis: str, *, num_kept: int) -> None:
-    """Draw the scores of ``hidden``, ``ffn`` or ``heads`` from high to low, over their mean.
+def score_axes(scores: Scores) -> list[str]:
+    """Return the axes with ranked units that ``scores`` have: hidden, heads, ffn, experts, ..."""
+    names = dict.fromkeys(name.split(".")[0] for name in scores.vectors)
+    return [name for name in names if not name.startswith("layer")]
 
-    There is a line per layer where each layer has its own units. What stands right of the vertical
-    line was removed.
+
+def plot_ranked_scores(
+    axes: "Axes", scores: Scores, axis: str, *, num_kept: int | None = None
+) -> None:
+    """Draw the scores of one of ``score_axes`` from high to low, over their mean.
+
+    There is a line per layer where each layer has its own units, of all its experts together for
+    the neurons of experts. What stands right of the vertical line was removed.
     """
-    layers = [f"{axis}.{layer}" for layer in range(scores.source.num_layers)]
-    for name in [axis] if axis in scores.vectors else layers:
-        vector = scores.vectors[name]
-        ranked = (vector / vector.mean()).sort(descending=True).values
-        axes.plot(ranked.tolist(), label=name)
-    axes.axvline(num_kept - 0.5, color="black", linestyle="--", label=f"{num_kept} kept")
+    rows: dict[str, list[Any]] = {}
+    for name, vector in scores.vectors.items():
+        if name.split(".")[0] == axis:
+            rows.setdefault(".".join(name.split(".")[:2]), []).append(vector / vector.mean())
+    for number, (name, vectors) in enumerate(rows.items()):
+        ranked = sorted((value for vector in vectors for value in vector.tolist()), reverse=True)
+        color = _shade(number, len(rows))
+        axes.plot(ranked, color=color, label=name if number in (0, len(rows) - 1) else None)
+    if num_kept is not None:
+        axes.axvline(num_kept - 0.5, color="black", linestyle="--", label=f"{num_kept} kept")
     axes.set_yscale("log")
     axes.set(title=f"scores of {axis}, ranked", xlabel="rank", ylabel="score / mean")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 
 
+def _shade(number: int, count: int) -> Any:
+    """Return the colour of a layer: dark for the first, light for the last."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](number / max(1, count - 1) * 0.9)
+
+
+def plot_scores(scores: Scores, path: str | os.PathLike) -> None:
+    """Write a picture, one panel per axis and one for the layers; its format is the ending."""
+    names = score_axes(scores)
+    columns = math.ceil(math.sqrt(len(names) + 1))
+    figure, axes = new_figure(math.ceil((len(names) + 1) / columns), columns)
+    for panel, name in zip(axes, names, strict=False):
+        plot_ranked_scores(panel, scores, name)
+    plot_layer_scores(axes[len(names)], scores)
+    for panel in axes[len(names) + 1 :]:
+        panel.set_axis_off()
+    how = f"{scores.aggregation}; {scores.samples} samples of {scores.seq_length} tokens"
+    figure.suptitle(how, fontsize="medium")
+    with written_aside(path) as aside:
+        figure.savefig(aside, format=Path(path).suffix.removeprefix("."), dpi=120)
+
+
 def plot_layer_scores(axes: "Axes", scores: Scores) -> None:
-    """Draw the block importance of every layer: 1 - cosine of its input and output."""
+    """Draw the score of every layer: by default 1 - cosine of its input and output."""
     values = scores.vectors["layers"].tolist()
     axes.bar(range(len(values)), values)
-    axes.set(title="block importance", xlabel="layer", ylabel="1 - cos(input, output)")
-    axes.set_xticks(range(len(values)))
+    is_block = scores.depth.startswith("block")
+    title, unit = (
+        ("block importance", "1 - cos(input, output)") if is_block else ("layers", "score")
+    )
+    axes.set(title=title, xlabel="layer", ylabel=unit)
+    axes.set_xticks(range(0, len(values), -(-len(values) // 16)))
     axes.grid(alpha=0.3, axis="y")

@@ -14,7 +14,7 @@ from megatron_ext.arch import num_parameters
 from megatron_ext.errors import RUNTIME, USAGE, UserError
 from megatron_ext.pruning.plan import save_plan
 from megatron_ext.pruning.planner import make_plan, target_arch
-from megatron_ext.pruning.scores import save_scores
+from megatron_ext.pruning.scores import load_scores, save_scores
 from megatron_ext.report import (
     curve,
     markdown_table,
@@ -23,9 +23,11 @@ from megatron_ext.report import (
     plot_layer_scores,
     plot_ranked_scores,
     read_metrics,
+    score_axes,
 )
-from tests.models import LLAMA
+from tests.models import LLAMA, MOE
 from tests.test_scores import random_scores
+from tools import plot_scores
 
 
 def test_needs_neither_megatron_nor_matplotlib():
@@ -161,3 +163,15 @@ def test_unfinished_runs_and_bad_flags_are_named(tmp_path):
     (tmp_path / "control-ce-kl" / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match=r"control-ce-kl/metrics\.jsonl cannot be read"):
         quickstart.main(["--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("arch", "panels"), [(LLAMA, 3), (MOE, 5)])
+def test_scores_as_a_picture(arch, panels, tmp_path):
+    path, out = tmp_path / "scores", tmp_path / "scores.png"
+    save_scores(path, random_scores(arch))
+    assert len(score_axes(load_scores(path))) == panels
+    plot_scores.main(["--scores", str(path), "--out", str(out)])
+    assert out.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"--out x\.xyz: end it in one of"):
+        plot_scores.main(["--scores", str(path), "--out", "x.xyz"])
+    assert sorted(tmp_path.iterdir()) == [path, out]
