@@ -120,14 +120,15 @@ def plot_ranked_scores(
             rows.setdefault(".".join(name.split(".")[:2]), []).append(vector / vector.mean())
     for number, (name, vectors) in enumerate(rows.items()):
         ranked = sorted((value for vector in vectors for value in vector.tolist()), reverse=True)
-        color = _shade(number, len(rows))
-        axes.plot(ranked, color=color, label=name if number in (0, len(rows) - 1) else None)
+        axes.plot(ranked, color=_shade(number, len(rows)), label=name)
+    shown = [axes.lines[0], *axes.lines[1:][-1:]]  # the lines between are shades between
     if num_kept is not None:
-        axes.axvline(num_kept - 0.5, color="black", linestyle="--", label=f"{num_kept} kept")
+        label = f"{num_kept} kept"
+        shown += [axes.axvline(num_kept - 0.5, color="black", linestyle="--", label=label)]
     axes.set_yscale("log")
     axes.set(title=f"scores of {axis}, ranked", xlabel="rank", ylabel="score / mean")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(handles=shown, fontsize="small")
 
 
 def _shade(number: int, count: int) -> Any:
