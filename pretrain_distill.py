@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from megatron_ext import checkpoint, data, platform
 from megatron_ext.arch import Arch, forward_flops, num_parameters
 from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
+from megatron_ext.flag_groups import Distill
 from megatron_ext.flags import (
     TrainFlags,
     check_against_checkpoint,
@@ -106,7 +108,10 @@ def choose_arch(flags: TrainFlags, start: Start, vocab_size: int) -> Arch:
 
 
 def check_teacher(arch: Arch, teacher: Checkpoint, flags: TrainFlags) -> None:
-    """Refuse a teacher that this layout cannot hold beside the student."""
+    """Refuse a teacher that this layout cannot hold, or these losses compare, with the student."""
+    top_k = flags.distill.kd_top_k
+    if top_k is not None and top_k > arch.vocab_size:
+        raise UserError(f"--kd-top-k {top_k}: the vocabulary has {arch.vocab_size} tokens.", USAGE)
     check_layout(teacher.arch, flags.parallel, seq_length=flags.batch.seq_length)
     tp = flags.parallel.tensor_model_parallel_size
     if tp > 1 and teacher.arch.padded_vocab_size != arch.padded_vocab_size:
@@ -136,7 +141,8 @@ def build(
     flops = 3 * forward_flops(arch, flags.batch.seq_length)
     if teacher is not None:
         distillation = Distillation(
-            temperature=flags.distill.kd_temperature,
+            logit_loss=logit_loss(flags.distill),
+            loss_weight=flags.distill.kd_loss_weight,
             lm_loss_weight=flags.distill.kd_lm_loss_weight,
             vocab_size=arch.vocab_size,
         )
@@ -163,6 +169,18 @@ def build(
     if start.resume:
         state.restore(run, start.source)
     return run
+
+
+def logit_loss(distill: Distill) -> LogitLoss:
+    """Return the loss that the flags ask for."""
+    return LogitLoss(
+        kind=distill.kd_loss,
+        temperature=distill.kd_temperature,
+        temperature_squared=distill.kd_temperature_squared,
+        beta=distill.kd_jsd_beta,
+        top_k=distill.kd_top_k,
+        top_k_rest=distill.kd_top_k_rest,
+    )
 
 
 def go(run: state.Run, tokenizer: data.MegatronTokenizerBase, place: Platform) -> int:

@@ -225,9 +225,21 @@ def checkpoint_problems(checkpoint: group.TrainCheckpoint, *, training: bool) ->
 
 
 def distill_problems(distill: group.Distill) -> Iterator[str]:
-    """Distillation flags without a teacher."""
-    if distill.teacher_load is None and distill != group.Distill():
-        yield "--kd-temperature and --kd-lm-loss-weight need --teacher-load."
+    """Distillation flags without a teacher, and settings of a loss that is not taken."""
+    default = group.Distill()
+    typed = {
+        f.name for f in fields(distill) if getattr(distill, f.name) != getattr(default, f.name)
+    }
+    if distill.teacher_load is None and typed:
+        yield f"{dashed(min(typed))} needs --teacher-load."
+    if distill.kd_top_k is not None and distill.kd_loss != "forward-kl":
+        yield f"--kd-top-k {distill.kd_top_k} needs --kd-loss forward-kl, not {distill.kd_loss}."
+    for name, needed, given in (
+        ("kd_jsd_beta", "--kd-loss jsd", distill.kd_loss == "jsd"),
+        ("kd_top_k_rest", "--kd-top-k", distill.kd_top_k is not None),
+    ):
+        if name in typed and not given:
+            yield f"{dashed(name)} {getattr(distill, name)} needs {needed}."
 
 
 def data_problems(data: group.Data, *, needed: bool = True) -> Iterator[str]:

@@ -313,8 +313,28 @@ class Distill:
         "folder of the teacher's checkpoint; default no teacher",
         aliases=("--export-kd-teacher-load",),
     )
-    kd_loss: str = flag("forward-kl", "distillation loss", choices=("forward-kl",))
+    kd_loss: str = flag(
+        "forward-kl",
+        "between the distributions of teacher and student over the vocabulary",
+        choices=("forward-kl", "reverse-kl", "jsd", "mse", "cosine"),
+    )
+    kd_loss_weight: float = flag(1.0, "weight of the distillation loss", above=0)
     kd_temperature: float = flag(1.0, "softmax temperature of teacher and student", above=0)
+    kd_temperature_squared: bool = flag(
+        False,
+        "multiply the loss by temperature^2, which keeps its gradient's size; off as in paper",
+    )
+    kd_jsd_beta: float = flag(
+        0.5, "of jsd: weight of the teacher, near 0 forward KL, near 1 reverse KL", above=0, below=1
+    )
+    kd_top_k: int | None = flag(
+        None, "forward KL over the teacher's K likeliest tokens only; default all", at_least=1
+    )
+    kd_top_k_rest: str = flag(
+        "drop",
+        "the other tokens: left out, both distributions renormalised, or one bucket more",
+        choices=("drop", "tail"),
+    )
     kd_lm_loss_weight: float = flag(
         0.0, "weight of the language-model loss beside it; 0 leaves it out", at_least=0
     )

@@ -141,7 +141,11 @@ REFUSED = [
         "--save-retain-interval 6 is not a multiple of --save-interval 4",
     ),
     ("--finetune --pretrained-checkpoint x", 1, "--finetune and --pretrained-checkpoint"),
-    ("--kd-temperature 2", 1, "need --teacher-load"),
+    ("--kd-temperature 2", 1, "--kd-temperature needs --teacher-load"),
+    ("--teacher-load t --kd-jsd-beta 0.2", 1, "--kd-jsd-beta 0.2 needs --kd-loss jsd"),
+    ("--teacher-load t --kd-loss jsd --kd-jsd-beta 1", 1, "--kd-jsd-beta 1.0: must be < 1"),
+    ("--teacher-load t --kd-top-k 8 --kd-loss mse", 1, "--kd-top-k 8 needs --kd-loss forward-kl"),
+    ("--teacher-load t --kd-top-k-rest tail", 1, "--kd-top-k-rest tail needs --kd-top-k"),
     ("--data-path a", 1, "--mock-data and --data-path: give one source"),
     ("--valid-data-path a", 1, "--mock-data and --train-data-path (or"),
     ("--split 9;1", 1, "--split 9;1: write up to three shares"),
@@ -286,7 +290,10 @@ DEFAULTS = {
 OUR_DEFAULTS = {
     "verify_integrity": True,
     "kd_loss": "forward-kl",
+    "kd_loss_weight": 1.0,
     "kd_temperature": 1.0,
+    "kd_jsd_beta": 0.5,
+    "kd_top_k_rest": "drop",
     "calibration_samples": 1024,
     "importance": "activation",
     "importance_batch": "l2",
@@ -379,7 +386,8 @@ TRAIN_OPTIONS = """
     --exit-interval --exit-on-missing-checkpoint --expert-model-parallel-size
     --export-kd-teacher-load --ffn-hidden-size --finetune --fp16 --global-batch-size
     --grad-reduce-in-bf16 --group-query-attention --help --hidden-dropout --hidden-size
-    --init-method-std --initial-loss-scale --kd-lm-loss-weight --kd-loss --kd-temperature
+    --init-method-std --initial-loss-scale --kd-jsd-beta --kd-lm-loss-weight --kd-loss
+    --kd-loss-weight --kd-temperature --kd-temperature-squared --kd-top-k --kd-top-k-rest
     --kv-channels --load --log-interval --loss-scale --lr --lr-decay-iters --lr-decay-style
     --lr-warmup-fraction --lr-warmup-init --lr-warmup-iters --lr-wsd-decay-iters
     --lr-wsd-decay-style --make-vocab-size-divisible-by --max-position-embeddings --merge-file

@@ -104,6 +104,8 @@ KINDS = {
     "tied": (GPT2, ""),
     "distilled": (STUDENT, "--teacher-load {teacher} --kd-temperature 2"),
     "both losses": (STUDENT, "--teacher-load {teacher} --kd-lm-loss-weight 0.5"),
+    "jsd": (STUDENT, "--teacher-load {teacher} --kd-loss jsd --kd-loss-weight 2"),
+    "tail": (STUDENT, "--teacher-load {teacher} --kd-top-k 9 --kd-top-k-rest tail"),
 }
 
 
@@ -119,6 +121,8 @@ def kind_flags(name, place):
         *(("tied", layout) for layout in ("TP2+SP", "PP2")),
         *(("distilled", layout) for layout in LAYOUTS if layout not in ("TP1", "TP2")),
         *(("both losses", layout) for layout in ("TP2", "PP2")),
+        ("jsd", "TP2+SP"),
+        ("tail", "TP2+SP"),
     ],
 )
 def test_no_layout_changes_a_loss(name, layout, place, serial, tmp_path):
@@ -414,6 +418,7 @@ def test_a_student_equal_to_its_teacher_stays_so(layout, place, tmp_path):
         ("{alone} --teacher-load {tmp}/empty", CHECKPOINT, ["{tmp}/empty"]),
         ("{alone} --teacher-load {damaged}", CHECKPOINT, ["{damaged}", ".distcp", "damaged"]),
         ("--load {damaged}", CHECKPOINT, ["{damaged}", ".distcp", "damaged"]),
+        ("{alone} --teacher-load {pruned} --kd-top-k 101", USAGE, ["--kd-top-k 101", "100 tokens"]),
         ("{alone} --data-path {tmp}/none", DATA, ["{tmp}/none.idx", "no such file"]),
         ("{alone} --save {tmp}/file", RUNTIME, ["{tmp}/file"]),
         ("{alone} --tensorboard-dir {tmp}/file", RUNTIME, ["{tmp}/file"]),

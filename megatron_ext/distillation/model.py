@@ -9,14 +9,14 @@ first; the schedules only need a configuration with that hidden size.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_ext.distillation.losses import vocab_parallel_kl
+from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.model import LanguageModel
 
 KD_LOSS, LM_LOSS = "kd loss", "lm loss"
@@ -26,7 +26,9 @@ KD_LOSS, LM_LOSS = "kd loss", "lm loss"
 class Distillation:
     """What is distilled and how much each loss weighs; equal on all ranks."""
 
-    temperature: float = 1.0
+    logit_loss: LogitLoss = field(default_factory=LogitLoss)
+    loss_weight: float = 1.0
+    """Weight of the logit loss."""
     lm_loss_weight: float = 0.0
     """Weight of the language-model loss; at 0 a training step does not compute it."""
     vocab_size: int
@@ -35,7 +37,7 @@ class Distillation:
     @property
     def objective(self) -> dict[str, float]:
         """The weight of each loss in what is minimised."""
-        weights = {KD_LOSS: 1.0, LM_LOSS: self.lm_loss_weight}
+        weights = {KD_LOSS: self.loss_weight, LM_LOSS: self.lm_loss_weight}
         return {name: weight for name, weight in weights.items() if weight}
 
 
@@ -104,16 +106,15 @@ class DistillationModel(MegatronModule):
     def _losses(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        kl = vocab_parallel_kl(
+        loss = self.distillation.logit_loss(
             student_logits,
             teacher_logits,
-            temperature=self.distillation.temperature,
             vocab_size=self.distillation.vocab_size,
             tp_group=self.tp_group,
         )
-        losses = {KD_LOSS: kl.transpose(0, 1)}
+        losses = {KD_LOSS: loss.transpose(0, 1)}
         if self.distillation.lm_loss_weight or not self.training:
-            # megatron-core's cross entropy overwrites float32 logits, which the KL still needs.
+            # megatron-core's cross entropy overwrites float32 logits: the loss above needs them.
             logits = (
                 student_logits.clone() if student_logits.dtype.itemsize >= 4 else student_logits
             )
