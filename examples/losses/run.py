@@ -1,0 +1,145 @@
+"""Retrain the quickstart's pruned students with every loss, alone and with cross entropy.
+
+    bash examples/quickstart/run.sh                     # makes the teacher, the data and .venv
+    .venv/bin/python examples/losses/run.py [--quickstart runs/quickstart] [--jobs 2]
+
+The questions of Tables 14 to 17 (arXiv 2407.14679) in small: two students, one cut in width and one
+to half of the layers, the same steps and data for every loss. All are judged by the validation loss
+and by forward KL to the teacher. Writes results.md.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.importance.run import KL, LM, SIZES, call
+from megatron_ext.errors import USAGE, UserError, run_main
+from megatron_ext.flag_parser import flag, parse
+from megatron_ext.report import markdown_table
+
+WITH_CE = ["--kd-lm-loss-weight", "1"]
+STUDENTS = {"width": SIZES, "depth": ["--target-num-layers", "2"]}
+KINDS = ("forward-kl", "reverse-kl", "jsd", "mse", "cosine")
+# name: flags; the first has no teacher.
+LOSSES = {
+    "cross entropy": None,
+    **{kind: ["--kd-loss", kind] for kind in KINDS},
+    **{f"{kind} + cross entropy": ["--kd-loss", kind, *WITH_CE] for kind in KINDS},
+    **{f"forward-kl, temperature {t}": ["--kd-temperature", t] for t in ("0.5", "3")},
+    "forward-kl, temperature 3, squared": ["--kd-temperature", "3", "--kd-temperature-squared"],
+    **{f"forward-kl, top {k}": ["--kd-top-k", k] for k in ("8", "64", "512")},
+    "forward-kl, top 8 and tail": ["--kd-top-k", "8", "--kd-top-k-rest", "tail"],
+}
+HIDDEN = {
+    "forward-kl, blocks 2:0": ["--kd-hidden-states", "2:0"],
+    "forward-kl, blocks 2:0, embedding": ["--kd-hidden-states", "2:0,embedding"],
+    "forward-kl, blocks 3:1 (the last)": ["--kd-hidden-states", "3:1"],
+    "forward-kl, blocks 3:1, embedding": ["--kd-hidden-states", "3:1,embedding"],
+}
+RUNS = {
+    "width": [*LOSSES, "forward-kl, blocks 2:2, embedding"],
+    "depth": ["cross entropy", "forward-kl", "reverse-kl", "forward-kl + cross entropy", *HIDDEN],
+}
+FLAGS = LOSSES | HIDDEN | {RUNS["width"][-1]: ["--kd-hidden-states", "2:2,embedding"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Experiment."""
+
+    quickstart: str = flag("runs/quickstart", "folder of a finished quickstart")
+    output: str = flag("runs/losses", "folder of the students and results")
+    train_iters: int = flag(150, "steps of 16 samples of 128 tokens", at_least=1)
+    eval_iters: int = flag(50, "validation batches of 16 samples", at_least=1)
+    jobs: int = flag(2, "runs at a time, a core each", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentFlags:
+    """Retrain pruned students with every loss."""
+
+    experiment: Experiment
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run everything that has no result yet and write the table."""
+    options = parse(ExperimentFlags, argv).experiment
+    if not (Path(options.quickstart) / "done" / "teacher").exists():
+        raise UserError(
+            f"--quickstart {options.quickstart}: no finished teacher; run the quickstart first.",
+            USAGE,
+        )
+    for student in STUDENTS:
+        prune(student, options)
+    runs = [(student, name) for student, names in RUNS.items() for name in names]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda run: measure(*run, options), runs))
+    tables = []
+    for student in STUDENTS:
+        rows = [
+            (run[1], r[LM], r[KL])
+            for run, r in zip(runs, results, strict=True)
+            if run[0] == student
+        ]
+        rows.sort(key=lambda row: row[1])
+        header = (f"loss, student cut in {student}", "validation loss", "KL to the teacher")
+        tables.append(markdown_table(header, rows))
+    (Path(options.output) / "results.md").write_text("\n\n".join(tables) + "\n")
+    print("\n\n".join(tables))
+
+
+def shared(options: Experiment) -> list[str]:
+    """Return the flags of samples and tokenizer."""
+    model = str(Path(options.quickstart) / "corpus/tokenizer.model")
+    tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
+    shape = ["--bf16", "--seq-length", "128", "--micro-batch-size", "8", "--num-workers", "0"]
+    return [*shape, *tokenizer]
+
+
+def train_data(options: Experiment) -> list[str]:
+    """Return the flags of the training data."""
+    return ["--train-data-path", str(Path(options.quickstart) / "data/train_text_document")]
+
+
+def prune(student: str, options: Experiment) -> None:
+    """Make a student of the teacher, with the quickstart's calibration."""
+    folder = Path(options.output) / student
+    if not (folder / "pruned/release").exists():
+        teacher = str(Path(options.quickstart) / "teacher")
+        where = ["--load", teacher, "--save", str(folder / "pruned")]
+        samples = ["--calibration-samples", "256", *shared(options), *train_data(options)]
+        call("prune.py", [*where, *samples, *STUDENTS[student]], folder)
+
+
+def measure(student: str, name: str, options: Experiment) -> dict[str, float]:
+    """Return validation loss and KL to the teacher of ``student`` retrained with a loss."""
+    pruned = Path(options.output) / student / "pruned"
+    folder = pruned.parent / name.replace(", ", "-").replace(" ", "-").replace(":", "")
+    teacher = ["--teacher-load", str(Path(options.quickstart) / "teacher")]
+    steps, warmup = str(options.train_iters), str(max(1, options.train_iters // 8))
+    if not (folder / "student/latest_checkpointed_iteration.txt").exists():
+        schedule = ["--train-iters", steps, "--save-interval", steps, "--lr-warmup-iters", warmup]
+        schedule += ["--lr", "2e-3", "--min-lr", "2e-4", "--lr-decay-style", "cosine"]
+        adam = ["--adam-beta2", "0.95", "--weight-decay", "0.1", "--global-batch-size", "16"]
+        where = ["--load", str(pruned), "--save", str(folder / "student"), "--eval-iters", "0"]
+        flags = FLAGS[name]
+        loss = [*teacher, *flags] if flags is not None else []
+        argv = [*shared(options), *train_data(options), *schedule, *adam, *where, *loss]
+        call("pretrain_distill.py", argv, folder)
+    if not (folder / "evaluation/metrics.jsonl").exists():
+        valid = str(Path(options.quickstart) / "data/valid_text_document")
+        where = ["--load", str(folder / "student"), "--save", str(folder / "evaluation")]
+        evaluate = ["--skip-train", "--global-batch-size", "16", "--valid-data-path", valid]
+        evaluate += ["--eval-iters", str(options.eval_iters), "--no-load-optim", "--no-load-rng"]
+        call("pretrain_distill.py", [*shared(options), *evaluate, *where, *teacher], folder)
+    (line,) = (folder / "evaluation/metrics.jsonl").read_text().splitlines()
+    return json.loads(line)
+
+
+if __name__ == "__main__":
+    run_main(main)
