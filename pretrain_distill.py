@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from megatron_ext import checkpoint, data, platform
 from megatron_ext.arch import Arch, forward_flops, num_parameters
 from megatron_ext.checkpoint import Checkpoint
-from megatron_ext.distillation.losses import LogitLoss
+from megatron_ext.distillation import settings
+from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
-from megatron_ext.flag_groups import Distill
 from megatron_ext.flags import (
     TrainFlags,
     check_against_checkpoint,
@@ -29,6 +29,7 @@ from megatron_ext.flags import (
 from megatron_ext.model import build_model
 from megatron_ext.platform import Platform
 from megatron_ext.startup import batches_of_rank, check_tokenizer, join_ranks, model_options
+from megatron_ext.together import on_all_ranks
 from megatron_ext.training import state
 from megatron_ext.training.log import Log
 from megatron_ext.training.loop import MakeBatches, train, validate
@@ -137,21 +138,28 @@ def build(
     )
     seed = flags.batch.seed if start.source is None else None
     chunks = build_model(arch, options, place.groups, seed=seed)
-    modules, objective, eval_losses = chunks, {LM_LOSS: 1.0}, (LM_LOSS,)
+    modules, objective, eval_losses, hidden = chunks, {LM_LOSS: 1.0}, (LM_LOSS,), None
     flops = 3 * forward_flops(arch, flags.batch.seq_length)
     if teacher is not None:
         distillation = Distillation(
-            logit_loss=logit_loss(flags.distill),
+            logit_loss=settings.logit_loss(flags.distill),
             loss_weight=flags.distill.kd_loss_weight,
             lm_loss_weight=flags.distill.kd_lm_loss_weight,
+            hidden_states=settings.hidden_states(flags, arch, teacher.arch, start.source),
             vocab_size=arch.vocab_size,
         )
         teachers = build_model(teacher.arch, options, place.groups)
         state.restore_weights(teachers, teacher)
-        modules = [
-            DistillationModel(student, frozen, distillation, place.groups.tp)
-            for student, frozen in zip(chunks, teachers, strict=True)
-        ]
+        modules = on_all_ranks(
+            lambda: [
+                DistillationModel(student, frozen, distillation, place.groups.tp)
+                for student, frozen in zip(chunks, teachers, strict=True)
+            ]
+        )
+        if distillation.hidden_states is not None:
+            alpha = flags.distill.kd_alpha
+            constant = None if alpha == "dynamic" else float(alpha)
+            hidden = HiddenLosses([m.hidden for m in modules], place.groups, constant)
         objective, eval_losses = distillation.objective, (KD_LOSS, LM_LOSS)
         flops += forward_flops(teacher.arch, flags.batch.seq_length)
     if start.source is not None and not start.resume:
@@ -165,22 +173,11 @@ def build(
         objective=objective,
         eval_losses=eval_losses,
         flops_per_token=flops,
+        hidden=hidden,
     )
     if start.resume:
         state.restore(run, start.source)
     return run
-
-
-def logit_loss(distill: Distill) -> LogitLoss:
-    """Return the loss that the flags ask for."""
-    return LogitLoss(
-        kind=distill.kd_loss,
-        temperature=distill.kd_temperature,
-        temperature_squared=distill.kd_temperature_squared,
-        beta=distill.kd_jsd_beta,
-        top_k=distill.kd_top_k,
-        top_k_rest=distill.kd_top_k_rest,
-    )
 
 
 def go(run: state.Run, tokenizer: data.MegatronTokenizerBase, place: Platform) -> int:

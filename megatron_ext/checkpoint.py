@@ -39,7 +39,14 @@ INTEGRITY = "integrity.json"
 RELEASE = "release"
 MAX_ROWS = 10
 # Tensors of a checkpoint that are not weights: a run that does not ask for them may leave them.
-NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state", "common_state")
+NOT_WEIGHTS = (
+    "optimizer.",
+    "chained_",
+    "rng_state",
+    "rerun_state",
+    "common_state",
+    "distillation.",
+)
 
 safe_load.install()
 

@@ -4,6 +4,7 @@ Each function yields one line per problem: the flags, their values, and the fix 
 obvious. ``refuse`` raises the first.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
@@ -237,9 +238,15 @@ def distill_problems(distill: group.Distill) -> Iterator[str]:
     for name, needed, given in (
         ("kd_jsd_beta", "--kd-loss jsd", distill.kd_loss == "jsd"),
         ("kd_top_k_rest", "--kd-top-k", distill.kd_top_k is not None),
+        *(
+            (name, "--kd-hidden-states", distill.kd_hidden_states is not None)
+            for name in ("kd_hidden_loss", "kd_alpha", "kd_projection")
+        ),
     ):
         if name in typed and not given:
             yield f"{dashed(name)} {getattr(distill, name)} needs {needed}."
+    if distill.kd_alpha != "dynamic" and not _is_positive(distill.kd_alpha):
+        yield f"--kd-alpha {distill.kd_alpha}: dynamic, or a number above 0."
 
 
 def data_problems(data: group.Data, *, needed: bool = True) -> Iterator[str]:
@@ -303,6 +310,13 @@ def prune_problems(checkpoint: group.Checkpoint, prune: group.Prune) -> Iterator
             f"--head-residual {prune.head_residual} and --prune-iterations "
             f"{prune.prune_iterations}: a head would be folded more than once; give one."
         )
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _is_split(text: str) -> bool:

@@ -338,6 +338,25 @@ class Distill:
     kd_lm_loss_weight: float = flag(
         0.0, "weight of the language-model loss beside it; 0 leaves it out", at_least=0
     )
+    kd_hidden_states: str | None = flag(
+        None,
+        "states to compare too, teacher:student with layers from 0, e.g. "
+        "29:13,embedding,mlp:29:13,attention:29:13 (outputs of layers, of the embedding, inputs of "
+        "MLPs, outputs of attention)",
+    )
+    kd_hidden_loss: str = flag(
+        "cosine", "between hidden states, normalised", choices=("cosine", "mse")
+    )
+    kd_alpha: str = flag(
+        "dynamic",
+        "weight of the hidden-state losses, summed over pairs: a number above 0, or dynamic: "
+        "distillation loss / hidden loss of the step before",
+    )
+    kd_projection: str = flag(
+        "shared",
+        "trained map from the student's width to the teacher's: one for all pairs or one for each",
+        choices=("shared", "per-pair"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_ext.distillation.hidden import HiddenLoss, HiddenStates
 from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.model import LanguageModel
 
@@ -31,6 +32,8 @@ class Distillation:
     """Weight of the logit loss."""
     lm_loss_weight: float = 0.0
     """Weight of the language-model loss; at 0 a training step does not compute it."""
+    hidden_states: HiddenStates | None = None
+    """What else is compared, on any stage."""
     vocab_size: int
     """Tokens of the shared tokenizer; the padding behind them takes no part."""
 
@@ -63,6 +66,8 @@ class DistillationModel(MegatronModule):
         self.teacher = teacher.requires_grad_(False).eval()
         self.distillation = distillation
         self.tp_group = tp_group
+        states = distillation.hidden_states
+        self.hidden = HiddenLoss(states, student, teacher, tp_group) if states else None
         # Read by the schedules and by finalize_model_grads, which sees one model: the student.
         self.model_type = student.model_type
         self.vp_stage = student.vp_stage
@@ -94,8 +99,11 @@ class DistillationModel(MegatronModule):
         position_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor,
+        loss_mask: Tensor,
     ) -> Tensor | dict[str, Tensor]:
         """Run both models; all inputs are [b, s] and the same for both."""
+        if self.hidden is not None:
+            self.hidden.expect(loss_mask)
         with torch.no_grad():
             teacher_output = self.teacher(input_ids, position_ids, attention_mask)
         student_output = self.student(input_ids, position_ids, attention_mask)

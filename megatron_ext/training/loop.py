@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from megatron_ext.distillation.model import KD_LOSS
 from megatron_ext.errors import INTERRUPTED, RUNTIME, UserError
 from megatron_ext.training import state
 from megatron_ext.training.log import Log
 from megatron_ext.training.state import Run
-from megatron_ext.training.step import Batch, StepShape, evaluate, train_step
+from megatron_ext.training.step import HIDDEN_LOSS, Batch, StepShape, evaluate, train_step
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -46,6 +47,8 @@ def train(
     flags, counters = run.flags, run.counters
     began, saved_at = time.perf_counter(), counters.iteration
     batches = [train_batches(counters.consumed_data_samples) for _ in run.model]
+    if run.hidden is not None and run.hidden.constant is None and counters.alpha is None:
+        counters.alpha = _first_alpha(run, train_batches)
 
     def save_unless_saved() -> None:
         nonlocal saved_at
@@ -72,14 +75,25 @@ def train(
 def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
     """Take one optimizer step, count it and report it."""
     counters, batch_size = run.counters, run.flags.batch.global_batch_size
+    alpha = 0.0 if run.hidden is None else run.hidden.constant or counters.alpha
     losses, apply = train_step(
-        run.model, run.optimizer, batches, step_shape(run), run.objective, run.groups
+        run.model,
+        run.optimizer,
+        batches,
+        step_shape(run),
+        run.objective,
+        run.groups,
+        run.hidden,
+        alpha,
     )
     first = counters.consumed_data_samples
     where = (
         f"iteration {counters.iteration + 1} (training samples {first} to {first + batch_size - 1})"
     )
     _check_finite(run, losses, where)
+    if run.hidden is not None:
+        counters.alpha = alpha_of(losses)
+        losses["alpha"] = alpha
     learning_rate = run.optimizer.param_groups[0]["lr"]
     updated, grad_norm = apply()
     if updated:  # fp16 leaves out a step whose gradients overflow, and scales the loss down
@@ -100,6 +114,18 @@ def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
     )
 
 
+def _first_alpha(run: Run, train_batches: MakeBatches) -> float:
+    """Return alpha of the first global batch, from a forward pass of its own. Collective."""
+    batches = [train_batches(run.counters.consumed_data_samples) for _ in run.model]
+    losses = evaluate(run.model, batches, step_shape(run), (KD_LOSS,), run.groups, run.hidden)
+    return alpha_of(losses)
+
+
+def alpha_of(losses: Mapping[str, float]) -> float:
+    """Return L_logits / L_is (arXiv:2407.14679, section 3); 0 where the states are equal."""
+    return losses[KD_LOSS] / losses[HIDDEN_LOSS] if losses[HIDDEN_LOSS] else 0.0
+
+
 def step_shape(run: Run) -> StepShape:
     """Return the sizes of one step of ``run`` on this rank."""
     batch = run.flags.batch
@@ -114,10 +140,13 @@ def validate(run: Run, make_batches: MakeBatches, log: Log, split: str) -> None:
     """Report the mean losses of ``--eval-iters`` global batches, always the same. Collective."""
     batches = [make_batches(0) for _ in run.model]
     num_batches = run.flags.log.eval_iters
-    totals = dict.fromkeys(run.eval_losses, 0.0)
+    names = [*run.eval_losses, *[HIDDEN_LOSS] * (run.hidden is not None)]
+    totals = dict.fromkeys(names, 0.0)
     with gathered_parameters(run):
         for _ in range(num_batches):
-            losses = evaluate(run.model, batches, step_shape(run), run.eval_losses, run.groups)
+            losses = evaluate(
+                run.model, batches, step_shape(run), run.eval_losses, run.groups, run.hidden
+            )
             for name, value in losses.items():
                 totals[name] += value / num_batches
     _check_finite(run, totals, f"the {split} of iteration {run.counters.iteration}")

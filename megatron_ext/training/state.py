@@ -19,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_ext import checkpoint, checkpoint_writer
 from megatron_ext.arch import Arch
 from megatron_ext.data import tokenizer_sha256
+from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.errors import CHECKPOINT, UserError, warn
 from megatron_ext.flag_parser import dashed
 from megatron_ext.flags import TrainFlags, flags_as_dict, megatron_command_line
@@ -43,6 +44,8 @@ class Counters:
     consumed_train_samples: int = 0
     consumed_data_samples: int = 0
     """Of them, those of the present data set, see ``phase``."""
+    alpha: float | None = None
+    """Weight of the hidden-state losses in the next step, where it follows from the one before."""
     floating_point_operations: float = 0.0
 
 
@@ -65,6 +68,8 @@ class Run:
     """The losses that an evaluation reports."""
     flops_per_step: float
     """Floating-point operations of one step on all ranks together."""
+    hidden: HiddenLosses | None = None
+    """Losses between hidden states, with maps that are trained too."""
     counters: Counters = field(default_factory=Counters)
 
 
@@ -78,6 +83,7 @@ def make_run(
     objective: Mapping[str, float],
     eval_losses: tuple[str, ...],
     flops_per_token: float,
+    hidden: HiddenLosses | None = None,
 ) -> Run:
     """Return a run at iteration 0; ``modules`` are ``chunks``, or each beside its teacher."""
     ddp_config = DistributedDataParallelConfig(
@@ -86,7 +92,7 @@ def make_run(
         overlap_param_gather=flags.parallel.overlap_param_gather,
         use_distributed_optimizer=flags.parallel.use_distributed_optimizer,
     )
-    model = wrap(modules, ddp_config, groups)
+    model = wrap(modules, ddp_config, groups, hidden)
     optimizer = get_megatron_optimizer(
         _optimizer_config(flags, chunks[0].config.params_dtype),
         model,
@@ -104,6 +110,7 @@ def make_run(
         objective=objective,
         eval_losses=eval_losses,
         flops_per_step=flops_per_token * flags.batch.global_batch_size * flags.batch.seq_length,
+        hidden=hidden,
     )
 
 
@@ -160,7 +167,7 @@ def _make_schedule(flags: TrainFlags, optimizer: MegatronOptimizer) -> Optimizer
 def save(run: Run) -> None:
     """Write ``run`` as a checkpoint of its iteration. Collective."""
     flags, counters = run.flags, run.counters
-    state = model_state_dict(run.chunks)
+    state = _trained_state(run)
     if flags.checkpoint.save_optim:
         state["optimizer"] = _optimizer_state(run, state, is_loading=False)
         state["opt_param_scheduler"] = run.schedule.state_dict()
@@ -198,11 +205,18 @@ def saved_args(run: Run) -> Namespace:
             "ckpt_fully_parallel_save": True,
             "consumed_train_samples": run.counters.consumed_train_samples,
             "consumed_data_samples": run.counters.consumed_data_samples,
+            "hidden_loss_alpha": run.counters.alpha,
             "skipped_train_samples": 0,
             "consumed_valid_samples": 0,
             "tokenizer_sha256": tokenizer_sha256(run.flags.data),
         }
     )
+
+
+def _trained_state(run: Run) -> ShardedStateDict:
+    """Return the model and what else is trained, as this rank's sharded tensors."""
+    state = model_state_dict(run.chunks)
+    return state if run.hidden is None else state | {"distillation": run.hidden.sharded_state()}
 
 
 def restore_weights(chunks: list[LanguageModel], source: checkpoint.Checkpoint) -> None:
@@ -217,7 +231,7 @@ def restore(run: Run, source: checkpoint.Checkpoint) -> None:
     Collective. Random state is taken up only under the layout that wrote it.
     """
     flags = run.flags
-    state = model_state_dict(run.chunks)
+    state = _trained_state(run)
     if flags.checkpoint.load_optim:
         _check_optimizer_parts(run, source)
         torch_adam.allocate(run.optimizer)
@@ -237,6 +251,9 @@ def restore(run: Run, source: checkpoint.Checkpoint) -> None:
         state["rng_state"] = _rng_state(run.groups)
     loaded = checkpoint.load(source.folder, state)
     _set_weights(run.chunks, loaded)
+    if run.hidden is not None:
+        run.hidden.load(loaded["distillation"])
+        run.counters.alpha = source.args.get("hidden_loss_alpha")
     if flags.checkpoint.load_optim:
         run.optimizer.load_state_dict(loaded["optimizer"])
         torch_adam.unshare_steps(run.optimizer)
@@ -291,7 +308,7 @@ def _set_weights(chunks: list[LanguageModel], loaded: dict[str, Any]) -> None:
 
 def _optimizer_state(run: Run, model_state: ShardedStateDict, *, is_loading: bool) -> Any:
     return run.optimizer.sharded_state_dict(
-        {key: value for key, value in model_state.items() if key.startswith("model")},
+        {k: v for k, v in model_state.items() if k.startswith(("model", "distillation"))},
         is_loading=is_loading,
         metadata=OPTIMIZER_LAYOUT,
     )

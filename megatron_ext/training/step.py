@@ -20,7 +20,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megatron_ext.distillation.hidden import HiddenLosses
+
 Batch = Mapping[str, Tensor]
+HIDDEN_LOSS = "hidden loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +41,12 @@ def wrap(
     chunks: Sequence[MegatronModule],
     ddp_config: DistributedDataParallelConfig,
     groups: ProcessGroupCollection,
+    hidden: HiddenLosses | None = None,
 ) -> list[DistributedDataParallel]:
-    """Return ``chunks`` with gradient buffers that data-parallel ranks reduce together."""
+    """Return ``chunks`` with gradient buffers that data-parallel ranks reduce together.
+
+    ``hidden`` are the hidden-state losses of the chunks, if they have any.
+    """
     model = [
         DistributedDataParallel(
             config=get_model_config(chunk),
@@ -52,7 +59,7 @@ def wrap(
         for index, chunk in enumerate(chunks)
     ]
     config = get_model_config(model[0])
-    config.finalize_model_grads_func = partial(_finalize_model_grads, groups)
+    config.finalize_model_grads_func = partial(_finalize_model_grads, groups, hidden)
     if ddp_config.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in model]
         config.no_sync_func = no_sync[0] if len(model) == 1 else no_sync
@@ -61,11 +68,14 @@ def wrap(
 
 def _finalize_model_grads(
     groups: ProcessGroupCollection,
+    hidden: HiddenLosses | None,
     model: list[MegatronModule],
     num_tokens: Tensor | None,
     **_: Any,
 ) -> None:
     core_finalize_model_grads(model, num_tokens, pg_collection=groups)
+    if hidden is not None:
+        hidden.add_gradients_of_shared_map()
 
 
 def train_step(
@@ -75,6 +85,8 @@ def train_step(
     shape: StepShape,
     objective: Mapping[str, float],
     groups: ProcessGroupCollection,
+    hidden: HiddenLosses | None = None,
+    alpha: float = 0.0,
 ) -> tuple[dict[str, float], Callable[[], tuple[bool, float]]]:
     """Run forward and backward of one global batch.
 
@@ -85,6 +97,8 @@ def train_step(
         shape: sizes of the step.
         objective: the weight of each per-token loss in what is minimised.
         groups: megatron-core's process groups.
+        hidden: the hidden-state losses, if there are any.
+        alpha: their weight.
 
     Returns:
         The losses, each a mean over the global batch's tokens in nats, equal on all ranks, and a
@@ -97,7 +111,9 @@ def train_step(
         chunk.train()
     optimizer.zero_grad()
     get_model_config(model[0]).grad_scale_func = optimizer.scale_loss
-    losses = _run(model, batches, shape, objective, groups, forward_only=False)
+    if hidden is not None:
+        hidden.begin(alpha * float(optimizer.get_loss_scale()))
+    losses = _run(model, batches, shape, objective, groups, hidden, forward_only=False)
 
     def apply() -> tuple[bool, float]:
         updated, grad_norm, _ = optimizer.step()
@@ -113,11 +129,14 @@ def evaluate(
     shape: StepShape,
     names: Sequence[str],
     groups: ProcessGroupCollection,
+    hidden: HiddenLosses | None = None,
 ) -> dict[str, float]:
     """Return the losses ``names`` over one global batch, as ``train_step`` reports them."""
     for chunk in model:
         chunk.eval()
-    return _run(model, batches, shape, dict.fromkeys(names, 1.0), groups, forward_only=True)
+    if hidden is not None:
+        hidden.begin(0.0)
+    return _run(model, batches, shape, dict.fromkeys(names, 1.0), groups, hidden, forward_only=True)
 
 
 def _run(
@@ -126,6 +145,7 @@ def _run(
     shape: StepShape,
     objective: Mapping[str, float],
     groups: ProcessGroupCollection,
+    hidden: HiddenLosses | None,
     *,
     forward_only: bool,
 ) -> dict[str, float]:
@@ -139,7 +159,10 @@ def _run(
         micro_batch_size=shape.micro_batch_size,
         forward_only=forward_only,
     )
-    return _reduce(reports, list(objective), groups)
+    losses, num_tokens = _reduce(reports, list(objective), groups)
+    if hidden is not None:
+        losses[HIDDEN_LOSS] = hidden.mean(num_tokens)
+    return losses
 
 
 def _forward_step(
@@ -151,6 +174,7 @@ def _forward_step(
         batch["position_ids"],
         batch.get("attention_mask"),
         labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
     )
     return output, partial(_weigh, objective, batch["loss_mask"])
 
@@ -172,8 +196,8 @@ def _weigh(
 
 def _reduce(
     reports: list[Tensor], names: list[str], groups: ProcessGroupCollection
-) -> dict[str, float]:
-    """Return mean losses on every rank; ``reports`` is empty but on the last pipeline stage.
+) -> tuple[dict[str, float], float]:
+    """Return mean losses and the tokens, on every rank; only the last stage has ``reports``.
 
     Two collectives: a sum over data and context parallel ranks, a broadcast over the pipeline.
     """
@@ -185,4 +209,5 @@ def _reduce(
     last_stage = torch.distributed.get_process_group_ranks(groups.pp)[-1]
     torch.distributed.broadcast(totals, src=last_stage, group=groups.pp)
     *sums, num_tokens = totals.tolist()
-    return {name: value / max(num_tokens, 1.0) for name, value in zip(names, sums, strict=True)}
+    means = [value / max(num_tokens, 1.0) for value in sums]
+    return dict(zip(names, means, strict=True)), num_tokens

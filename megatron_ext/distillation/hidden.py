@@ -1,0 +1,322 @@
+"""Losses between hidden states of teacher and student, on whichever stage and rank they are.
+
+Shape letters in this file:
+    s  positions on this rank     H  hidden size, student
+    b  micro-batch                T  hidden size, teacher
+
+    L_is = sum over pairs of the mean over tokens of Loss(W norm(h_s), norm(h_t))
+
+(arXiv:2407.14679, section 3.) States are those of the residual stream, normalised as the norm that
+follows would, without its weights: that norm may be on the next stage, and it is trained. W, with
+other widths only, is one linear map for all pairs, or one for each, trained with the student.
+
+A stage that is not the last cannot return a loss. It adds the gradient where it belongs: the
+state passes through a function that hands it on and gives the loss its gradient in backward, as
+megatron-core does for the load-balancing loss. Both parts are sums over tokens, as all losses here.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megatron_ext.errors import USAGE, UserError
+from megatron_ext.model import LanguageModel
+
+PREFIX = "distillation.projection."  # of tensors in a checkpoint
+BLOCK, EMBEDDING, MLP, ATTENTION = KINDS = ("block", "embedding", "mlp", "attention")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two states that are compared; layers count from 0."""
+
+    kind: str
+    """block: output of a layer; embedding: output of the embedding; mlp: residual stream before the
+    MLP; attention: what attention adds to it."""
+    teacher: int | None
+    student: int | None
+
+    def __str__(self) -> str:
+        if self.kind == EMBEDDING:
+            return EMBEDDING
+        layers = f"{self.teacher}:{self.student}"
+        return layers if self.kind == BLOCK else f"{self.kind}:{layers}"
+
+
+def parse_pairs(text: str) -> tuple[Pair, ...]:
+    """Return the pairs of ``29:13,embedding,mlp:29:13,attention:29:13``, teacher:student.
+
+    Raises:
+        ValueError: naming the part that is none, or that is there twice.
+    """
+    pairs = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(?:(mlp|attention|block):)?(\d+):(\d+)", part.strip())
+        if part.strip() == EMBEDDING:
+            pair = Pair(EMBEDDING, None, None)
+        elif match:
+            pair = Pair(match[1] or BLOCK, int(match[2]), int(match[3]))
+        else:
+            raise ValueError(
+                f"{part!r} is none of teacher:student (layers from 0), mlp:teacher:student, "
+                "attention:teacher:student, embedding"
+            )
+        if pair in pairs:
+            raise ValueError(f"{part!r} is there twice")
+        pairs.append(pair)
+    return tuple(pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenStates:
+    """What is compared and how; equal on all ranks."""
+
+    pairs: tuple[Pair, ...]
+    loss: str = "cosine"
+    """cosine: 1 - cos; mse: mean over channels of the squared difference."""
+    projection: str = "shared"
+    """shared: one map for all pairs; per-pair."""
+    kept_channels: tuple[int, ...] | None = None
+    """The teacher's channels that the student kept: where the map begins. None: random."""
+
+
+def normalised(x: Tensor, normalization: str, epsilon: float) -> Tensor:
+    """Return [s, b, H] normalised over channels, without weights; float32 at least."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if normalization == "RMSNorm":
+        return F.rms_norm(x, x.shape[-1:], eps=epsilon)
+    return F.layer_norm(x, x.shape[-1:], eps=epsilon)
+
+
+def distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the loss per token [s, b] of two states [s, b, T]."""
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(student, teacher, dim=-1)
+    return (student - teacher).square().mean(dim=-1)
+
+
+class _WithLoss(torch.autograd.Function):
+    """Hands ``x`` on; in backward gives ``loss`` the gradient ``scale``."""
+
+    @staticmethod
+    def forward(ctx, x, loss, scale):
+        ctx.scale, ctx.dtype = scale, loss.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, torch.tensor(ctx.scale, dtype=ctx.dtype, device=grad.device), None
+
+
+class HiddenLoss(nn.Module):
+    """The losses of the pairs that lie on one pipeline stage, or one virtual stage of it."""
+
+    def __init__(
+        self,
+        states: HiddenStates,
+        student: LanguageModel,
+        teacher: LanguageModel,
+        tp_group: ProcessGroup,
+    ):
+        """Hook both models; no collectives.
+
+        Raises:
+            UserError: on the ranks concerned; a pair's layers lie on different stages.
+        """
+        super().__init__()
+        self.states, self.config, self.tp_group = states, student.config, tp_group
+        self.pairs = [pair for pair in states.pairs if _is_here(pair, student, teacher)]
+        self.maps = nn.ParameterDict()
+        self.widths = teacher.config.hidden_size, student.config.hidden_size
+        if self.widths[0] != self.widths[1]:
+            for name in dict.fromkeys(map(self._map_of, self.pairs)):
+                self.maps[name] = self._new_map(name)
+        self.scale = 0.0
+        """Gradient of the sum of all losses: alpha times the optimizer's loss scale."""
+        self.total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+        """Sum over tokens since it was last taken, of this rank's positions."""
+        self.loss_mask: Tensor | None = None
+        seen: dict[Pair, Tensor] = {}
+        for pair in self.pairs:
+            _tap(teacher, pair.kind, pair.teacher, _keep(seen, pair))
+            _tap(student, pair.kind, pair.student, self._compare(seen, pair))
+
+    def expect(self, loss_mask: Tensor) -> None:
+        """Say which positions [b, s] of the next micro-batch count, of this cp rank."""
+        mask = loss_mask.T
+        if self.config.sequence_parallel:
+            mask = mask.chunk(self.tp_group.size())[self.tp_group.rank()]
+        self.loss_mask = mask
+
+    def _compare(self, seen: dict[Pair, Tensor], pair: Pair) -> Callable[[Tensor], Tensor]:
+        normalization, epsilon = self.config.normalization, self.config.layernorm_epsilon
+
+        def compare(x: Tensor) -> Tensor:
+            teacher = normalised(seen.pop(pair), normalization, epsilon)
+            student = normalised(x, normalization, epsilon)
+            if self.maps:
+                weight = self.maps[self._map_of(pair)]
+                student = F.linear(student.to(weight.dtype), weight).to(teacher.dtype)
+            loss = distance(self.states.loss, student, teacher)
+            loss = (loss * self.loss_mask).sum()
+            self.total += loss.detach()
+            return _WithLoss.apply(x, loss, self.scale)
+
+        return compare
+
+    def _map_of(self, pair: Pair) -> str:
+        return "shared" if self.states.projection == "shared" else str(pair).replace(":", "-")
+
+    def _new_map(self, name: str) -> nn.Parameter:
+        """Return a map [T, H] that puts every kept channel in its place, or a random one."""
+        weight, (_, width) = torch.zeros(self.widths, dtype=torch.float32), self.widths
+        if self.states.kept_channels is not None:
+            weight[list(self.states.kept_channels), range(width)] = 1
+        else:
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+            weight.normal_(std=width**-0.5, generator=torch.Generator().manual_seed(seed))
+        device = torch.cuda.current_device()
+        parameter = nn.Parameter(weight.to(device, self.config.params_dtype))
+        # Read by megatron-core: gradients of the positions of tensor-parallel ranks are added.
+        parameter.sequence_parallel = self.config.sequence_parallel
+        if self.states.projection == "shared":
+            # A bucket of its own, so that all stages split it alike over data-parallel ranks.
+            parameter.shared_embedding = True
+        return parameter
+
+
+def _is_here(pair: Pair, student: LanguageModel, teacher: LanguageModel) -> bool:
+    if pair.kind == EMBEDDING:
+        return student.pre_process
+    here = [
+        any(layer.layer_number - 1 == number for layer in model.decoder.layers)
+        for model, number in ((student, pair.student), (teacher, pair.teacher))
+    ]
+    if here[0] != here[1]:
+        raise UserError(
+            f"--kd-hidden-states {pair}: layer {pair.teacher} of the teacher and layer "
+            f"{pair.student} of the student are on different pipeline stages.",
+            USAGE,
+        )
+    return here[0]
+
+
+def _keep(seen: dict[Pair, Tensor], pair: Pair) -> Callable[[Tensor], Tensor]:
+    def keep(x: Tensor) -> Tensor:
+        # In evaluation megatron-core adds the residual stream to this output in place.
+        seen[pair] = x.clone() if pair.kind == ATTENTION else x
+        return x
+
+    return keep
+
+
+def _tap(
+    model: LanguageModel, kind: str, number: int | None, act: Callable[[Tensor], Tensor]
+) -> None:
+    """Replace a state of ``model`` by what ``act`` makes of it, in every forward pass."""
+
+    def on_output(_: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (act(output[0]), *output[1:])
+        return act(output)
+
+    def on_input(_: nn.Module, args: tuple) -> tuple:
+        return (act(args[0]), *args[1:])
+
+    if kind == EMBEDDING:
+        model.embedding.register_forward_hook(on_output)
+        return
+    (layer,) = (layer for layer in model.decoder.layers if layer.layer_number - 1 == number)
+    if kind == MLP:
+        layer.pre_mlp_layernorm.register_forward_pre_hook(on_input)
+    else:
+        module = layer if kind == BLOCK else layer.self_attention
+        module.register_forward_hook(on_output)
+
+
+class HiddenLosses:
+    """The hidden-state losses of a run on this rank: one ``HiddenLoss`` per model chunk.
+
+    alpha = L_logits / L_is, of the step before: whole global batches, so that it depends neither on
+    micro-batches nor on the layout; the losses of a step are known only when its gradients are.
+    """
+
+    def __init__(
+        self, chunks: Sequence[HiddenLoss], groups: ProcessGroupCollection, alpha: float | None
+    ):
+        """Collective over pp: which chunk counts a shared map in the gradient norm.
+
+        Args:
+            chunks: one per virtual stage of this rank.
+            groups: megatron-core's tp, pp and dp_cp.
+            alpha: a constant; None takes it from the losses of each step before.
+        """
+        self.chunks, self.groups, self.constant = chunks, groups, alpha
+        places: list[Any] = [None] * groups.pp.size()
+        own = [index for index, chunk in enumerate(chunks) if "shared" in chunk.maps]
+        torch.distributed.all_gather_object(places, own, group=groups.pp)
+        self.has_map = any(places)
+        owner = next((rank for rank, indices in enumerate(places) if indices), None)
+        for index in own:
+            is_owner = groups.pp.rank() == owner and index == own[0]
+            # Read by megatron-core's gradient norm.
+            chunks[index].maps["shared"].shared = not is_owner
+
+    def begin(self, scale: float) -> None:
+        """Set the gradient of the sum of all losses and forget what was summed."""
+        for chunk in self.chunks:
+            chunk.scale = scale
+            chunk.total.zero_()
+
+    def mean(self, num_tokens: float) -> float:
+        """Return L_is of the passes since ``begin``, on every rank. Two or three collectives."""
+        total = torch.stack([chunk.total for chunk in self.chunks]).sum()
+        groups = [self.groups.dp_cp, self.groups.pp]
+        if self.chunks[0].config.sequence_parallel:
+            groups.append(self.groups.tp)
+        for group in groups:
+            torch.distributed.all_reduce(total, group=group)
+        return total.item() / max(num_tokens, 1.0)
+
+    def add_gradients_of_shared_map(self) -> None:
+        """Give every stage the sum of the shared map's gradients. One collective over pp."""
+        if not self.has_map:
+            return
+        maps = [chunk.maps["shared"] for chunk in self.chunks if "shared" in chunk.maps]
+        device = torch.cuda.current_device()
+        total = torch.zeros(self.chunks[0].widths, dtype=torch.float64, device=device)
+        for parameter in maps:
+            total += parameter.main_grad
+        torch.distributed.all_reduce(total, group=self.groups.pp)
+        for parameter in maps:
+            parameter.main_grad.copy_(total)
+
+    def sharded_state(self) -> dict[str, ShardedTensor]:
+        """Return the maps as megatron-core's sharded tensors, ``distillation.projection.*``."""
+        groups, state = self.groups, {}
+        for index, chunk in enumerate(self.chunks):
+            for name, parameter in chunk.maps.items():
+                is_copy = name == "shared" and parameter.shared
+                stage = 1 + groups.pp.rank() * len(self.chunks) + index if is_copy else 0
+                state[f"{name} {index}"] = ShardedTensor.from_rank_offsets(
+                    f"{PREFIX}{name}",
+                    parameter,
+                    replica_id=(stage, groups.tp.rank(), groups.dp_cp.rank()),
+                )
+        return state
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take the maps that were read for ``sharded_state``."""
+        for index, chunk in enumerate(self.chunks):
+            for name, parameter in chunk.maps.items():
+                parameter.copy_(state[f"{name} {index}"])

@@ -1,0 +1,78 @@
+"""What the flags ask of distillation, checked against the two models."""
+
+from megatron_ext.arch import Arch
+from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.distillation.hidden import HiddenStates, parse_pairs
+from megatron_ext.distillation.losses import LogitLoss
+from megatron_ext.errors import USAGE, UserError
+from megatron_ext.flag_groups import Distill
+from megatron_ext.flags import TrainFlags
+from megatron_ext.pruning.plan import load_plan
+
+
+def logit_loss(distill: Distill) -> LogitLoss:
+    """Return the loss between distributions over the vocabulary."""
+    return LogitLoss(
+        kind=distill.kd_loss,
+        temperature=distill.kd_temperature,
+        temperature_squared=distill.kd_temperature_squared,
+        beta=distill.kd_jsd_beta,
+        top_k=distill.kd_top_k,
+        top_k_rest=distill.kd_top_k_rest,
+    )
+
+
+def hidden_states(
+    flags: TrainFlags, student: Arch, teacher: Arch, source: Checkpoint | None
+) -> HiddenStates | None:
+    """Return which hidden states are compared, or None. No collectives.
+
+    Args:
+        flags: of the run.
+        student: sizes of the model that is trained.
+        teacher: sizes of the other.
+        source: where the student's weights come from; None for random ones.
+
+    Raises:
+        UserError: --kd-hidden-states is no list of pairs, or names a layer that is not there.
+    """
+    text = flags.distill.kd_hidden_states
+    if text is None:
+        return None
+    try:
+        pairs = parse_pairs(text)
+    except ValueError as error:
+        raise UserError(f"--kd-hidden-states {text}: {error}.", USAGE) from error
+    for pair in pairs:
+        for who, layer, num_layers in (
+            ("teacher", pair.teacher, teacher.num_layers),
+            ("student", pair.student, student.num_layers),
+        ):
+            if layer is not None and layer >= num_layers:
+                raise UserError(
+                    f"--kd-hidden-states {pair}: the {who} has layers 0 to {num_layers - 1}.", USAGE
+                )
+    if flags.batch.recompute_granularity == "full":
+        raise UserError(
+            "--kd-hidden-states with --recompute-granularity full: layers that run twice would "
+            "count twice; use selective.",
+            USAGE,
+        )
+    return HiddenStates(
+        pairs=pairs,
+        loss=flags.distill.kd_hidden_loss,
+        projection=flags.distill.kd_projection,
+        kept_channels=kept_channels(source, student, teacher),
+    )
+
+
+def kept_channels(
+    source: Checkpoint | None, student: Arch, teacher: Arch
+) -> tuple[int, ...] | None:
+    """Return the teacher's channels that the student kept, from the plan beside its weights."""
+    path = source.folder / "plan.json" if source else None
+    if path is None or not path.exists():
+        return None
+    plan = load_plan(path)
+    sizes = plan.source.hidden_size, plan.target.hidden_size
+    return plan.hidden if sizes == (teacher.hidden_size, student.hidden_size) else None
