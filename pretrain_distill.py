@@ -9,7 +9,7 @@ Started again with the same command, a run goes on from its last checkpoint in -
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_ext import checkpoint, data, platform
 from megatron_ext.arch import Arch, forward_flops, num_parameters
@@ -17,7 +17,9 @@ from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.distillation import settings
 from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
+from megatron_ext.distillation.placement import layouts_of_both
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
+from megatron_ext.flag_groups import Parallel
 from megatron_ext.flags import (
     TrainFlags,
     check_against_checkpoint,
@@ -56,14 +58,16 @@ def main() -> int:
     arch = choose_arch(flags, start, tokenizer.vocab_size)
     for source in filter(None, (start.source, teacher)):
         check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
+    flags, teacher_parallel = place_layers(flags, arch, teacher)
+    check_layout(arch, flags.parallel, seq_length=flags.batch.seq_length)
     if teacher is not None:
-        check_teacher(arch, teacher, flags)
+        check_teacher(arch, teacher, flags, teacher_parallel)
     check_experts([arch, *([teacher.arch] if teacher else [])], flags.parallel)
     place = join_ranks(flags, arch.num_layers)
     if flags.checkpoint.verify_integrity:
         for source in filter(None, (start.source, teacher)):
             checkpoint.verify_integrity(source.folder)
-    run = build(flags, arch, start, teacher, place)
+    run = build(flags, arch, start, teacher, teacher_parallel, place)
     code = go(run, tokenizer, place)
     platform.shut_down()
     return code
@@ -99,21 +103,30 @@ def find_start(flags: TrainFlags) -> Start:
 
 
 def choose_arch(flags: TrainFlags, start: Start, vocab_size: int) -> Arch:
-    """Return the checked architecture: the checkpoint's, or that of the typed sizes."""
+    """Return the architecture: the checkpoint's, or that of the typed sizes."""
     if start.source is None:
-        arch = new_arch(flags.sizes, vocab_size)
-    else:
-        arch = check_against_checkpoint(flags.sizes, start.source.arch)
-    check_layout(arch, flags.parallel, seq_length=flags.batch.seq_length)
-    return arch
+        return new_arch(flags.sizes, vocab_size)
+    return check_against_checkpoint(flags.sizes, start.source.arch)
 
 
-def check_teacher(arch: Arch, teacher: Checkpoint, flags: TrainFlags) -> None:
+def place_layers(
+    flags: TrainFlags, arch: Arch, teacher: Checkpoint | None
+) -> tuple[TrainFlags, Parallel]:
+    """Return the flags with the layout of the model, and the layout of its teacher."""
+    if teacher is None:
+        return flags, flags.parallel
+    pairs = settings.pairs(flags, arch, teacher.arch)
+    depths = arch.num_layers, teacher.arch.num_layers
+    own, teachers = layouts_of_both(flags.parallel, *depths, pairs)
+    return replace(flags, parallel=own), teachers
+
+
+def check_teacher(arch: Arch, teacher: Checkpoint, flags: TrainFlags, parallel: Parallel) -> None:
     """Refuse a teacher that this layout cannot hold, or these losses compare, with the student."""
     top_k = flags.distill.kd_top_k
     if top_k is not None and top_k > arch.vocab_size:
         raise UserError(f"--kd-top-k {top_k}: the vocabulary has {arch.vocab_size} tokens.", USAGE)
-    check_layout(teacher.arch, flags.parallel, seq_length=flags.batch.seq_length)
+    check_layout(teacher.arch, parallel, seq_length=flags.batch.seq_length)
     tp = flags.parallel.tensor_model_parallel_size
     if tp > 1 and teacher.arch.padded_vocab_size != arch.padded_vocab_size:
         raise UserError(
@@ -125,7 +138,12 @@ def check_teacher(arch: Arch, teacher: Checkpoint, flags: TrainFlags) -> None:
 
 
 def build(
-    flags: TrainFlags, arch: Arch, start: Start, teacher: Checkpoint | None, place: Platform
+    flags: TrainFlags,
+    arch: Arch,
+    start: Start,
+    teacher: Checkpoint | None,
+    teacher_parallel: Parallel,
+    place: Platform,
 ) -> state.Run:
     """Build the models, load them and return the run where it begins. Collective."""
     options = model_options(
@@ -148,7 +166,9 @@ def build(
             hidden_states=settings.hidden_states(flags, arch, teacher.arch, start.source),
             vocab_size=arch.vocab_size,
         )
-        teachers = build_model(teacher.arch, options, place.groups)
+        layout = teacher_parallel.pipeline_model_parallel_layout
+        teacher_options = replace(options, pipeline_model_parallel_layout=layout)
+        teachers = build_model(teacher.arch, teacher_options, place.groups)
         state.restore_weights(teachers, teacher)
         modules = on_all_ranks(
             lambda: [

@@ -146,11 +146,18 @@ def assert_same(ours, theirs, case, rtol=1e-6, atol=1e-9):
         )
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "TP1"])
-@pytest.mark.parametrize("case", CASES)
+# Two cases under every layout; the others differ from them in what a rank does by itself.
+WHERE = [
+    (case, layout)
+    for case in CASES
+    for layout in LAYOUTS
+    if layout in ("TP2+SP", "PP2xVPP2")
+    or (layout != "TP1" and case in ("cosine, one map", "LayerNorm, tied"))
+]
+
+
+@pytest.mark.parametrize(("case", "layout"), WHERE)
 def test_three_steps_are_the_same_under_every_layout(case, layout, serial):
-    if case not in ("cosine, one map", "LayerNorm, tied") and layout not in ("TP2+SP", "PP2xVPP2"):
-        pytest.skip("the other cases differ in what a rank does by itself")
     world_size, sizes, options = LAYOUTS[layout]
     for rank in run_ranks(world_size, trained, case, sizes, options):
         assert_same(rank, serial[case], case)
@@ -260,11 +267,13 @@ def test_values_and_gradients_equal_plain_autograd(case):
     assert gradients.keys() == reference.keys()
     for name, gradient in gradients.items():
         # megatron-core divides all by the number of tokens, through a float32 reciprocal.
+        # Position embeddings are float32 in megatron-core, whatever the model.
+        is_double = gradient.dtype == torch.float64
         torch.testing.assert_close(
             gradient,
             reference[name],
-            rtol=1e-7,
-            atol=1e-11,
+            rtol=1e-7 if is_double else 1e-5,
+            atol=1e-11 if is_double else 1e-7,
             msg=lambda m, name=name: f"{name}: {m}",
         )
 
@@ -348,7 +357,8 @@ def test_the_map_is_no_weight_of_the_model(place, tmp_path):
         ("--kd-hidden-states 3:3 --kd-alpha 0", ["--kd-alpha 0", "dynamic"]),
         ("--kd-alpha 0.5", ["--kd-alpha 0.5 needs --kd-hidden-states"]),
         (
-            "--kd-hidden-states 3:0 --pipeline-model-parallel-size 2",
+            "--kd-hidden-states 3:0 --pipeline-model-parallel-size 2 "
+            "--pipeline-model-parallel-layout Ett|ttL",
             ["3:0", "different pipeline stages"],
         ),
         ("--kd-hidden-states 3:3 --recompute-granularity full", ["full"]),

@@ -16,6 +16,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_ext import platform
 from megatron_ext.checkpoint import sharded_tensors
+from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.distillation.model import Distillation, DistillationModel
 from megatron_ext.layers import shard_positions
 from megatron_ext.model import ModelOptions, build_model, model_state_dict
@@ -65,7 +66,9 @@ def gradients_of_one_step(arch, layout, options, teacher=None, dtype=torch.float
     chunks = build_model(arch, options, groups, seed=7)
     trained, objective = chunks, {"lm loss": 1.0}
     if teacher is not None:
-        distillation = Distillation(temperature=2.0, vocab_size=arch.vocab_size)
+        distillation = Distillation(
+            logit_loss=LogitLoss(temperature=2.0), vocab_size=arch.vocab_size
+        )
         teachers = build_model(teacher, options, groups, seed=8)
         trained = [
             DistillationModel(s, t, distillation, groups.tp)

@@ -2,7 +2,7 @@
 
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import Checkpoint
-from megatron_ext.distillation.hidden import HiddenStates, parse_pairs
+from megatron_ext.distillation.hidden import HiddenStates, Pair, parse_pairs
 from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.errors import USAGE, UserError
 from megatron_ext.flag_groups import Distill
@@ -22,28 +22,20 @@ def logit_loss(distill: Distill) -> LogitLoss:
     )
 
 
-def hidden_states(
-    flags: TrainFlags, student: Arch, teacher: Arch, source: Checkpoint | None
-) -> HiddenStates | None:
-    """Return which hidden states are compared, or None. No collectives.
-
-    Args:
-        flags: of the run.
-        student: sizes of the model that is trained.
-        teacher: sizes of the other.
-        source: where the student's weights come from; None for random ones.
+def pairs(flags: TrainFlags, student: Arch, teacher: Arch) -> tuple[Pair, ...]:
+    """Return the pairs of states that --kd-hidden-states names.
 
     Raises:
-        UserError: --kd-hidden-states is no list of pairs, or names a layer that is not there.
+        UserError: it is no list of pairs, or names a layer that is not there.
     """
     text = flags.distill.kd_hidden_states
     if text is None:
-        return None
+        return ()
     try:
-        pairs = parse_pairs(text)
+        named = parse_pairs(text)
     except ValueError as error:
         raise UserError(f"--kd-hidden-states {text}: {error}.", USAGE) from error
-    for pair in pairs:
+    for pair in named:
         for who, layer, num_layers in (
             ("teacher", pair.teacher, teacher.num_layers),
             ("student", pair.student, student.num_layers),
@@ -58,8 +50,28 @@ def hidden_states(
             "count twice; use selective.",
             USAGE,
         )
+    return named
+
+
+def hidden_states(
+    flags: TrainFlags, student: Arch, teacher: Arch, source: Checkpoint | None
+) -> HiddenStates | None:
+    """Return which hidden states are compared, or None. No collectives.
+
+    Args:
+        flags: of the run.
+        student: sizes of the model that is trained.
+        teacher: sizes of the other.
+        source: where the student's weights come from; None for random ones.
+
+    Raises:
+        UserError: as ``pairs``.
+    """
+    named = pairs(flags, student, teacher)
+    if not named:
+        return None
     return HiddenStates(
-        pairs=pairs,
+        pairs=named,
         loss=flags.distill.kd_hidden_loss,
         projection=flags.distill.kd_projection,
         kept_channels=kept_channels(source, student, teacher),
