@@ -313,6 +313,9 @@ class Distill:
         "folder of the teacher's checkpoint; default no teacher",
         aliases=("--export-kd-teacher-load",),
     )
+    export_kd_cfg: str | None = flag(
+        None, "Model Optimizer's YAML file of distillation settings; typed flags win over it"
+    )
     kd_loss: str = flag(
         "forward-kl",
         "between the distributions of teacher and student over the vocabulary",

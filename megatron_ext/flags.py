@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from megatron_ext import flag_checks as check
 from megatron_ext import flag_groups as group
 from megatron_ext.arch import Arch
+from megatron_ext.distillation.kd_cfg import read_kd_cfg
 from megatron_ext.errors import USAGE, UserError
 from megatron_ext.flag_parser import build, dashed, flags_as_dict, format_flags, missing, read
 from megatron_ext.model_flags import (
@@ -80,6 +81,8 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
         UserError: with code ``USAGE``, for the first problem; missing flags all at once.
     """
     typed = read(TrainFlags, argv, group.IGNORED_IN_TRAINING)
+    if "export_kd_cfg" in typed:
+        typed = read_kd_cfg(typed["export_kd_cfg"]) | typed
     training = not typed.get("skip_train")
     needed = missing(TrainFlags, typed)
     if training:

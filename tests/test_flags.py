@@ -387,7 +387,7 @@ TRAIN_OPTIONS = """
     --data-path --device --disable-bias-linear --distributed-backend --distributed-timeout-minutes
     --end-weight-decay --eod-mask-loss --eval-interval --eval-iters --exit-duration-in-mins
     --exit-interval --exit-on-missing-checkpoint --expert-model-parallel-size
-    --export-kd-teacher-load --ffn-hidden-size --finetune --fp16 --global-batch-size
+    --export-kd-cfg --export-kd-teacher-load --ffn-hidden-size --finetune --fp16 --global-batch-size
     --grad-reduce-in-bf16 --group-query-attention --help --hidden-dropout --hidden-size
     --init-method-std --initial-loss-scale --kd-alpha --kd-hidden-loss --kd-hidden-states
     --kd-jsd-beta --kd-lm-loss-weight --kd-loss --kd-loss-weight --kd-projection --kd-temperature
