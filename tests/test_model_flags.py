@@ -17,6 +17,8 @@ from megatron_ext.flags import (
     new_arch,
     virtual_pipeline_size,
 )
+from megatron_ext.pruning.plan import PRUNABLE
+from megatron_ext.pruning.planner import target_arch
 from tests.test_flags import NEW, refused, train
 
 ARCH = Arch(
@@ -233,26 +235,38 @@ def test_layout_strings_mean_what_they_mean_to_megatron(layout):
     assert stages(layout) == ["".join(letters[kind.name] for kind in stage) for stage in theirs]
 
 
+def checked_targets(prune):
+    """Prune's flags -> the targets that pruning ARCH would have, checked."""
+    sizes = {size: getattr(prune, f"target_{size}") for size in PRUNABLE}
+    target = target_arch(ARCH, **sizes)
+    check_targets(ARCH, [target], prune)
+    return target
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ({"target_hidden_size": 97}, "--target-hidden-size 97: the checkpoint has only 96"),
-        ({"target_ffn_hidden_size": 161}, "--target-ffn-hidden-size 161: the checkpoint has only"),
-        ({"target_num_layers": 7}, "--target-num-layers 7: the checkpoint has only 6"),
-        ({"target_num_attention_heads": 13}, "--target-num-attention-heads 13: the checkpoint has"),
+        ({"target_hidden_size": 97}, "--target-hidden-size 97: choose from 1 to the checkpoint's"),
+        ({"target_ffn_hidden_size": 161}, "--target-ffn-hidden-size 161: choose from 1 to"),
+        ({"target_num_layers": 7}, "--target-num-layers 7: choose from 1 to the checkpoint's 6"),
+        ({"target_num_attention_heads": 13}, "--target-num-attention-heads 13: choose from 1 to"),
         (
-            {"target_num_attention_heads": 6},
-            "6 is not a multiple of the checkpoint's 4 query groups",
+            {"target_num_attention_heads": 4, "head_residual": "laco"},
+            "--head-residual laco folds a pruned head into each kept one",
+        ),
+        ({"depth_block": 6}, "--depth-block 6: the checkpoint has only 6 layers"),
+        (
+            {"target_num_layers": 3, "depth_block": 2, "depth_rescore": True},
+            "--target-num-layers 3 removes 3 of 6 layers, not a multiple of --depth-block 2",
         ),
     ],
 )
 def test_targets_that_cannot_be_cut(targets, message):
     with refused(message):
-        check_targets(ARCH, Prune(**targets))
+        checked_targets(Prune(**targets))
 
 
 def test_targets_that_can_be_cut():
-    check_targets(ARCH, Prune())
-    check_targets(ARCH, Prune(target_hidden_size=96, target_num_attention_heads=8))
-    one_group_per_head = replace(ARCH, num_query_groups=12)
-    check_targets(one_group_per_head, Prune(target_num_attention_heads=7, target_num_layers=1))
+    assert checked_targets(Prune()) == ARCH
+    target = checked_targets(Prune(target_hidden_size=96, target_num_attention_heads=8))
+    assert target == replace(ARCH, num_attention_heads=8)

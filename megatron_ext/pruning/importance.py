@@ -31,13 +31,10 @@ see each other is the model's attention mask (--reset-attention-mask), which act
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
@@ -53,27 +50,20 @@ from megatron_ext.pruning.aggregation import (
     sums_over_positions,
 )
 from megatron_ext.pruning.experts import DispatchedSums, ExpertTap, gather_left_out
+from megatron_ext.pruning.taps import (
+    Tap,
+    first_input,
+    input_and_output,
+    itself,
+    norm_output,
+    one_minus_cosine,
+)
 
 TP_SPLIT_AXES = ("ffn", "heads", "shared_ffn")
 
 # Elements that a hook works on at a time. On a CPU their float32 copies stay in the cache of a core
 # (tools/bench/calibration.py); a GPU needs more to be busy.
 BLOCK_NUMEL = {"cpu": 2**18, "cuda": 2**22}
-
-
-@dataclass(frozen=True)
-class Tap:
-    """A module that is listened to, what is taken from it, and where that belongs."""
-
-    axis: str
-    row: tuple[int, int]
-    """(layer, tap of this axis in the layer), global numbers from 0."""
-    module: nn.Module
-    tensors: Callable[[Tensor, Any], tuple[Tensor, ...]]
-    """(first input, output) of the module -> tensors [s, B, ...]."""
-    values: Callable[..., Tensor]
-    """Some positions of these tensors -> what is aggregated, [s, B, c]."""
-    samples: OverSamples
 
 
 class Importance:
@@ -197,13 +187,13 @@ class Importance:
 
     def _taps_of(self, layer: nn.Module) -> list[Tap | ExpertTap]:
         attention, number = layer.self_attention, layer.layer_number - 1
-        heads = _itself if self.aggregation.heads == "aggregate-first" else self._head_norms
+        heads = itself if self.aggregation.heads == "aggregate-first" else self._head_norms
         rows = [
             *self._neurons(layer.mlp),
-            ("heads", 0, attention.linear_proj, _input, heads),
-            ("hidden", 0, *_norm(layer.input_layernorm, attention.linear_qkv), _itself),
-            ("hidden", 1, *_norm(layer.pre_mlp_layernorm, layer.mlp), _itself),
-            ("layers", 0, layer, _input_and_output, _one_minus_cosine),
+            ("heads", 0, attention.linear_proj, first_input, heads),
+            ("hidden", 0, *norm_output(layer.input_layernorm, attention.linear_qkv), itself),
+            ("hidden", 1, *norm_output(layer.pre_mlp_layernorm, layer.mlp), itself),
+            ("layers", 0, layer, input_and_output, one_minus_cosine),
         ]
         taps: list[Tap | ExpertTap] = [
             Tap(axis, (number, index), *rest, self._samples(axis)) for axis, index, *rest in rows
@@ -225,8 +215,8 @@ class Importance:
                 return []
             axis, mlp = "shared_ffn", mlp.shared_experts
         if self.aggregation.neurons == "pre":
-            return [(axis, 0, mlp.linear_fc1, self._gate, _itself)]
-        return [(axis, 0, mlp.linear_fc2, _input, _itself)]
+            return [(axis, 0, mlp.linear_fc1, self._gate, itself)]
+        return [(axis, 0, mlp.linear_fc2, first_input, itself)]
 
     def _samples(self, axis: str) -> OverSamples:
         split_units = axis in TP_SPLIT_AXES
@@ -330,47 +320,6 @@ class Importance:
             for expert, neurons in enumerate(row.view(self.arch.num_experts, -1)):
                 vectors[f"moe_ffn.{layer}.{expert}"] = neurons
         return {name: vector.float() for name, vector in vectors.items()}
-
-
-def _input(before: Tensor, _: Any) -> tuple[Tensor]:
-    return (before,)
-
-
-def _input_and_output(before: Tensor, output: Any) -> tuple[Tensor, Tensor]:
-    return before, output[0] if isinstance(output, tuple) else output
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
-
-
-def _norm(norm: nn.Module, block: nn.Module) -> tuple[nn.Module, Callable]:
-    """Return the module to listen to for the output of a norm, and how to take that from it.
-
-    Transformer Engine norms inside the linear layer that follows; ``norm`` is an IdentityOp then,
-    and the norm is computed a second time from the input of that layer, or of the MLP's first.
-    """
-    if isinstance(norm, IdentityOp):
-        linear = getattr(block, "linear_fc1", block)
-        return linear, lambda x, _: (_norm_of(linear, x),)
-    return norm, lambda _, y: (y,)
-
-
-def _norm_of(linear: nn.Module, x: Tensor) -> Tensor:
-    """Return the norm inside a Transformer Engine LayerNormLinear, [s, B, H] in and out."""
-    weight = linear.layer_norm_weight + (1 if linear.zero_centered_gamma else 0)
-    if linear.normalization == "RMSNorm":
-        return F.rms_norm(x, weight.shape, weight, linear.eps)
-    return F.layer_norm(x, weight.shape, weight, linear.layer_norm_bias, linear.eps)
-
-
-def _one_minus_cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Return 1 - cos of two [s, B, H], [s, B, 1] float32."""
-    x, y = x.float(), y.float()
-    lengths = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
-    cosine = (x * y).sum(dim=-1) / lengths.clamp_min_(1e-12)
-    # A layer that changes nothing must not score below 0 by rounding.
-    return (1 - cosine).clamp_(0, 2).unsqueeze(-1)
 
 
 def _check(totals: Mapping[str, Tensor]) -> None:
