@@ -194,6 +194,7 @@ def build(
         eval_losses=eval_losses,
         flops_per_token=flops,
         hidden=hidden,
+        source=start.source,
     )
     if start.resume:
         state.restore(run, start.source)

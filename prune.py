@@ -308,6 +308,7 @@ def trim(source: Checkpoint, plan: Plan, save: str) -> None:
         files={
             "plan.json": plan.to_json(),
             "megatron_args.sh": megatron_command_line(plan.target) + "\n",
+            **source.tokenizer_files(),
         },
     )
 

@@ -74,6 +74,8 @@ class Arch:
     """Norm weights are stored as gamma - 1."""
     swiglu: bool = False
     squared_relu: bool = False
+    bias_gelu_fusion: bool = False
+    """GELU in its tanh approximation, as Megatron-LM's fused kernel has it; needs biases."""
     add_bias_linear: bool = True
     add_qkv_bias: bool = False
     """A bias on linear_qkv even where add_bias_linear is off."""
@@ -145,6 +147,8 @@ class Arch:
         args = {**{name: args.get(new) for name, new in RENAMED.items()}, **args}
         known = {f.name: args[f.name] for f in fields(cls) if args.get(f.name) is not None}
         known.setdefault("vocab_size", args["padded_vocab_size"])
+        if not is_gelu(known) or not known.get("add_bias_linear", True):
+            known.pop("bias_gelu_fusion", None)  # on by default in Megatron-LM, without effect
         if args.get("num_experts") is None:
             known = {name: value for name, value in known.items() if not name.startswith("moe_")}
         else:
@@ -173,6 +177,11 @@ _EXPERT_SIZES = (
     "moe_ffn_hidden_size",
     "moe_shared_expert_intermediate_size",
 )
+
+
+def is_gelu(sizes: Mapping[str, Any]) -> bool:
+    """Whether the MLP that ``sizes`` (fields of ``Arch`` by name) describe computes a GELU."""
+    return not (sizes.get("swiglu") or sizes.get("squared_relu"))
 
 
 def _expert_args(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@
         common.pt .metadata metadata.json __*.distcp
         integrity.json         SHA-256 of the files above, in Megatron-LM's schema
         megatron_args.sh       the flags with which Megatron-LM builds this model
+        tokenizer/             of a model that was imported, and of what came of it
 
 ``checkpoint_writer`` writes them. Loading compares every tensor's name and shape first, and
 unpickles plain data only.
@@ -37,6 +38,7 @@ from megatron_ext.together import gather
 TRACKER = "latest_checkpointed_iteration.txt"
 INTEGRITY = "integrity.json"
 RELEASE = "release"
+TOKENIZER = "tokenizer"
 MAX_ROWS = 10
 # Tensors of a checkpoint that are not weights: a run that does not ask for them may leave them.
 NOT_WEIGHTS = (
@@ -68,6 +70,11 @@ class Checkpoint:
     def iteration(self) -> int:
         """Optimizer steps behind it; 0 for a release (pruned or converted weights)."""
         return int(self.common.get("iteration", 0))
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Return the files of its ``tokenizer`` folder, by the name under its own folder."""
+        paths = sorted((self.folder / TOKENIZER).glob("*"))
+        return {f"{TOKENIZER}/{path.name}": path.read_bytes() for path in paths}
 
     @property
     def arch(self) -> Arch:

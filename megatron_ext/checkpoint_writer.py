@@ -32,13 +32,16 @@ from megatron_ext.checkpoint import INTEGRITY, RELEASE, TRACKER, sha256
 from megatron_ext.errors import RUNTIME, UserError
 from megatron_ext.together import gather, on_first_rank
 
+# Name to content.
+Files = Mapping[str, str | bytes]
+
 
 def save(
     root: str,
     name: str,
     state: ShardedStateDict,
     *,
-    files: Mapping[str, str],
+    files: Files,
     dp_group: ProcessGroup | None = None,
     content_metadata: Mapping[str, Any] | None = None,
     keep: Callable[[str], bool] = lambda name: True,
@@ -49,7 +52,7 @@ def save(
         root: folder above the checkpoint; made if it is missing.
         name: of the checkpoint's folder, ``iter_*`` or ``release``. An older one is replaced.
         state: sharded tensors and, equal on all ranks, the common part with ``args``.
-        files: text files to put beside the tensors, name to content.
+        files: small files to put beside the tensors, name to content; folder/name for a folder.
         dp_group: the ranks with the same shards, which then write a share each; None: the first.
         content_metadata: how optimizer state is laid out, for the reader.
         keep: of the other ``iter_*`` folders, which to keep; the rest is deleted at the end.
@@ -120,11 +123,13 @@ def _hash_own_files(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def _finish(aside: Path, final: Path, hashes: dict[str, str], files: Mapping[str, str]) -> None:
+def _finish(aside: Path, final: Path, hashes: dict[str, str], files: Files) -> None:
     integrity = json.dumps({"algorithm": "sha256", "files": hashes}, indent=1, sort_keys=True)
-    for name, text in {INTEGRITY: integrity, **files}.items():
-        (aside / name).write_text(text)
-    for path in aside.iterdir():
+    for name, content in {INTEGRITY: integrity, **files}.items():
+        path = aside / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    for path in aside.rglob("*"):
         _fsync(path)
     old = final.with_name(f".{final.name}.old.tmp")
     shutil.rmtree(old, ignore_errors=True)

@@ -444,7 +444,6 @@ IGNORED = {
     "--no-position-embedding": (0, "see --position-embedding-type"),
     "--no-async-tensor-model-parallel-allreduce": (0, _KERNELS),
     "--no-masked-softmax-fusion": (0, _KERNELS),
-    "--no-bias-gelu-fusion": (0, _KERNELS),
     "--no-bias-swiglu-fusion": (0, _KERNELS),
     "--no-bias-dropout-fusion": (0, _KERNELS),
     "--no-rope-fusion": (0, _KERNELS),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import squared_relu
+from megatron.core.activations import fast_gelu, squared_relu
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -89,7 +89,8 @@ def transformer_config(
 
     Losses are sums over tokens, divided once by the token count of the global batch.
     """
-    gate = F.silu if arch.swiglu else F.gelu
+    gelu = fast_gelu if arch.bias_gelu_fusion else F.gelu
+    gate = F.silu if arch.swiglu else gelu
     has_engine = options.transformer_impl == "transformer_engine"
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -103,7 +104,7 @@ def transformer_config(
         layernorm_zero_centered_gamma=arch.apply_layernorm_1p,
         gated_linear_unit=arch.swiglu,
         activation_func=squared_relu if arch.squared_relu else gate,
-        # Gelu is left as it is: megatron-core's fused one is the tanh approximation.
+        # Not of gelu: megatron-core's fused kernel is the tanh approximation, whoever asks for it.
         bias_activation_fusion=options.fuse_kernels and arch.swiglu,
         bias_dropout_fusion=options.fuse_kernels,
         add_bias_linear=arch.add_bias_linear,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, fields, replace
 from typing import Any
 
-from megatron_ext.arch import LOAD_BALANCING, Arch
+from megatron_ext.arch import LOAD_BALANCING, Arch, is_gelu
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.flag_parser import flag, option
 
@@ -46,6 +46,11 @@ class Sizes:
     apply_layernorm_1p: bool = flag(False, "norm weights are stored as gamma - 1")
     swiglu: bool = flag(False, "gated MLP with SiLU instead of GELU")
     squared_relu: bool = flag(False, "squared ReLU instead of GELU")
+    bias_gelu_fusion: bool = flag(
+        True,
+        "exact GELU; without it a GELU with biases is its tanh approximation",
+        off="--no-bias-gelu-fusion",
+    )
     add_bias_linear: bool = flag(True, "no bias in linear layers", off="--disable-bias-linear")
     add_qkv_bias: bool = flag(False, "a bias on query, key and value even without the others")
     qk_layernorm: bool = flag(False, "a norm on the query and the key of each head")
@@ -131,6 +136,7 @@ def new_arch(sizes: Mapping[str, Any], vocab_size: int) -> Arch:
         )
     if values["num_experts"] is not None and values["moe_ffn_hidden_size"] is None:
         values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
+    values["bias_gelu_fusion"] &= is_gelu(values) and values["add_bias_linear"]
     if not values.pop("group_query_attention"):
         values["num_query_groups"] = heads
     # Megatron-LM pads to a multiple of this times TP. Sizes must not depend on the layout.
@@ -183,6 +189,8 @@ def megatron_command_line(arch: Arch) -> str:
     for field in fields(Sizes):
         value = values[field.name]
         if value is None or (field.name.startswith("moe_") and arch.num_experts is None):
+            continue
+        if field.name == "bias_gelu_fusion" and not is_gelu(values):
             continue
         if isinstance(field.default, bool):
             words += [option(field)] * (value != field.default)

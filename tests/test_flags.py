@@ -251,6 +251,7 @@ DEFAULTS = {
     "normalization": "LayerNorm",
     "norm_epsilon": 1e-5,
     "add_bias_linear": True,
+    "bias_gelu_fusion": True,
     "moe_router_topk": 2,
     "moe_router_load_balancing_type": "aux_loss",
     "init_method_std": 0.02,
@@ -397,8 +398,8 @@ TRAIN_OPTIONS = """
     --lr-wsd-decay-style --make-vocab-size-divisible-by --max-position-embeddings --merge-file
     --micro-batch-size --min-lr --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size
     --moe-grouped-gemm --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
-    --moe-shared-expert-intermediate-size --moe-token-dispatcher-type --no-load-optim
-    --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication --no-save-optim --no-save-rng
+    --moe-shared-expert-intermediate-size --moe-token-dispatcher-type --no-bias-gelu-fusion
+    --no-load-optim --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication --no-save-optim --no-save-rng
     --no-verify-integrity --norm-epsilon --normalization --num-attention-heads --num-experts
     --num-layers --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --optimizer --overlap-grad-reduce

@@ -8,7 +8,7 @@ with, however the model was spread over ranks when it was saved.
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy
@@ -90,17 +90,25 @@ def trimmed_share(
         source = read_piece(reader, piece, spare)
         trimmed = _cut(source, piece, plan)
         spare = None if trimmed is source else source
-        numbers = (piece.new_layer, piece.new_expert)
-        counts = (plan.target.num_layers, plan.target.num_experts)
-        place = [
-            (axis, number, count)
-            for axis, (number, count) in enumerate(zip(numbers, counts, strict=True))
-            if number is not None
-        ]
-        share[f"{piece.weight.key} {numbers}"] = ShardedTensor.from_rank_offsets(
-            piece.weight.key, trimmed, *place, prepend_axis_num=len(place)
-        )
+        share |= as_share(piece, trimmed, plan.target)
     return share
+
+
+def as_share(piece: Piece, tensor: Tensor, target: Arch) -> dict[str, ShardedTensor]:
+    """Return ``tensor`` as a piece of the checkpoint of ``target``, layers and experts stacked."""
+    numbers = (piece.new_layer, piece.new_expert)
+    counts = (target.num_layers, target.num_experts)
+    place = [
+        (axis, number, count)
+        for axis, (number, count) in enumerate(zip(numbers, counts, strict=True))
+        if number is not None
+    ]
+    name = f"{piece.weight.key} {numbers}"
+    return {
+        name: ShardedTensor.from_rank_offsets(
+            piece.weight.key, tensor, *place, prepend_axis_num=len(place)
+        )
+    }
 
 
 @torch.no_grad()
@@ -156,8 +164,13 @@ def empty_extra_states(reader: SliceReader, target: Arch) -> dict[str, ShardedOb
     A model does not load without them. What they may hold, Transformer Engine's FP8 scales, comes
     from activations that trimming has changed.
     """
+    return empty_states(reader.objects, target)
+
+
+def empty_states(names: Iterable[str], target: Arch) -> dict[str, ShardedObject]:
+    """Return an empty object for each of the names that is an ``_extra_state``, layers stacked."""
     states = {}
-    for name in sorted(reader.objects):
+    for name in sorted(names):
         key = re.sub(rf"^{re.escape(LAYER_PREFIX)}\d+\.", LAYER_PREFIX, name.split("/")[0])
         if not key.endswith("_extra_state"):
             continue

@@ -70,6 +70,10 @@ class Run:
     """Floating-point operations of one step on all ranks together."""
     hidden: HiddenLosses | None = None
     """Losses between hidden states, with maps that are trained too."""
+    hf_config: Mapping[str, Any] | None = None
+    """config.json of the Hugging Face model that this one comes from."""
+    tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
+    """What stands beside every checkpoint, as ``Checkpoint.tokenizer_files``."""
     counters: Counters = field(default_factory=Counters)
 
 
@@ -84,8 +88,12 @@ def make_run(
     eval_losses: tuple[str, ...],
     flops_per_token: float,
     hidden: HiddenLosses | None = None,
+    source: checkpoint.Checkpoint | None = None,
 ) -> Run:
-    """Return a run at iteration 0; ``modules`` are ``chunks``, or each beside its teacher."""
+    """Return a run at iteration 0; ``modules`` are ``chunks``, or each beside its teacher.
+
+    What ``source`` says of its origin is kept; its weights are not loaded.
+    """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=flags.precision.bf16 and not flags.precision.grad_reduce_in_bf16,
         overlap_grad_reduce=flags.parallel.overlap_grad_reduce,
@@ -111,6 +119,8 @@ def make_run(
         eval_losses=eval_losses,
         flops_per_step=flops_per_token * flags.batch.global_batch_size * flags.batch.seq_length,
         hidden=hidden,
+        hf_config=source and source.args.get("hf_config"),
+        tokenizer_files=source.tokenizer_files() if source else {},
     )
 
 
@@ -184,7 +194,10 @@ def save(run: Run) -> None:
         flags.checkpoint.save,
         checkpoint.iteration_name(counters.iteration),
         state,
-        files={"megatron_args.sh": megatron_command_line(run.arch) + "\n"},
+        files={
+            "megatron_args.sh": megatron_command_line(run.arch) + "\n",
+            **run.tokenizer_files,
+        },
         dp_group=run.groups.dp_cp,
         content_metadata=OPTIMIZER_LAYOUT,
         keep=lambda name: not interval or int(name.removeprefix("iter_")) % interval == 0,
@@ -209,6 +222,7 @@ def saved_args(run: Run) -> Namespace:
             "skipped_train_samples": 0,
             "consumed_valid_samples": 0,
             "tokenizer_sha256": tokenizer_sha256(run.flags.data),
+            "hf_config": run.hf_config,
         }
     )
 

@@ -1,0 +1,241 @@
+"""config.json of a Hugging Face model as an ``Arch``, and back; pure functions.
+
+What a config asks for and the model here does not compute is refused by name. All functions raise
+``ValueError`` for that, with one line.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from megatron_ext.arch import Arch
+from megatron_ext.convert.families import FAMILIES, Family
+
+Config = Mapping[str, Any]
+
+# The scaling of Llama 3.1 in megatron-core's rotary embedding, whose factor alone can change.
+LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# Fields of ``Arch`` that matter in training only, or not in the names and shapes of a model.
+NOT_COMPARED = {
+    "vocab_size",
+    "padded_vocab_size",
+    "init_method_std",
+    "attention_dropout",
+    "hidden_dropout",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+}
+
+
+def family_of(config: Config) -> Family:
+    """Return the family that ``model_type`` names."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not known; known are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def arch_of(
+    config: Config,
+    *,
+    vocab_size: int | None = None,
+    make_vocab_size_divisible_by: int = 1,
+) -> Arch:
+    """Return the architecture that a config.json describes.
+
+    Args:
+        config: what the file holds.
+        vocab_size: tokens of the tokenizer; None for all rows of the embedding.
+        make_vocab_size_divisible_by: rows are added up to a multiple of this.
+    """
+    family = family_of(config)
+    config = {**family.defaults, **config}
+    rows, multiple = _needed(config, "vocab_size"), make_vocab_size_divisible_by
+    sizes = _sizes(family, config)
+    _check_computed(family, config, sizes["num_layers"], sizes["max_position_embeddings"])
+    if family.fixed["position_embedding_type"] == "rope":
+        sizes |= _rope(config)
+    return Arch(
+        **{**family.fixed, **sizes},
+        **_activation(family, config),
+        **_switches(family, config),
+        vocab_size=rows if vocab_size is None else min(vocab_size, rows),
+        padded_vocab_size=-(-rows // multiple) * multiple,
+    )
+
+
+def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[str, Any]:
+    """Return the config.json of a model of ``arch``.
+
+    Args:
+        arch: its sizes; what they say replaces what ``origin`` says.
+        family: the model type to write.
+        origin: the config of the model that it comes from, or an empty one.
+        dtype: of the weights, "bfloat16" and the like.
+
+    Raises:
+        ValueError: the family has no such models.
+    """
+    config = dict(origin) if origin.get("model_type") == family.model_type else {}
+    config |= {"model_type": family.model_type, "architectures": [family.architecture]}
+    config |= {"vocab_size": num_rows(arch, origin), "torch_dtype": dtype, "dtype": dtype}
+    for name, keys in family.sizes.items():
+        config |= dict.fromkeys(keys, getattr(arch, name))
+    config |= dict.fromkeys(family.biases, arch.add_bias_linear)
+    config |= {key: not getattr(arch, name) for name, key in family.negated.items()}
+    config |= family.only
+    config |= _activation_config(arch, family, config)
+    if arch.position_embedding_type == "rope":
+        config |= _rope_config(arch)
+    if "layer_types" in config:
+        config["layer_types"] = ["full_attention"] * arch.num_layers
+    if "sliding_window" in family.defaults:
+        config.setdefault("sliding_window", None)
+    _check_reads_back(arch, family, config)
+    return config
+
+
+def num_rows(arch: Arch, origin: Config) -> int:
+    """Return how many rows a Hugging Face embedding has: those of the origin, or the tokens'.
+
+    Many models have more rows than their tokenizer has tokens; those have been kept as padding.
+    """
+    rows = origin.get("vocab_size", arch.vocab_size)
+    return rows if arch.vocab_size <= rows <= arch.padded_vocab_size else arch.vocab_size
+
+
+def _needed(config: Config, key: str) -> Any:
+    if config.get(key) is None:
+        raise ValueError(f"there is no {key}")
+    return config[key]
+
+
+def _sizes(family: Family, config: Config) -> dict[str, Any]:
+    """Return the fields of ``family.sizes``; those that may be left out follow from the others."""
+    sizes = {}
+    for name, keys in family.sizes.items():
+        values = [config[key] for key in keys if config.get(key) is not None]
+        sizes |= {name: values[0]} if values else {}
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
+        if name not in sizes:
+            _needed(config, family.sizes[name][0])
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if family.whole_heads and hidden % heads:
+        raise ValueError(
+            f"hidden_size {hidden} is no multiple of {heads} heads, which transformers asks of "
+            f"{family.model_type} (mistral is the same model without that condition)"
+        )
+    sizes.setdefault("ffn_hidden_size", 4 * hidden)
+    sizes.setdefault("num_query_groups", heads)
+    sizes.setdefault("kv_channels", hidden // heads)
+    return sizes
+
+
+def _check_computed(family: Family, config: Config, num_layers: int, num_positions: int) -> None:
+    """Refuse what the model here would silently leave out."""
+    for key, only in {**family.only, "quantization_config": None}.items():
+        if config.get(key, only) != only:
+            raise ValueError(f"{key} {json.dumps(config[key])} is not computed here")
+    window, layer_types = config.get("sliding_window"), config.get("layer_types") or []
+    some_layers = config.get("max_window_layers", 0) < num_layers
+    if window and window < num_positions and config.get("use_sliding_window", True) and some_layers:
+        raise ValueError(
+            f"sliding_window {window} is shorter than max_position_embeddings {num_positions}, and "
+            f"is not computed here: --max-position-embeddings {window} imports the model for "
+            "sequences that it does not cut"
+        )
+    other = [kind for kind in layer_types if kind != "full_attention"]
+    if other and (window is None or window < num_positions):
+        raise ValueError(f"layer_types has {other[0]}: only full_attention is computed here")
+
+
+def _activation(family: Family, config: Config) -> Mapping[str, bool]:
+    key, known = family.activation
+    value = _needed(config, key)
+    if value not in known:
+        raise ValueError(f"{key} {value!r} is not computed here, only {', '.join(known)}")
+    return known[value]
+
+
+def _activation_config(arch: Arch, family: Family, config: Config) -> dict[str, str]:
+    """Return the name of the activation, the origin's if it is another name of the same."""
+    key, known = family.activation
+    names = ("swiglu", "squared_relu", "bias_gelu_fusion")
+    ours = {name: True for name in names if getattr(arch, name)}
+    fitting = [value for value, meaning in known.items() if meaning == ours]
+    if not fitting:
+        raise ValueError(f"{family.model_type} has no activation {' '.join(ours) or 'gelu'}")
+    return {key: config[key] if config.get(key) in fitting else fitting[0]}
+
+
+def _switches(family: Family, config: Config) -> dict[str, bool]:
+    switches = {name: not _needed(config, key) for name, key in family.negated.items()}
+    on = {key: bool(config.get(key, False)) for key in family.biases}
+    if len(set(on.values())) > 1:
+        said = ", ".join(f"{key} {json.dumps(value)}" for key, value in on.items())
+        raise ValueError(f"{said}: only all biases or none are computed here")
+    return switches | ({"add_bias_linear": any(on.values())} if on else {})
+
+
+def _rope(config: Config) -> dict[str, Any]:
+    """Return the rotary fields from the keys of any version of transformers."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    percent = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if theta != int(theta):
+        raise ValueError(f"rope_theta {theta} is no whole number")
+    sizes = {"rotary_base": int(theta), "rotary_percent": percent}
+    if kind == "default":
+        return sizes
+    if kind != "llama3":
+        raise ValueError(f"rope_type {kind!r} is not computed here, only default and llama3")
+    for name, only in LLAMA3_ROPE.items():
+        if rope.get(name) != only:
+            raise ValueError(f"rope {name} {rope.get(name)}: megatron-core computes {only} only")
+    return {**sizes, "use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+
+
+def _rope_config(arch: Arch) -> dict[str, Any]:
+    """Return the rotary keys, for transformers from 5.0 on and for the versions before it."""
+    theta = float(arch.rotary_base)
+    scaling = None
+    if arch.use_rope_scaling:
+        scaling = {"rope_type": "llama3", "factor": arch.rope_scaling_factor, **LLAMA3_ROPE}
+    parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
+    partial = {"partial_rotary_factor": arch.rotary_percent} if arch.rotary_percent != 1 else {}
+    return {
+        "rope_parameters": {**parameters, **partial},
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        **partial,
+    }
+
+
+def _check_reads_back(arch: Arch, family: Family, config: Config) -> None:
+    """Raise unless ``config`` says all of ``arch``: the family may have no word for a part."""
+    again = _comparable(arch_of(config))
+    for name, value in _comparable(arch).items():
+        if again[name] != value:
+            raise ValueError(
+                f"{family.model_type} has no models with {name} {value}: its files would be read "
+                f"as {again[name]}"
+            )
+
+
+def _comparable(arch: Arch) -> dict[str, Any]:
+    """Return the fields that decide what a model computes."""
+    if arch.position_embedding_type != "rope":
+        arch = replace(arch, rotary_base=10000, rotary_percent=1.0, use_rope_scaling=False)
+    if not arch.use_rope_scaling:
+        arch = replace(arch, rope_scaling_factor=8.0)
+    if arch.num_experts is not None:
+        arch = replace(arch, ffn_hidden_size=arch.moe_ffn_hidden_size)
+    if arch.add_bias_linear:
+        arch = replace(arch, add_qkv_bias=True)
+    return {f.name: getattr(arch, f.name) for f in fields(Arch) if f.name not in NOT_COMPARED}

@@ -1,0 +1,111 @@
+"""A Hugging Face folder on disk: config.json, weights in safetensors, tokenizer files.
+
+Pickled weights (pytorch_model.bin) are never opened.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_ext.errors import CHECKPOINT, UserError
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# What a folder holds beside config and weights, and what travels with a converted model.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+# safetensors' names of dtypes, and torch's.
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class HfFolder:
+    """Reads a folder one tensor at a time. No collectives; each rank has its own.
+
+    Raises ``UserError`` everywhere, naming the file that is missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Read config.json and the headers of all weight files."""
+        self.folder = Path(folder)
+        self.config = read_json(self.folder / CONFIG)
+        self._files = {name: path for path in self._paths() for name in self._open(path).keys()}  # noqa: SIM118
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for name, path in self._files.items():
+            with _readable(path):
+                part = self._open(path).get_slice(name)
+            self.shapes[name] = tuple(part.get_shape())
+            self.dtypes[name] = DTYPES.get(part.get_dtype(), part.get_dtype())
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor on the CPU in its own dtype."""
+        path = self._files[name]
+        with _readable(path):
+            return self._open(path).get_tensor(name)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Return the files of the tokenizer that are there, by name."""
+        return read_files(self.folder)
+
+    def _paths(self) -> list[Path]:
+        if (self.folder / WEIGHTS).exists():
+            return [self.folder / WEIGHTS]
+        if not (self.folder / INDEX).exists():
+            pickled = sorted(path.name for path in self.folder.glob("pytorch_model*.bin"))
+            hint = (
+                f"{pickled[0]} is a pickle, which may run code when it is read: load it with "
+                "transformers and save_pretrained() it as safetensors"
+                if pickled
+                else f"neither {WEIGHTS} nor {INDEX} is there"
+            )
+            raise UserError(f"--hf {self.folder}: {hint}.", CHECKPOINT)
+        index = read_json(self.folder / INDEX).get("weight_map", {})
+        return [self.folder / name for name in sorted(set(index.values()))]
+
+    @functools.cache  # noqa: B019 - a folder lives as long as its conversion
+    def _open(self, path: Path) -> Any:
+        with _readable(path):
+            return safe_open(path, framework="pt")
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return those of ``TOKENIZER_FILES`` that ``folder`` holds, by name."""
+    paths = (folder / name for name in TOKENIZER_FILES)
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds."""
+    with _readable(path):
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+    return value
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing.", CHECKPOINT) from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}", CHECKPOINT
+        ) from None

@@ -1,0 +1,195 @@
+"""A Hugging Face folder as a Megatron checkpoint, read tensor by tensor, a share on each rank."""
+
+import re
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+from megatron_ext import checkpoint, checkpoint_writer
+from megatron_ext.arch import Arch, weights
+from megatron_ext.convert.config import arch_of, family_of
+from megatron_ext.convert.families import Family
+from megatron_ext.convert.hf_folder import CONFIG, HfFolder
+from megatron_ext.convert.pieces import Piece, pieces
+from megatron_ext.data import build_tokenizer
+from megatron_ext.errors import CHECKPOINT, UserError, warn
+from megatron_ext.model_flags import megatron_command_line
+from megatron_ext.pruning import trim
+from megatron_ext.together import on_all_ranks, on_first_rank
+
+LM_HEAD, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
+
+
+def import_folder(
+    folder: str,
+    save: str,
+    *,
+    make_vocab_size_divisible_by: int = 128,
+    max_position_embeddings: int | None = None,
+) -> Arch:
+    """Write the model of ``folder`` as ``save``/release and return its sizes. Collective.
+
+    A rank holds its share of the checkpoint in memory, and the tensors of one piece beside it.
+
+    Args:
+        folder: with config.json, safetensors and, as a rule, a tokenizer.
+        save: folder above the checkpoint.
+        make_vocab_size_divisible_by: the vocabulary is padded with zeros to a multiple of this.
+        max_position_embeddings: in place of the config's; None keeps that.
+
+    Raises:
+        UserError: on every rank; a model that is not computed here, tensors that do not fit its
+            config, files that are missing or damaged. Nothing is written then.
+    """
+    source = on_all_ranks(lambda: HfFolder(folder))
+    config = source.config
+    if max_position_embeddings is not None:
+        key = "n_positions" if "n_positions" in config else "max_position_embeddings"
+        config = {**config, key: max_position_embeddings}
+    vocab_size = on_first_rank(lambda: tokenizer_size(source))
+    try:
+        family = family_of(config)
+        arch = arch_of(config, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+    except ValueError as error:
+        raise UserError(f"{source.folder / CONFIG}: {error}.", CHECKPOINT) from None
+    if vocab_size is not None:
+        arch = replace(arch, vocab_size=min(vocab_size, config["vocab_size"]))
+    work = list(pieces(arch, family))
+    on_all_ranks(lambda: check_tensors(source, arch, family, work))
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    share = on_all_ranks(lambda: read_share(source, arch, family, work, rank, world_size))
+    checkpoint_writer.save(
+        save,
+        checkpoint.RELEASE,
+        {
+            "model": share,
+            "args": saved_args(arch, source, config, family),
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+        },
+        files={
+            "megatron_args.sh": megatron_command_line(arch) + "\n",
+            **{f"{checkpoint.TOKENIZER}/{n}": x for n, x in source.tokenizer_files().items()},
+        },
+    )
+    return arch
+
+
+def saved_args(arch: Arch, source: HfFolder, config: dict[str, Any], family: Family) -> Namespace:
+    """Return the checkpoint's args: Megatron-LM's names, and the origin for an export."""
+    (embedding,) = family.rows[EMBEDDING].names
+    return Namespace(
+        **arch.to_args(),
+        params_dtype=getattr(torch, source.dtypes[name_in(source, family, embedding)]),
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        world_size=torch.distributed.get_world_size(),
+        data_parallel_size=1,
+        no_save_optim=True,
+        no_save_rng=True,
+        consumed_train_samples=0,
+        skipped_train_samples=0,
+        consumed_valid_samples=0,
+        hf_config=config,
+    )
+
+
+def tokenizer_size(source: HfFolder) -> int | None:
+    """Return how many tokens the folder's tokenizer has; None without one that can be read."""
+    if not any(name.startswith(("tokenizer", "vocab")) for name in source.tokenizer_files()):
+        warn(f"{source.folder} has no tokenizer: every row of the embedding counts as a token.")
+        return None
+    data = SimpleNamespace(
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=str(source.folder),
+        vocab_file=None,
+        merge_file=None,
+        vocab_size=None,
+        trust_remote_code=False,
+    )
+    try:
+        return build_tokenizer(data).vocab_size
+    except UserError as error:
+        warn(f"{error} Every row of the embedding counts as a token.")
+        return None
+
+
+def check_tensors(source: HfFolder, arch: Arch, family: Family, work: Sequence[Piece]) -> None:
+    """Compare the folder's tensors with those that ``arch`` calls for. No tensor but heads is read.
+
+    Raises:
+        UserError: naming the first tensor that is missing, has another shape or dtype, or no row.
+    """
+    expected, num_rows = {}, source.config["vocab_size"]
+    dtypes: dict[str, str] = {}
+    for piece in work:
+        for name, size in piece.shapes(arch, num_rows).items():
+            found = name_in(source, family, name)
+            expected[found] = size
+            if found not in source.shapes:
+                _refuse(source, f"there is no tensor {name}, which {CONFIG} calls for")
+            if source.shapes[found] != size:
+                theirs, ours = list(source.shapes[found]), list(size)
+                _refuse(source, f"{found} is {theirs}, {CONFIG} says {ours}")
+            dtype = dtypes.setdefault(piece.weight.key, source.dtypes[found])
+            if source.dtypes[found] != dtype:
+                _refuse(source, f"{found} is {source.dtypes[found]}, others of its kind {dtype}")
+            if not hasattr(torch, dtype):
+                _refuse(source, f"{found} is {dtype}, which is not read here")
+    if not arch.untie_embeddings_and_output_weights:
+        _check_tied(source, family, expected)
+    for name in source.shapes:
+        if name not in expected and not any(re.search(p, name) for p in family.ignored):
+            _refuse(source, f"{name} has no row in the table of {family.model_type} (families.py)")
+
+
+def _check_tied(source: HfFolder, family: Family, expected: dict[str, tuple[int, ...]]) -> None:
+    """Expect a head in the folder to be the embedding, with which it is tied."""
+    (head,), (embedding,) = family.rows[LM_HEAD].names, family.rows[EMBEDDING].names
+    embedding = name_in(source, family, embedding)
+    if head in source.shapes:
+        if not torch.equal(source.read(head), source.read(embedding)):
+            _refuse(source, f"{head} is not {embedding}, though tie_word_embeddings is true")
+        expected[head] = source.shapes[head]
+
+
+def name_in(source: HfFolder, family: Family, name: str) -> str:
+    """Return the name of a tensor in the folder; files of the bare model leave out the prefix."""
+    return name if name in source.shapes else name.removeprefix(family.prefix)
+
+
+def read_share(
+    source: HfFolder,
+    arch: Arch,
+    family: Family,
+    work: Sequence[Piece],
+    rank: int,
+    world_size: int,
+) -> dict[str, ShardedTensor | ShardedObject]:
+    """Read this rank's share of the pieces as parts of the checkpoint. No collectives.
+
+    All ranks' shares together are the checkpoint, layers stacked; each rank has about as many
+    elements.
+    """
+    share = extra_states(arch) if rank == 0 else {}
+    for piece in trim.deal(iter(work), arch, world_size)[rank]:
+        parts = [source.read(name_in(source, family, name)) for name in piece.names]
+        share |= trim.as_share(piece, piece.merge(parts, arch), arch)
+    return share
+
+
+def extra_states(arch: Arch) -> dict[str, ShardedObject]:
+    """Return the empty ``_extra_state`` objects of linear layers, which a model asks for."""
+    linear = re.compile(r"\.linear_\w+\.weight$")
+    keys = {weight.key for weight in weights(arch) if linear.search(weight.key)}
+    names = {key.removesuffix("weight") + "_extra_state" for key in keys}
+    return trim.empty_states(names, arch)
+
+
+def _refuse(source: HfFolder, problem: str) -> None:
+    raise UserError(f"{source.folder}: {problem}.", CHECKPOINT)

@@ -1,0 +1,51 @@
+"""How the tensors of a Hugging Face model lie in one of Megatron's: pure rearrangements.
+
+``merge`` takes Hugging Face's tensors of one weight and returns Megatron's, ``split`` is its
+inverse, bit for bit. Either may return views. Weights [out, in] and biases [out] alike.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ext.arch import Arch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A rearrangement in both directions."""
+
+    merge: Callable[[Sequence[Tensor], Arch], Tensor]
+    split: Callable[[Tensor, Arch], Sequence[Tensor]]
+
+
+def merge_qkv(parts: Sequence[Tensor], arch: Arch) -> Tensor:
+    """Return the queries, key and value of query group 0, then of group 1, ...
+
+    ``parts``: queries [heads * kv_channels, ...], keys and values [groups * kv_channels, ...].
+    """
+    grouped = [part.reshape(arch.num_query_groups, -1, *part.shape[1:]) for part in parts]
+    return torch.cat(grouped, dim=1).flatten(0, 1)
+
+
+def split_qkv(tensor: Tensor, arch: Arch) -> list[Tensor]:
+    """Return the inverse of ``merge_qkv``."""
+    groups, width = arch.num_query_groups, arch.kv_channels
+    queries = arch.num_attention_heads // groups * width
+    grouped = tensor.reshape(groups, -1, *tensor.shape[1:])
+    return [part.flatten(0, 1) for part in grouped.split([queries, width, width], dim=1)]
+
+
+COPY = Layout(lambda parts, arch: parts[0], lambda tensor, arch: [tensor])
+QKV = Layout(merge_qkv, split_qkv)
+# Two halves, the gate first.
+GATED = Layout(lambda parts, arch: torch.cat(list(parts)), lambda tensor, arch: tensor.chunk(2))
+# GPT-2 holds its matrices as [in, out]; a bias is its own transpose.
+TRANSPOSED = Layout(lambda parts, arch: parts[0].t(), lambda tensor, arch: [tensor.t()])
+# ... and queries, keys and values as one, one after the other.
+TRANSPOSED_QKV = Layout(
+    lambda parts, arch: merge_qkv(parts[0].t().chunk(3), arch),
+    lambda tensor, arch: [torch.cat(split_qkv(tensor, arch)).t()],
+)

@@ -1,0 +1,79 @@
+"""The weights of a model piece by piece, each with its tensors in a Hugging Face folder."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ext.arch import Arch, dim_sizes, is_of_experts, weights
+from megatron_ext.convert.families import Family, Row
+from megatron_ext.pruning import trim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece(trim.Piece):
+    """One weight outside the layers, or of one layer, or of one expert of it."""
+
+    row: Row
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Its tensors in a Hugging Face folder."""
+        return [name.format(layer=self.layer, expert=self.expert) for name in self.row.names]
+
+    @property
+    def has_vocab(self) -> bool:
+        """Whether its rows are those of the vocabulary, which are padded."""
+        return self.weight.dims[0] == "vocab"
+
+    def merge(self, parts: Sequence[Tensor], arch: Arch) -> Tensor:
+        """Return the Megatron tensor; rows that pad the vocabulary are zero."""
+        whole = self.row.layout.merge(parts, arch)
+        missing = arch.padded_vocab_size - len(whole) if self.has_vocab else 0
+        if missing:
+            whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
+        return whole.contiguous()
+
+    def split(self, tensor: Tensor, arch: Arch, num_rows: int) -> list[Tensor]:
+        """Return the inverse of ``merge``; a vocabulary has ``num_rows`` in the folder."""
+        parts = self.row.layout.split(tensor, arch)
+        return [part[:num_rows] if self.has_vocab else part for part in parts]
+
+    def shape(self, arch: Arch) -> tuple[int, ...]:
+        """Return the shape of the Megatron tensor."""
+        sizes = dim_sizes(arch)
+        return tuple(sizes[dim] for dim in self.dims)
+
+    def numel(self, arch: Arch) -> int:
+        """Return the elements of the Megatron tensor."""
+        return math.prod(self.shape(arch))
+
+    def shapes(self, arch: Arch, num_rows: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of its tensors in a Hugging Face folder, by name."""
+        empty = torch.empty(self.shape(arch), device="meta")
+        parts = self.split(empty, arch, num_rows)
+        return {name: tuple(x.shape) for name, x in zip(self.names, parts, strict=True)}
+
+
+def pieces(arch: Arch, family: Family) -> Iterator[Piece]:
+    """Yield every piece of ``arch``: before the layers, layer by layer, behind the layers.
+
+    Raises:
+        ValueError: the family has no name for a weight.
+    """
+    rows = weights(arch)
+    missing = [weight.key for weight in rows if weight.key not in family.rows]
+    if missing:
+        raise ValueError(f"{family.model_type} has no tensor for {missing[0]}")
+    outside = [Piece(w, None, None, row=family.rows[w.key]) for w in rows if not w.per_layer]
+    first = [piece for piece in outside if piece.weight.key.startswith("embedding.")]
+    yield from first
+    for layer in range(arch.num_layers):
+        for weight in rows:
+            if not weight.per_layer:
+                continue
+            for expert in range(arch.num_experts) if is_of_experts(weight) else [None]:
+                yield Piece(weight, layer, layer, expert, expert, row=family.rows[weight.key])
+    yield from outside[len(first) :]

@@ -1,0 +1,455 @@
+"""Hugging Face models in and out: logits, tensors, pruned models, what is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from megatron_ext import checkpoint, platform
+from megatron_ext.arch import num_parameters
+from megatron_ext.convert.config import arch_of, config_of
+from megatron_ext.convert.exporter import export_folder
+from megatron_ext.convert.families import FAMILIES
+from megatron_ext.convert.importer import import_folder
+from megatron_ext.errors import CHECKPOINT, USAGE, UserError
+from megatron_ext.model import ModelOptions, build_model
+from megatron_ext.training.state import restore_weights
+from tests.models import LLAMA
+from tests.programs import data_flags, fail, succeed, write_corpus, write_model
+from tests.ranks import run_ranks
+
+ROWS = 101
+COMMON = {
+    "vocab_size": ROWS,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# name: model_type and config; every family at least once.
+MODELS = {
+    "llama": ("llama", {**COMMON, "tie_word_embeddings": False}),
+    "llama 3.2": (
+        "llama",
+        {**COMMON, "rope_parameters": LLAMA3, "tie_word_embeddings": True, "head_dim": 12},
+    ),
+    "llama with biases": ("llama", {**COMMON, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {**COMMON, "head_dim": 20, "sliding_window": None}),
+    "qwen2": ("qwen2", {**COMMON, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {**COMMON, "head_dim": 14}),
+    "nemotron": ("nemotron", {**COMMON, "head_dim": 16}),
+    "gpt2": (
+        "gpt2",
+        {
+            "vocab_size": ROWS,
+            "n_embd": 32,
+            "n_layer": 4,
+            "n_head": 4,
+            "n_positions": 64,
+            "initializer_range": 0.1,
+        },
+    ),
+    "mixtral": ("mixtral", {**COMMON, **EXPERTS, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **COMMON,
+            **EXPERTS,
+            "head_dim": 14,
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+RANDOM = ["--importance", "random", "--seq-length", "16", "--micro-batch-size", "1"]
+LAYERS = "--target-num-layers 3"
+WIDTH = "--target-hidden-size 40"
+DENSE = "--target-ffn-hidden-size 56"
+GROUPS = "--target-num-attention-heads 2"
+EXPERT_SIZES = "--target-num-experts 3 --target-moe-ffn-hidden-size 20"
+TARGETS = {
+    "llama": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
+    "llama 3.2": f"{LAYERS} {WIDTH} {DENSE} --target-num-query-groups 1",
+    "llama with biases": f"{WIDTH} {GROUPS}",
+    "mistral": f"{LAYERS} --target-hidden-size 34 {DENSE} {GROUPS}",
+    "qwen2": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
+    "qwen3": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
+    "nemotron": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
+    # Its head_dim is hidden_size / heads, always.
+    "gpt2": f"{LAYERS} --target-hidden-size 24 --target-num-attention-heads 3 {DENSE}",
+    "mixtral": f"{LAYERS} {WIDTH} {GROUPS} {EXPERT_SIZES}",
+    "qwen3_moe": f"{LAYERS} {WIDTH} {GROUPS} {EXPERT_SIZES}",
+}
+
+
+def tokens():
+    return torch.randint(ROWS, (2, 24), generator=torch.Generator().manual_seed(2))
+
+
+def hf_logits(folder):
+    """Logits [b, s, v] of transformers, float32."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    with torch.no_grad():
+        return model.eval()(tokens()).logits
+
+
+def write_hf(folder, name, dtype=torch.float32, **save):
+    """Save a random model, no weight of which is trivial."""
+    model_type, values = MODELS[name]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **values)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape)
+    model.save_pretrained(folder, **save)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Return the folder of all models: NAME/hf, imported to NAME/megatron."""
+    root = tmp_path_factory.mktemp("convert")
+    for name in MODELS:
+        write_hf(root / name / "hf", name)
+    run_ranks(1, import_all, str(root))
+    return root
+
+
+def import_all(root):
+    platform.initialize()
+    for name in MODELS:
+        folder = Path(root) / name
+        import_folder(folder / "hf", str(folder / "megatron"), make_vocab_size_divisible_by=8)
+
+
+def export_all(root, kind, result):
+    platform.initialize()
+    for name in MODELS:
+        folder = Path(root) / name
+        export_folder(checkpoint.read(str(folder / kind)), str(folder / result))
+
+
+def megatron_logits(folders, tp, pp):
+    """Logits [b, s, padded v] of checkpoints, on the last stage's ranks; None on others."""
+    groups = platform.initialize(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
+    ).groups
+    found = []
+    for folder in folders:
+        source = checkpoint.read(folder)
+        (model,) = build_model(source.arch, ModelOptions(), groups)
+        restore_weights([model], source)
+        ids = tokens()
+        hidden = torch.empty(ids.shape[1], len(ids), source.arch.hidden_size)
+        if groups.pp.rank():
+            torch.distributed.recv(hidden, groups.pp.rank() - 1)
+            model.set_input_tensor(hidden)
+        with torch.no_grad():
+            output = model.eval()(ids, torch.arange(ids.shape[1]).repeat(len(ids), 1), None)
+        if groups.pp.rank() < pp - 1:
+            torch.distributed.send(output.contiguous(), groups.pp.rank() + 1)
+            found.append(None)
+            continue
+        parts = [torch.empty_like(output) for _ in range(tp)]
+        torch.distributed.all_gather(parts, output.contiguous(), group=groups.tp)
+        found.append(torch.cat(parts, -1).transpose(0, 1))
+    return found
+
+
+def assert_close(name, found, expected):
+    difference = (found[..., : expected.size(-1)] - expected).abs().max() / expected.abs().max()
+    assert difference < 1e-4, f"{name}: {difference}"
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_logits_are_those_of_transformers(folders, tp, pp):
+    paths = [str(folders / name / "megatron") for name in MODELS]
+    logits = run_ranks(tp * pp, megatron_logits, paths, tp, pp)[-1]
+    for name, found in zip(MODELS, logits, strict=True):
+        assert_close(name, found, hf_logits(folders / name / "hf"))
+
+
+def test_export_returns_what_was_imported(folders):
+    run_ranks(1, export_all, str(folders), "megatron", "hf-again")
+    for name in MODELS:
+        before, after = (
+            load_file(folders / name / kind / "model.safetensors") for kind in ("hf", "hf-again")
+        )
+        assert before.keys() == after.keys(), name
+        for key, tensor in before.items():
+            assert torch.equal(tensor, after[key]), f"{name} {key}"
+        old, new = (
+            json.loads((folders / name / kind / "config.json").read_text())
+            for kind in ("hf", "hf-again")
+        )
+        changed = {key for key, value in old.items() if value not in (None, new.get(key))}
+        assert not changed, f"{name}: {changed}"
+        assert torch.equal(hf_logits(folders / name / "hf"), hf_logits(folders / name / "hf-again"))
+
+
+def test_pruned_models_leave_as_they_are(folders):
+    for name, targets in TARGETS.items():
+        where = [
+            "--load",
+            str(folders / name / "megatron"),
+            "--save",
+            str(folders / name / "pruned"),
+        ]
+        succeed("prune", [*where, *RANDOM, *targets.split()])
+    run_ranks(1, export_all, str(folders), "pruned", "hf-pruned")
+    paths = [str(folders / name / "pruned") for name in MODELS]
+    (logits,) = run_ranks(1, megatron_logits, paths, 1, 1)
+    for name, found in zip(MODELS, logits, strict=True):
+        assert_close(name, found, hf_logits(folders / name / "hf-pruned"))
+        small, large = (
+            (folders / name / kind / "model.safetensors").stat().st_size
+            for kind in ("hf-pruned", "hf")
+        )
+        assert small < large, name
+
+
+def test_greedy_text_is_the_same(folders):
+    folder = folders / "qwen3"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    ids = [5, 17, 60]
+    with torch.no_grad():
+        for _ in range(12):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(ROWS - 1)]
+    flags = ["--load", str(folder / "megatron"), *null, "--max-new-tokens", "12"]
+    (outcome,) = succeed("tools.generate", [*flags, "--prompt", "5 17 60"])
+    text = outcome.stdout.split("--- continuation")[1].split("\n", 1)[1]
+    assert [int(word) for word in text.split()] == ids[3:]
+
+
+def test_ranks_share_the_work_and_files_are_cut(tmp_path):
+    hf = write_hf(tmp_path / "hf", "qwen2", torch.bfloat16, max_shard_size="40KB")
+    assert (tmp_path / "hf/model.safetensors.index.json").exists()
+    for ranks in (1, 2):
+        save, out = str(tmp_path / f"megatron{ranks}"), tmp_path / f"out{ranks}"
+        succeed("tools.convert", ["import", "--hf", hf, "--save", save], ranks)
+        size = ["--max-shard-size", "50KB"]
+        succeed("tools.convert", ["export", "--load", save, "--hf", str(out), *size], ranks)
+    one, two = tmp_path / "out1", tmp_path / "out2"
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in two.iterdir())
+    assert len([n for n in names if n.endswith(".safetensors")]) > 3
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert torch.equal(hf_logits(tmp_path / "hf"), hf_logits(one))
+    index = json.loads((one / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(
+        x.numel() * 2 for p in one.glob("*.safetensors") for x in load_file(p).values()
+    )
+    large = [p for p in one.glob("*.safetensors") if p.stat().st_size > 52_000]
+    assert all(len(load_file(p)) == 1 for p in large)
+
+
+def test_tokenizer_and_origin_travel_through_pruning_and_training(tmp_path):
+    """Rows beyond the tokenizer's tokens are kept as padding, and come back."""
+    hf = write_hf(tmp_path / "hf", "qwen2")
+    words = {f"w{i}": i for i in range(90)} | {"<unk>": 90, "<eos>": 91}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    special = {"unk_token": "<unk>", "eos_token": "<eos>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.save_pretrained(hf)
+    teacher, pruned, student = (str(tmp_path / n) for n in ("teacher", "pruned", "student"))
+    succeed("tools.convert", ["import", "--hf", hf, "--save", teacher])
+    arch = checkpoint.read(teacher).arch
+    count = len(transformers.AutoTokenizer.from_pretrained(hf))  # Qwen's adds one of its own
+    assert (arch.vocab_size, arch.padded_vocab_size) == (count, 128)
+    assert count < ROWS
+    cut = [*RANDOM, "--target-ffn-hidden-size", "56"]
+    succeed("prune", ["--load", teacher, "--save", pruned, *cut])
+    corpus = write_corpus(tmp_path / "corpus", 92)
+    data = data_flags(arch, corpus)
+    at = data.index("--tokenizer-type")
+    data[at + 1] = "HuggingFaceTokenizer"
+    data += ["--tokenizer-model", hf]
+    train = [
+        "--save-interval",
+        "2",
+        "--train-iters",
+        "2",
+        "--lr",
+        "1e-3",
+        "--global-batch-size",
+        "2",
+        "--eval-iters",
+        "0",
+    ]
+    where = ["--load", pruned, "--teacher-load", teacher, "--save", student]
+    succeed("pretrain_distill", [*where, *train, *without(data, "--vocab-size")])
+    assert checkpoint.read(student).iteration == 2
+    out = tmp_path / "out"
+    succeed("tools.convert", ["export", "--load", student, "--hf", str(out)])
+    assert load_file(out / "model.safetensors")["model.embed_tokens.weight"].shape[0] == ROWS
+    assert (out / "tokenizer.json").read_bytes() == (tmp_path / "hf/tokenizer.json").read_bytes()
+    assert hf_logits(out).shape[-1] == ROWS
+
+
+def without(argv, flag):
+    at = argv.index(flag)
+    return argv[:at] + argv[at + 2 :]
+
+
+def test_a_model_of_no_known_origin_needs_its_family(tmp_path):
+    write_model(str(tmp_path / "model"), LLAMA)
+    flags = ["export", "--load", str(tmp_path / "model"), "--hf", str(tmp_path / "hf")]
+    _, line = fail("tools.convert", flags)
+    assert "--model-type" in line
+    succeed("tools.convert", [*flags, "--model-type", "mistral"])
+    code, line = fail("tools.convert", [*flags, "--model-type", "mistral"])
+    assert (code, "is there already" in line) == (USAGE, True)
+    shutil.rmtree(tmp_path / "hf")
+    code, line = fail("tools.convert", [*flags, "--model-type", "gpt2"])
+    assert code == CHECKPOINT
+    assert "cannot be exported as gpt2" in line
+    assert not list(tmp_path.glob("*hf*"))
+
+
+BAD = {
+    "model_type 'bert2'": lambda f: edit(f, model_type="bert2"),
+    "there is no num_hidden_layers": lambda f: edit(f, num_hidden_layers=None),
+    "hidden_act 'tanh'": lambda f: edit(f, hidden_act="tanh"),
+    "rope_type 'yarn'": lambda f: edit(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+    "quantization_config": lambda f: edit(f, quantization_config={"bits": 4}),
+    "sliding_window 8 is shorter": lambda f: edit(f, sliding_window=8),
+    "is [2, 48], config.json says [101, 48]": lambda f: tensors(f, lambda x: shrink(x)),
+    "there is no tensor model.layers.4": lambda f: edit(f, num_hidden_layers=6),
+    "extra.weight has no row": lambda f: tensors(f, lambda x: x.update(extra_weight(x))),
+    "others of its kind float32": lambda f: tensors(f, lambda x: halve(x)),
+    "config.json is missing": lambda f: (f / "config.json").unlink(),
+    "config.json cannot be read": lambda f: (f / "config.json").write_text("{"),
+    "is a pickle": lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+    "model.safetensors cannot be read": lambda f: cut_short(f / "model.safetensors"),
+    "model-00002-of-00002.safetensors is missing": lambda f: split_off(f),
+}
+
+
+def edit(folder, **values):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | values
+    path.write_text(json.dumps(config))
+
+
+def tensors(folder, change):
+    path = folder / "model.safetensors"
+    found = load_file(path)
+    change(found)
+    save_file(found, path)
+
+
+def shrink(found):
+    found["model.embed_tokens.weight"] = found["model.embed_tokens.weight"][:2].clone()
+
+
+def extra_weight(found):
+    return {"model.layers.0.extra.weight": torch.ones(2)}
+
+
+def halve(found):
+    name = "model.layers.1.mlp.down_proj.weight"
+    found[name] = found[name].half()
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def split_off(folder):
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    weight_map = dict.fromkeys(names, "model-00001-of-00002.safetensors")
+    weight_map[names[0]] = "model-00002-of-00002.safetensors"
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def import_bad(root):
+    """Return code and line of each error, and whether something was left."""
+    platform.initialize()
+    found = []
+    for number in range(len(BAD)):
+        save = f"{root}/out{number}"
+        try:
+            import_folder(f"{root}/{number}", save)
+        except UserError as error:
+            found.append((error.code, str(error), Path(save).exists()))
+        else:
+            found.append((0, "nothing was refused", True))
+    return found
+
+
+def test_what_cannot_be_imported_is_refused_in_a_line(folders, tmp_path):
+    for number, spoil in enumerate(BAD.values()):
+        folder = tmp_path / str(number)
+        shutil.copytree(folders / "mistral/hf", folder)
+        spoil(folder)
+    for rank in run_ranks(2, import_bad, str(tmp_path)):
+        for expected, (code, line, is_left) in zip(BAD, rank, strict=True):
+            assert expected in line
+            assert code == CHECKPOINT, line
+            assert "\n" not in line
+            assert not is_left, expected
+
+
+def test_llama_needs_whole_heads(folders):
+    arch = replace(checkpoint.read(str(folders / "llama/megatron")).arch, hidden_size=42)
+    with pytest.raises(ValueError, match="mistral is the same model without that condition"):
+        config_of(arch, FAMILIES["llama"], {}, "bfloat16")
+    config = config_of(arch, FAMILIES["mistral"], {}, "bfloat16")
+    assert config["hidden_size"] == 42
+    assert config["head_dim"] == arch.kv_channels
+
+
+def test_sizes_of_known_models():
+    """Figures of the models' own config.json."""
+    llama = {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {**LLAMA3, "factor": 8.0},
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    arch = arch_of(llama)
+    assert num_parameters(arch) == 8_030_261_248
+    assert (arch.rope_scaling_factor, arch.use_rope_scaling, arch.rotary_base) == (
+        8.0,
+        True,
+        500000,
+    )
+    gpt2 = {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12}
+    assert num_parameters(arch_of({**gpt2, "n_positions": 1024})) == 124_439_808

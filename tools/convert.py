@@ -1,0 +1,129 @@
+"""A Hugging Face model as a Megatron checkpoint, and back.
+
+    python tools/convert.py import --hf Llama-3.1-8B --save ckpt/teacher
+    python tools/convert.py export --load ckpt/student --hf student-hf
+
+One process, or several with torchrun, which share the reading and writing. No model is built and no
+GPU used. Weights are read from safetensors only.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ext import checkpoint, platform
+from megatron_ext.arch import num_parameters
+from megatron_ext.convert.exporter import export_folder
+from megatron_ext.convert.families import FAMILIES
+from megatron_ext.convert.importer import import_folder
+from megatron_ext.errors import USAGE, UserError, run_main
+from megatron_ext.flag_parser import REQUIRED, flag, parse
+from megatron_ext.together import on_first_rank
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Import."""
+
+    hf: str = flag(REQUIRED, "Hugging Face folder: config.json, safetensors, tokenizer")
+    save: str = flag(REQUIRED, "folder of the Megatron checkpoint; gets a release/")
+    make_vocab_size_divisible_by: int = flag(
+        128, "pad the vocabulary with zeros to a multiple of this", at_least=1
+    )
+    max_position_embeddings: int | None = flag(
+        None, "longest sequence, in tokens; default that of config.json", at_least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Export."""
+
+    load: str = flag(REQUIRED, "folder of the Megatron checkpoint")
+    hf: str = flag(REQUIRED, "Hugging Face folder to write; must not be there yet")
+    ckpt_step: int | None = flag(None, "iteration to read; default the latest", at_least=0)
+    model_type: str | None = flag(
+        None, "family to write; default the one that was imported", choices=tuple(FAMILIES)
+    )
+    max_shard_size: str = flag("5GB", "size of a file of weights: bytes, or with KB, MB, GB, MiB")
+    tokenizer_model: str | None = flag(
+        None, "folder with the tokenizer to add; default the one beside the checkpoint"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportFlags:
+    """Write a Hugging Face model as a Megatron checkpoint."""
+
+    options: Import
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFlags:
+    """Write a Megatron checkpoint as a Hugging Face model."""
+
+    options: Export
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Convert in the direction that the first word names."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"import": run_import, "export": run_export}
+    if not argv or argv[0] not in commands:
+        said = argv[0] if argv else "nothing"
+        raise UserError(f"{said}: the first word is one of {', '.join(commands)}.", USAGE)
+    commands[argv[0]](argv[1:])
+    platform.shut_down()
+
+
+def run_import(argv: Sequence[str]) -> None:
+    """Import as ``argv`` says. Collective."""
+    options = parse(ImportFlags, argv).options
+    place = platform.initialize(device="cpu")
+    on_first_rank(lambda: check_free(options.save))
+    arch = import_folder(
+        options.hf,
+        options.save,
+        make_vocab_size_divisible_by=options.make_vocab_size_divisible_by,
+        max_position_embeddings=options.max_position_embeddings,
+    )
+    if place.rank == 0:
+        print(f"{options.save}: {num_parameters(arch):,} parameters")
+
+
+def run_export(argv: Sequence[str]) -> None:
+    """Export as ``argv`` says. Collective."""
+    options = parse(ExportFlags, argv).options
+    max_shard_size = bytes_of(options.max_shard_size)
+    source = checkpoint.read(options.load, options.ckpt_step)
+    place = platform.initialize(device="cpu")
+    export_folder(
+        source,
+        options.hf,
+        model_type=options.model_type,
+        max_shard_size=max_shard_size,
+        tokenizer=options.tokenizer_model,
+    )
+    if place.rank == 0:
+        print(f"{options.hf}: {num_parameters(source.arch):,} parameters")
+
+
+def check_free(save: str) -> None:
+    """Refuse to import over a checkpoint."""
+    if checkpoint.find(save):
+        raise UserError(f"--save {save}: a checkpoint is there already.", USAGE)
+
+
+def bytes_of(size: str) -> int:
+    """Return the bytes that 5GB, 500MiB or 1000000 stand for."""
+    match = re.fullmatch(r"(\d+)\s*([KMG]I?B|)", size.upper())
+    if match is None or not int(match[1]):
+        raise UserError(f"--max-shard-size {size}: write 5GB, 500MiB or bytes.", USAGE)
+    return int(match[1]) * UNITS[match[2]]
+
+
+if __name__ == "__main__":
+    run_main(main)
