@@ -30,7 +30,13 @@ from megatron_ext.flags import (
 )
 from megatron_ext.model import build_model
 from megatron_ext.platform import Platform
-from megatron_ext.startup import batches_of_rank, check_tokenizer, join_ranks, model_options
+from megatron_ext.startup import (
+    batches_of_rank,
+    check_padded_vocab,
+    check_tokenizer,
+    join_ranks,
+    model_options,
+)
 from megatron_ext.together import on_all_ranks
 from megatron_ext.training import state
 from megatron_ext.training.log import Log
@@ -127,14 +133,7 @@ def check_teacher(arch: Arch, teacher: Checkpoint, flags: TrainFlags, parallel: 
     if top_k is not None and top_k > arch.vocab_size:
         raise UserError(f"--kd-top-k {top_k}: the vocabulary has {arch.vocab_size} tokens.", USAGE)
     check_layout(teacher.arch, parallel, seq_length=flags.batch.seq_length)
-    tp = flags.parallel.tensor_model_parallel_size
-    if tp > 1 and teacher.arch.padded_vocab_size != arch.padded_vocab_size:
-        raise UserError(
-            f"--tensor-model-parallel-size {tp}: the vocabulary is padded to "
-            f"{teacher.arch.padded_vocab_size} in the teacher and to {arch.padded_vocab_size} in "
-            "the student, so ranks would hold different tokens of each; use 1.",
-            USAGE,
-        )
+    check_padded_vocab(arch, teacher.arch, flags.parallel.tensor_model_parallel_size)
 
 
 def build(

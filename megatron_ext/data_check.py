@@ -116,7 +116,7 @@ def check_data(
         if path != _prefix(path):
             log_single_rank(logger, logging.WARNING, f"{path}: read as prefix {_prefix(path)}")
     for prefix in all_prefixes(used):
-        _check_token_ids(prefix, vocab_size)
+        check_token_ids(prefix, vocab_size)
     for name, source in zip(SPLITS, used, strict=True):
         if source is not None:
             _check_amount(name, source, seq_length, data)
@@ -169,7 +169,12 @@ def _check_amount(name: str, source: Source, seq_length: int, data: Any) -> None
         )
 
 
-def _check_token_ids(prefix: str, vocab_size: int) -> None:
+def check_token_ids(prefix: str, vocab_size: int) -> None:
+    """Raise unless the data of ``prefix`` are there and look like tokens of this vocabulary.
+
+    Raises:
+        UserError: a file is missing, truncated or of another kind, or ids are out of range.
+    """
     dtype, lengths, pointers = _read_index(prefix)
     documents = numpy.linspace(0, len(lengths) - 1, min(SAMPLED_DOCUMENTS, len(lengths)))
     for document in documents.astype(int):

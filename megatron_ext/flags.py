@@ -110,7 +110,7 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
         check.distill_problems(flags.distill),
         check.data_problems(data),
     )
-    return replace(flags, parallel=_without_idle_sequence_parallel(parallel), batch=batch)
+    return replace(flags, parallel=without_idle_sequence_parallel(parallel), batch=batch)
 
 
 def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
@@ -134,7 +134,7 @@ def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
         check.prune_problems(flags.checkpoint, flags.prune),
         check.data_problems(flags.data, needed=measures),
     )
-    return replace(flags, parallel=_without_idle_sequence_parallel(flags.parallel))
+    return replace(flags, parallel=without_idle_sequence_parallel(flags.parallel))
 
 
 def virtual_pipeline_size(parallel: group.Parallel, num_layers: int) -> int | None:
@@ -225,7 +225,8 @@ def _missing(options: Sequence[str]) -> Iterator[str]:
         yield f"missing {', '.join(options)}."
 
 
-def _without_idle_sequence_parallel(parallel: Any) -> Any:
+def without_idle_sequence_parallel(parallel: Any) -> Any:
+    """Return the layout without sequence parallelism where no tensor parallelism goes with it."""
     tp = parallel.tensor_model_parallel_size
     return replace(parallel, sequence_parallel=parallel.sequence_parallel and tp > 1)
 

@@ -55,6 +55,9 @@ class LanguageModel(GPTModel):
     language-model loss per token, [b, s].
     """
 
+    num_tokens: int
+    """Of the vocabulary, without padding."""
+
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None = None, **inputs: object
     ) -> Tensor:
@@ -63,6 +66,21 @@ class LanguageModel(GPTModel):
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
         return self.output_layer(hidden_states, weight=weight)[0]
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Return the loss per token, [b, s], over the real tokens.
+
+        megatron-core counts the padding of the vocabulary too. In imported weights its logits are
+        0, which is much to a model whose logits are around -100, as GPT-2's are.
+
+        Args:
+            labels: [b, s].
+            logits: [s, b, v]; the columns of padding are overwritten, behind autograd's back: no
+                loss reads them, and their gradient is 0.
+        """
+        columns = self.num_tokens - self.pg_collection.tp.rank() * logits.size(-1)
+        logits.data[..., max(columns, 0) :] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)
 
 
 def choose_transformer_impl(impl: str | None, device: torch.device) -> str:
@@ -230,6 +248,7 @@ def _build_chunk(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
+    model.num_tokens = arch.vocab_size
     for name, parameter in model.named_parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         if ".mlp.experts." in name:

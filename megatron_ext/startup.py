@@ -1,4 +1,7 @@
-"""What both programs do alike around a model: join the ranks, choose how to hold it, feed it."""
+"""What programs do alike around a model: join the ranks, choose how to hold it, feed it.
+
+``flags`` are a program's, with the groups ``parallel``, ``batch`` and ``precision``.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,14 +11,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_ext import data, platform
+from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError
-from megatron_ext.flags import PruneFlags, TrainFlags, virtual_pipeline_size
+from megatron_ext.flags import virtual_pipeline_size
 from megatron_ext.model import ModelOptions, choose_transformer_impl
 from megatron_ext.platform import Platform
 
 
-def join_ranks(flags: TrainFlags | PruneFlags, num_layers: int) -> Platform:
+def join_ranks(flags: Any, num_layers: int) -> Platform:
     """Return this rank's place in the layout of ``flags``, for models of ``num_layers``."""
     parallel = flags.parallel
     return platform.initialize(
@@ -31,9 +35,7 @@ def join_ranks(flags: TrainFlags | PruneFlags, num_layers: int) -> Platform:
     )
 
 
-def model_options(
-    flags: TrainFlags | PruneFlags, place: Platform, num_layers: int, **recompute: Any
-) -> ModelOptions:
+def model_options(flags: Any, place: Platform, num_layers: int, **recompute: Any) -> ModelOptions:
     """Return how this run holds models of ``num_layers``; ``recompute`` as in ``ModelOptions``."""
     if flags.precision.fp16 and place.device.type == "cpu":
         raise UserError("--fp16 needs a GPU; use --bf16 on a CPU.", USAGE)
@@ -110,4 +112,15 @@ def check_tokenizer(source: Checkpoint, vocab_size: int, sha256: str | None) -> 
             f"{source.folder} was trained with another tokenizer of {vocab_size} tokens (SHA-256 "
             f"{saved[:12]}, given {sha256[:12]}): give the checkpoint's own --tokenizer-model.",
             CHECKPOINT,
+        )
+
+
+def check_padded_vocab(student: Arch, teacher: Arch, tp: int) -> None:
+    """Refuse two models whose logits tensor-parallel ranks would hold different tokens of."""
+    if tp > 1 and teacher.padded_vocab_size != student.padded_vocab_size:
+        raise UserError(
+            f"--tensor-model-parallel-size {tp}: the vocabulary is padded to "
+            f"{teacher.padded_vocab_size} in the teacher and to {student.padded_vocab_size} in "
+            "the student, so ranks would hold different tokens of each; use 1.",
+            USAGE,
         )

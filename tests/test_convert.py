@@ -193,6 +193,43 @@ def test_logits_are_those_of_transformers(folders, tp, pp):
         assert_close(name, found, hf_logits(folders / name / "hf"))
 
 
+def loss_of(folder):
+    groups = platform.initialize().groups
+    source = checkpoint.read(folder)
+    (model,) = build_model(source.arch, ModelOptions(), groups)
+    restore_weights([model], source)
+    ids = tokens()
+    positions = torch.arange(ids.shape[1]).repeat(len(ids), 1)
+    with torch.no_grad():
+        return model.eval()(ids, positions, None, labels=ids.flip(1))
+
+
+def test_padding_of_the_vocabulary_does_not_count_in_the_loss(folders, tmp_path):
+    """Logits of an imported model may all be far below 0, which those of padding are."""
+    folder = tmp_path / "hf"
+    shutil.copytree(folders / "llama/hf", folder)
+
+    def shift(found):  # by 1000 in all columns: a softmax does not change
+        found["model.norm.weight"][0] = 1.0
+        found["model.embed_tokens.weight"][:, 0] = 40.0
+        found["lm_head.weight"][:, 0] = -300.0
+
+    tensors(folder, shift)
+    run_ranks(1, import_one, str(folder), str(tmp_path / "megatron"))
+    expected = hf_logits(folder)
+    assert expected.max() < -500
+    losses = torch.nn.functional.cross_entropy(
+        expected.transpose(1, 2), tokens().flip(1), reduction="none"
+    )
+    (found,) = run_ranks(1, loss_of, str(tmp_path / "megatron"))
+    assert torch.allclose(found, losses, rtol=1e-3)
+
+
+def import_one(folder, save):
+    platform.initialize()
+    import_folder(folder, save)
+
+
 def test_export_returns_what_was_imported(folders):
     run_ranks(1, export_all, str(folders), "megatron", "hf-again")
     for name in MODELS:

@@ -97,9 +97,8 @@ def measured(arch, batch, teacher, logits, states):
     def mean(x):
         return ((x * mask).sum() / mask.sum()).item()
 
-    log_p = logits.log_softmax(-1)
-    loss = -log_p.gather(-1, batch["labels"].unsqueeze(-1)).squeeze(-1)
     student = logits[..., : arch.vocab_size].log_softmax(-1)
+    loss = -student.gather(-1, batch["labels"].unsqueeze(-1)).squeeze(-1)
     kl = (teacher.exp() * (teacher - student)).sum(-1)
     change = {}
     for i, j in itertools.combinations(range(len(states)), 2):

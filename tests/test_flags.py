@@ -399,8 +399,9 @@ TRAIN_OPTIONS = """
     --micro-batch-size --min-lr --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size
     --moe-grouped-gemm --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
     --moe-shared-expert-intermediate-size --moe-token-dispatcher-type --no-bias-gelu-fusion
-    --no-load-optim --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication --no-save-optim --no-save-rng
-    --no-verify-integrity --norm-epsilon --normalization --num-attention-heads --num-experts
+    --no-load-optim --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication --no-save-optim
+    --no-save-rng --no-verify-integrity --norm-epsilon --normalization
+    --num-attention-heads --num-experts
     --num-layers --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --optimizer --overlap-grad-reduce
     --overlap-param-gather --override-opt-param-scheduler --override-opt_param-scheduler

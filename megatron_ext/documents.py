@@ -1,0 +1,70 @@
+"""Indexed documents in their order, every token once: what an evaluation reads."""
+
+from collections.abc import Sequence
+
+import numpy
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class Documents(Dataset):
+    """Documents one behind the other, cut into samples of s tokens.
+
+    Sample i predicts the tokens [i * s + 1, (i + 1) * s] of all, from those before them in the
+    sample. All tokens but the very first are predicted once. What is missing at the end of the last
+    sample, and whole samples behind it up to ``multiple``, is padding with loss mask 0.
+    """
+
+    def __init__(
+        self, prefixes: Sequence[str], seq_length: int, multiple: int, limit: int | None = None
+    ):
+        """Open indexed data.
+
+        Args:
+            prefixes: of .bin and .idx files.
+            seq_length: s.
+            multiple: the number of samples is rounded up to one of this.
+            limit: samples to read at most; None for all.
+        """
+        self.parts = [IndexedDataset(prefix) for prefix in prefixes]
+        self.lengths = numpy.concatenate([part.sequence_lengths for part in self.parts])
+        self.ends = numpy.cumsum(self.lengths, dtype=numpy.int64)
+        self.firsts = numpy.cumsum([0, *(len(part) for part in self.parts)])
+        self.seq_length, self.multiple = seq_length, multiple
+        self.num_tokens = int(self.ends[-1]) - 1
+        """Tokens that are predicted."""
+        if limit is not None:
+            self.num_tokens = min(self.num_tokens, limit * seq_length)
+
+    def __len__(self) -> int:
+        samples = -(-self.num_tokens // self.seq_length)
+        return -(-samples // self.multiple) * self.multiple
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return tokens, labels, position_ids [s] int64 and loss_mask [s] float32."""
+        first = index * self.seq_length
+        found = self._read(first, min(first + self.seq_length, self.num_tokens) + 1)
+        ids = torch.zeros(self.seq_length + 1, dtype=torch.int64)
+        ids[: len(found)] = torch.from_numpy(found)
+        positions = torch.arange(self.seq_length)
+        return {
+            "tokens": ids[:-1],
+            "labels": ids[1:],
+            "position_ids": positions,
+            "loss_mask": (positions < len(found) - 1).float(),
+        }
+
+    def _read(self, start: int, end: int) -> numpy.ndarray:
+        """Return the tokens [start, end) of all documents; none if there are none."""
+        pieces = [numpy.empty(0, numpy.int64)]
+        document = int(numpy.searchsorted(self.ends, start, side="right"))
+        while start < end:
+            part = int(numpy.searchsorted(self.firsts, document, side="right")) - 1
+            stop = min(end, int(self.ends[document]))
+            offset = start - int(self.ends[document] - self.lengths[document])
+            number = document - int(self.firsts[part])
+            pieces.append(self.parts[part].get(number, offset, stop - start))
+            start, document = stop, document + 1
+        return numpy.concatenate(pieces).astype(numpy.int64)
