@@ -163,6 +163,7 @@ def build(
             loss_weight=flags.distill.kd_loss_weight,
             lm_loss_weight=flags.distill.kd_lm_loss_weight,
             hidden_states=settings.hidden_states(flags, arch, teacher.arch, start.source),
+            fused_output=flags.distill.kd_fused_output,
             vocab_size=arch.vocab_size,
         )
         layout = teacher_parallel.pipeline_model_parallel_layout

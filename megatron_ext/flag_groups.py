@@ -341,6 +341,11 @@ class Distill:
     kd_lm_loss_weight: float = flag(
         0.0, "weight of the language-model loss beside it; 0 leaves it out", at_least=0
     )
+    kd_fused_output: bool = flag(
+        False,
+        "compute logits and losses in chunks of positions: never all logits in memory, for output "
+        "layers that are computed twice",
+    )
     kd_hidden_states: str | None = flag(
         None,
         "states to compare too, teacher:student with layers from 0, e.g. "

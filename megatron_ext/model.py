@@ -57,15 +57,23 @@ class LanguageModel(GPTModel):
 
     num_tokens: int
     """Of the vocabulary, without padding."""
+    leaves_out_output_layer = False
+    """Whether ``forward`` without labels returns what the output layer would take."""
+
+    def output_weight(self) -> Tensor:
+        """Return the weight of the output layer, [v, H], tied or its own. On the last stage."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
 
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None = None, **inputs: object
     ) -> Tensor:
         if labels is not None or not self.post_process:
             return super()._postprocess(hidden_states, labels=labels, **inputs)
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else None
-        return self.output_layer(hidden_states, weight=weight)[0]
+        if self.leaves_out_output_layer:
+            return hidden_states
+        return self.output_layer(hidden_states, weight=self.output_weight())[0]
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Return the loss per token, [b, s], over the real tokens.

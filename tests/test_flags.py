@@ -390,9 +390,9 @@ TRAIN_OPTIONS = """
     --exit-interval --exit-on-missing-checkpoint --expert-model-parallel-size
     --export-kd-cfg --export-kd-teacher-load --ffn-hidden-size --finetune --fp16 --global-batch-size
     --grad-reduce-in-bf16 --group-query-attention --help --hidden-dropout --hidden-size
-    --init-method-std --initial-loss-scale --kd-alpha --kd-hidden-loss --kd-hidden-states
-    --kd-jsd-beta --kd-lm-loss-weight --kd-loss --kd-loss-weight --kd-projection --kd-temperature
-    --kd-temperature-squared --kd-top-k --kd-top-k-rest
+    --init-method-std --initial-loss-scale --kd-alpha --kd-fused-output --kd-hidden-loss
+    --kd-hidden-states --kd-jsd-beta --kd-lm-loss-weight --kd-loss --kd-loss-weight --kd-projection
+    --kd-temperature --kd-temperature-squared --kd-top-k --kd-top-k-rest
     --kv-channels --load --log-interval --loss-scale --lr --lr-decay-iters --lr-decay-style
     --lr-warmup-fraction --lr-warmup-init --lr-warmup-iters --lr-wsd-decay-iters
     --lr-wsd-decay-style --make-vocab-size-divisible-by --max-position-embeddings --merge-file

@@ -58,7 +58,7 @@ EXPERT_LAYOUTS = {
 }
 
 
-def gradients_of_one_step(arch, layout, options, teacher=None, dtype=torch.float64):
+def gradients_of_one_step(arch, layout, options, teacher=None, dtype=torch.float64, **distillation):
     """Return the losses with the gradient norm, and {(key, offset): gradient} of this rank."""
     place = platform.initialize(**layout)
     groups = place.groups
@@ -66,9 +66,8 @@ def gradients_of_one_step(arch, layout, options, teacher=None, dtype=torch.float
     chunks = build_model(arch, options, groups, seed=7)
     trained, objective = chunks, {"lm loss": 1.0}
     if teacher is not None:
-        distillation = Distillation(
-            logit_loss=LogitLoss(temperature=2.0), vocab_size=arch.vocab_size
-        )
+        settings = {"logit_loss": LogitLoss(temperature=2.0), "vocab_size": arch.vocab_size}
+        distillation = Distillation(**settings | distillation)
         teachers = build_model(teacher, options, groups, seed=8)
         trained = [
             DistillationModel(s, t, distillation, groups.tp)

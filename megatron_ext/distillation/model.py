@@ -12,10 +12,15 @@ import copy
 from dataclasses import dataclass, field
 
 import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_ext.distillation.fused import fused_losses
 from megatron_ext.distillation.hidden import HiddenLoss, HiddenStates
 from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.model import LanguageModel
@@ -34,6 +39,8 @@ class Distillation:
     """Weight of the language-model loss; at 0 a training step does not compute it."""
     hidden_states: HiddenStates | None = None
     """What else is compared, on any stage."""
+    fused_output: bool = False
+    """Never hold all logits, see ``fused``."""
     vocab_size: int
     """Tokens of the shared tokenizer; the padding behind them takes no part."""
 
@@ -67,6 +74,8 @@ class DistillationModel(MegatronModule):
         self.distillation = distillation
         self.tp_group = tp_group
         states = distillation.hidden_states
+        for model in (student, teacher):
+            model.leaves_out_output_layer = distillation.fused_output
         self.hidden = HiddenLoss(states, student, teacher, tp_group) if states else None
         # Read by the schedules and by finalize_model_grads, which sees one model: the student.
         self.model_type = student.model_type
@@ -109,7 +118,22 @@ class DistillationModel(MegatronModule):
         student_output = self.student(input_ids, position_ids, attention_mask)
         if not self.post_process:
             return torch.cat([student_output, teacher_output], dim=-1)
-        return self._losses(student_output, teacher_output, labels)
+        if not self.distillation.fused_output:
+            return self._losses(student_output, teacher_output, labels)
+        return fused_losses(
+            self._losses,
+            self._whole_states(student_output),
+            self.student.output_weight(),
+            self._whole_states(teacher_output),
+            self.teacher.output_weight(),
+            labels,
+        )
+
+    def _whole_states(self, states: Tensor) -> Tensor:
+        """Return [S, b, H] of [s, b, H]; in backward, gradients are summed over the ranks."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(states, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(states, group=self.tp_group)
 
     def _losses(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
