@@ -225,7 +225,7 @@ def checkpoint_problems(checkpoint: group.TrainCheckpoint, *, training: bool) ->
             yield f"{name} needs --load."
 
 
-def distill_problems(distill: group.Distill) -> Iterator[str]:
+def distill_problems(distill: group.Distill, precision: group.Precision) -> Iterator[str]:
     """Distillation flags without a teacher, and settings of a loss that is not taken."""
     default = group.Distill()
     typed = {
@@ -233,6 +233,8 @@ def distill_problems(distill: group.Distill) -> Iterator[str]:
     }
     if distill.teacher_load is None and typed:
         yield f"{dashed(min(typed))} needs --teacher-load."
+    if distill.kd_fused_output and precision.fp16:
+        yield "--kd-fused-output makes gradients before fp16's loss scale is known: use --bf16."
     if distill.kd_top_k is not None and distill.kd_loss != "forward-kl":
         yield f"--kd-top-k {distill.kd_top_k} needs --kd-loss forward-kl, not {distill.kd_loss}."
     for name, needed, given in (

@@ -343,8 +343,8 @@ class Distill:
     )
     kd_fused_output: bool = flag(
         False,
-        "compute logits and losses in chunks of positions: never all logits in memory, for output "
-        "layers that are computed twice",
+        "compute logits, losses and their gradients in chunks of positions: never all logits in "
+        "memory",
     )
     kd_hidden_states: str | None = flag(
         None,

@@ -107,7 +107,7 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
         check.training_precision_problems(flags.precision),
         check.model_problems(flags.sizes),
         check.checkpoint_problems(flags.checkpoint, training=training),
-        check.distill_problems(flags.distill),
+        check.distill_problems(flags.distill, flags.precision),
         check.data_problems(data),
     )
     return replace(flags, parallel=without_idle_sequence_parallel(parallel), batch=batch)

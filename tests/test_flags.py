@@ -145,6 +145,7 @@ REFUSED = [
     ("--teacher-load t --kd-jsd-beta 0.2", 1, "--kd-jsd-beta 0.2 needs --kd-loss jsd"),
     ("--teacher-load t --kd-loss jsd --kd-jsd-beta 1", 1, "--kd-jsd-beta 1.0: must be < 1"),
     ("--teacher-load t --kd-top-k 8 --kd-loss mse", 1, "--kd-top-k 8 needs --kd-loss forward-kl"),
+    ("--teacher-load t --kd-fused-output --fp16", 1, "--kd-fused-output makes gradients before"),
     ("--teacher-load t --kd-top-k-rest tail", 1, "--kd-top-k-rest tail needs --kd-top-k"),
     ("--data-path a", 1, "--mock-data and --data-path: give one source"),
     ("--valid-data-path a", 1, "--mock-data and --train-data-path (or"),

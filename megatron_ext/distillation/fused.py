@@ -3,7 +3,7 @@
 Shape letters are those of ``chunks``; H is the hidden size of either model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -14,91 +14,127 @@ from torch.autograd.function import once_differentiable
 # What a position loses depends on its own logits only.
 Losses = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
-# Elements of the logits of a chunk, of which a few are alive. A matrix product wants more rows than
-# a loss does.
-LOGITS_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+# Tokens whose logits exist at a time. Matrix products want more rows than the losses do.
+CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 
 
 def fused_losses(
     losses: Losses,
+    objective: Mapping[str, float],
     student_states: Tensor,
     student_weight: Tensor,
     teacher_states: Tensor,
     teacher_weight: Tensor,
     labels: Tensor,
+    loss_mask: Tensor,
 ) -> dict[str, Tensor]:
     """Return ``losses`` of two output layers, chunk by chunk of positions.
 
+    Gradients are made in forward, while the logits are there, for what is minimised: the sum over
+    ``objective`` and tokens of weight x loss x mask, times any one number. Backward only multiplies
+    by that number, which it takes from the gradient that arrives; any other gradient than of this
+    sum comes out wrong.
+
     Args:
-        losses: of logits. Called twice for each chunk, in forward and again in backward, with the
-            collectives that it has; all ranks of a tensor-parallel group have as many chunks.
+        losses: of logits, with their collectives; all ranks of a tensor-parallel group have as many
+            chunks.
+        objective: the weight of each loss in what is minimised.
         student_states: [S, B, H], what the output layer takes. Gets a gradient: this rank's part
             under tensor parallelism, to be summed over its ranks.
         student_weight: [v, H]. Gets a gradient, summed over chunks in float32.
         teacher_states: [S, B, H].
         teacher_weight: [v, H].
         labels: [B, S].
+        loss_mask: [B, S].
 
     Returns:
         {name: [B, S]}.
 
-    Cost: both output layers are computed twice, since gradients of the losses are not known in
-    forward. Kept for backward: the arguments, by reference.
+    Kept for backward: the gradients of states and weight, in float32.
     """
     names: list[str] = []
     found = _Fused.apply(
         losses,
+        objective if torch.is_grad_enabled() else {},
         names,
         student_states,
         student_weight,
         teacher_states.detach(),
         teacher_weight.detach(),
         labels,
+        loss_mask,
     )
     return dict(zip(names, found, strict=True))
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, losses, names, states, weight, teacher_states, teacher_weight, labels):
+    def forward(
+        ctx,
+        losses,
+        objective,
+        names,
+        states,
+        weight,
+        teacher_states,
+        teacher_weight,
+        labels,
+        loss_mask,
+    ):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        if objective:
+            grad_states = torch.empty_like(states, dtype=wide)
+            grad_weight = torch.zeros_like(weight, dtype=wide)
         found: dict[str, list[Tensor]] = {}
-        for rows in _chunks(states, weight):
-            part = losses(
-                F.linear(states[rows], weight),
-                F.linear(teacher_states[rows], teacher_weight),
-                labels[:, rows],
-            )
+        for rows in _chunks(states):
+            logits = F.linear(states[rows], weight).requires_grad_(bool(objective))
+            teacher_logits = F.linear(teacher_states[rows], teacher_weight)
+            with torch.set_grad_enabled(bool(objective)):
+                part = losses(logits, teacher_logits, labels[:, rows])
             for name, loss in part.items():
-                found.setdefault(name, []).append(loss)
+                found.setdefault(name, []).append(loss.detach())
+            if objective:
+                mask = loss_mask[:, rows]
+                (grad,) = torch.autograd.grad(
+                    [part[name] for name in objective],
+                    logits,
+                    [(factor * mask).to(part[name].dtype) for name, factor in objective.items()],
+                )
+                grad_states[rows] = grad @ weight
+                _add_product(grad_weight, grad.flatten(0, 1).t(), states[rows].flatten(0, 1))
         names.extend(found)
-        ctx.losses, ctx.names = losses, names
-        ctx.save_for_backward(states, weight, teacher_states, teacher_weight, labels)
+        if objective:
+            ctx.save_for_backward(grad_states, grad_weight, loss_mask)
+            ctx.dtypes = states.dtype, weight.dtype
+            ctx.factors = [objective.get(name, 0.0) for name in names]
         return tuple(torch.cat(parts, dim=1) for parts in found.values())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        states, weight, teacher_states, teacher_weight, labels = ctx.saved_tensors
-        wanted = {n: g for n, g in zip(ctx.names, grads, strict=True) if g is not None}
-        grad_states = torch.empty_like(states)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=wide)
-        for rows in _chunks(states, weight):
-            logits = F.linear(states[rows], weight).requires_grad_()
-            teacher_logits = F.linear(teacher_states[rows], teacher_weight)
-            with torch.enable_grad():
-                part = ctx.losses(logits, teacher_logits, labels[:, rows])
-            (grad_logits,) = torch.autograd.grad(
-                [part[name] for name in wanted], logits, [g[:, rows] for g in wanted.values()]
-            )
-            grad_states[rows] = grad_logits @ weight
-            grad_weight += grad_logits.flatten(0, 1).t() @ states[rows].flatten(0, 1)
-        return None, None, grad_states, grad_weight.to(weight.dtype), None, None, None
+        grad_states, grad_weight, loss_mask = ctx.saved_tensors
+        number, grad = next(
+            (f, g) for f, g in zip(ctx.factors, grads, strict=True) if f and g is not None
+        )
+        # Without a token that counts, all gradients are zero whatever this is.
+        scale = grad.sum() / (number * loss_mask.sum()).clamp(min=1e-30)
+        states_dtype, weight_dtype = ctx.dtypes
+        grad_states = grad_states.mul_(scale).to(states_dtype)
+        grad_weight = grad_weight.mul_(scale).to(weight_dtype)
+        return None, None, None, grad_states, grad_weight, None, None, None, None
 
 
-def _chunks(states: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Yield positions whose logits are few enough; the same on all tensor-parallel ranks."""
-    elements = LOGITS_ELEMENTS.get(states.device.type, LOGITS_ELEMENTS["cuda"])
-    count = max(1, elements // (states.size(1) * weight.size(0)))
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to ``total``, which may be wider."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _chunks(states: Tensor) -> Iterator[slice]:
+    """Yield positions, the same on all tensor-parallel ranks."""
+    tokens = CHUNK_TOKENS.get(states.device.type, CHUNK_TOKENS["cuda"])
+    count = max(1, tokens // states.size(1))
     for first in range(0, states.size(0), count):
         yield slice(first, first + count)

@@ -122,11 +122,13 @@ class DistillationModel(MegatronModule):
             return self._losses(student_output, teacher_output, labels)
         return fused_losses(
             self._losses,
+            self.distillation.objective,
             self._whole_states(student_output),
             self.student.output_weight(),
             self._whole_states(teacher_output),
             self.teacher.output_weight(),
             labels,
+            loss_mask,
         )
 
     def _whole_states(self, states: Tensor) -> Tensor:

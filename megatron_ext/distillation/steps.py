@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron_ext.distillation import native
 from megatron_ext.distillation.chunks import (
     LOG2_E,
     center_,
@@ -33,6 +34,8 @@ class Steps(NamedTuple):
     gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Bits s, t [n, B, c] and rows [k, n, B, 1] of a chunk -> T times d loss / d student logits.
     May overwrite s and t."""
+    fast_gradient: Callable[..., Tensor | None] | None = None
+    """As ``native.kl_gradient``: the whole gradient at once, or None where it declines."""
 
 
 def per_token_loss(
@@ -69,7 +72,13 @@ class _RowLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         student, teacher, rows = ctx.saved_tensors
         # No all-reduce: the loss is replicated over tp_group, and therefore grad_loss is too.
-        scale = (grad_loss / ctx.temperature).unsqueeze(-1)
+        scale = grad_loss / ctx.temperature
+        if ctx.steps.fast_gradient is not None:
+            settings = (ctx.temperature, ctx.columns)
+            fast = ctx.steps.fast_gradient(student, teacher, rows, scale, *settings)
+            if fast is not None:
+                return fast, None, None, None, None, None
+        scale = scale.unsqueeze(-1)
         grad = torch.empty_like(student)
         grad[..., ctx.columns :].zero_()
         for place, s, t in chunks(student, teacher, ctx.columns):
@@ -106,7 +115,7 @@ def _reverse_kl_gradient(s, t, rows):
     return s.exp2_().div_(rows[2]).mul_(gap)
 
 
-FORWARD_KL = Steps(_forward_kl, _forward_kl_gradient)
+FORWARD_KL = Steps(_forward_kl, _forward_kl_gradient, native.kl_gradient)
 REVERSE_KL = Steps(_reverse_kl, _reverse_kl_gradient)
 
 
@@ -116,6 +125,9 @@ def _kl_stats(student: Tensor, teacher: Tensor, temperature: float, columns: int
     s' and t' are centred on the rank's maxima: a product with the raw logits would lose to
     rounding what the difference of two similar models is made of.
     """
+    fast = native.kl_stats(student, teacher, temperature, columns)
+    if fast is not None:
+        return fast
     stats = student.new_zeros(5, *student.shape[:-1], dtype=compute_dtype(student, teacher))
     # For a rank that holds only padding: loses every max, and stays finite in the arithmetic.
     stats[:2] = torch.finfo(torch.float32).min

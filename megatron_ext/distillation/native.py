@@ -1,0 +1,115 @@
+"""The statistics and the gradient of KL in C, for CPUs with a C compiler.
+
+``kl_cpu.c`` is compiled when it is first needed and kept in the user's cache folder. Without a
+compiler, on other devices and for other dtypes the functions here decline, and ``steps`` computes
+in torch. MEGATRON_EXT_NATIVE=0 has them always decline.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ext.distillation.chunks import LOG2_E
+
+SOURCE = Path(__file__).with_name("kl_cpu.c")
+OPTIONS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w")
+KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def kl_stats(student: Tensor, teacher: Tensor, temperature: float, columns: int) -> Tensor | None:
+    """Return this rank's [5, S, B] float32 as ``steps`` defines them, or None."""
+    kernel = _kernel("kl_stats", student, teacher, columns)
+    if kernel is None:
+        return None
+    stats = torch.empty(5, *student.shape[:-1])
+    kernel(*_rows(student, teacher, columns, temperature), _pointer(stats), torch.get_num_threads())
+    return stats
+
+
+def kl_gradient(
+    student: Tensor, teacher: Tensor, rows: Tensor, scale: Tensor, temperature: float, columns: int
+) -> Tensor | None:
+    """Return the gradient of the student's logits, [S, B, v] in their dtype, or None.
+
+    Args:
+        student: [S, B, v].
+        teacher: [S, B, v].
+        rows: [4, S, B] float32, maxima and sums of exponentials of both over all ranks.
+        scale: [S, B] float32, the factor of each row.
+        temperature: T.
+        columns: c.
+    """
+    kernel = _kernel("kl_gradient", student, teacher, columns)
+    if kernel is None:
+        return None
+    gradient = torch.empty_like(student)
+    rows, scale = rows.contiguous(), scale.contiguous()
+    kernel(
+        *_rows(student, teacher, columns, temperature),
+        _pointer(rows),
+        _pointer(scale),
+        _pointer(gradient),
+        torch.get_num_threads(),
+    )
+    return gradient
+
+
+def _kernel(name: str, student: Tensor, teacher: Tensor, columns: int) -> ctypes._CFuncPtr | None:
+    tensors = (student, teacher)
+    fits = columns > 0 and student.dtype == teacher.dtype and student.dtype in KINDS
+    if not fits or not all(x.device.type == "cpu" and x.is_contiguous() for x in tensors):
+        return None
+    library = _library()
+    return None if library is None else getattr(library, f"{name}_{KINDS[student.dtype]}")
+
+
+def _rows(student: Tensor, teacher: Tensor, columns: int, temperature: float) -> list:
+    sizes = [student[..., 0].numel(), student.size(-1), teacher.size(-1), columns]
+    scale = ctypes.c_float(LOG2_E / temperature)
+    return [_pointer(student), _pointer(teacher), *map(ctypes.c_long, sizes), scale]
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """Return the compiled kernels, or None if they cannot be had here."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if os.environ.get("MEGATRON_EXT_NATIVE") == "0" or compiler is None:
+        return None
+    # A home folder may be shared by machines of other kinds, for which -march=native means others.
+    described = (SOURCE.read_bytes(), " ".join(OPTIONS).encode(), _processor().encode())
+    name = f"kl_cpu-{hashlib.sha256(b'|'.join(described)).hexdigest()[:16]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_ext"
+    try:
+        if not (cache / name).exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:  # ranks may compile at once
+                built = Path(scratch) / name
+                command = [compiler, *OPTIONS, str(SOURCE), "-o", str(built)]
+                subprocess.run(command, check=True, capture_output=True, timeout=120)
+                built.replace(cache / name)
+        return ctypes.CDLL(str(cache / name))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    """Return what tells processors with other instructions apart."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = ("model name", "flags", "Features")
+    return "\n".join(next((x for x in lines if x.startswith(name)), "") for name in names)

@@ -1,0 +1,102 @@
+"""The kernels in C against the same steps in torch, and where they decline."""
+
+import math
+import shutil
+
+import pytest
+import torch
+
+from megatron_ext.distillation import native, steps
+from megatron_ext.distillation.losses import vocab_parallel_kl
+
+pytestmark = pytest.mark.skipif(native._library() is None, reason="there is no C compiler")
+
+
+def logits(columns, dtype, scale=3.0):
+    generator = torch.Generator().manual_seed(columns)
+    student, noise = torch.randn(2, 7, 3, columns, generator=generator)
+    return (scale * student).to(dtype), (scale * student + 0.3 * noise).to(dtype)
+
+
+def in_torch(monkeypatch):
+    monkeypatch.setattr(native, "_library", lambda: None)
+
+
+def loss_and_gradient(student, teacher, **settings):
+    student = student.clone().requires_grad_()
+    loss = vocab_parallel_kl(student, teacher, **settings)
+    loss.backward(torch.linspace(-1, 2, loss.numel()).view_as(loss))
+    return loss.detach(), student.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 100, 1024 + 5, 5000])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 4.0])
+def test_kernels_equal_torch(columns, padding, temperature, dtype, monkeypatch):
+    student, teacher = logits(columns + padding, dtype)
+    settings = {"temperature": temperature, "vocab_size": columns}
+    assert native.kl_stats(student, teacher, temperature, columns) is not None
+    loss, gradient = loss_and_gradient(student, teacher, **settings)
+    in_torch(monkeypatch)
+    expected, reference = loss_and_gradient(student, teacher, **settings)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=5e-7)
+    # Neighbours in bfloat16 are up to 2^-7 apart. Float32 rounds p_s and p_t, not their difference.
+    rounding = {"rtol": 2**-7 if dtype == torch.bfloat16 else 1e-5, "atol": 2e-7 * 2 / temperature}
+    torch.testing.assert_close(gradient, reference, **rounding)
+    assert not gradient[..., columns:].any()
+
+
+@pytest.mark.parametrize("columns", [100, 40_000])
+def test_sums_of_long_rows_in_float64(columns):
+    student, teacher = logits(columns, torch.float32)
+    stats = native.kl_stats(student, teacher, 1.0, columns).double()
+    for number, x in enumerate((student.double(), teacher.double())):
+        highest = x.amax(-1)
+        assert torch.equal(stats[number], highest)
+        sums = (x - highest.unsqueeze(-1)).exp().sum(-1)
+        torch.testing.assert_close(stats[2 + number], sums, rtol=3e-7, atol=0)
+
+
+def test_threads_change_nothing():
+    student, teacher = logits(3000, torch.float32)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(loss_and_gradient(student, teacher))
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 20, 99])
+def test_what_is_not_finite_comes_out(bad, place):
+    student, teacher = logits(100, torch.float32)
+    student[2, 1, place] = bad
+    loss, _ = loss_and_gradient(student, teacher)
+    assert not loss[2, 1].isfinite()
+    loss[2, 1] = 0
+    assert loss.isfinite().all()
+
+
+def test_where_they_decline():
+    student, teacher = logits(64, torch.float32)
+    assert native.kl_stats(student.double(), teacher.double(), 1.0, 64) is None
+    assert native.kl_stats(student, teacher.bfloat16(), 1.0, 64) is None
+    assert native.kl_stats(student.transpose(0, 1), teacher.transpose(0, 1), 1.0, 64) is None
+    assert native.kl_stats(student, teacher, 1.0, 0) is None
+
+
+def test_without_a_compiler_torch_computes(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert native._library.__wrapped__() is None
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert native._library.__wrapped__() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "OPTIONS", ("--no-such-option",))
+    assert native._library.__wrapped__() is None
+    assert not list((tmp_path / "megatron_ext").iterdir())
+    in_torch(monkeypatch)
+    student, teacher = logits(64, torch.float32)
+    assert steps._kl_stats(student, teacher, 1.0, 64).shape == (5, 7, 3)
