@@ -18,6 +18,12 @@ from megatron_ext.distillation import settings
 from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
 from megatron_ext.distillation.placement import layouts_of_both
+from megatron_ext.distillation.stored import (
+    StoredDistillationModel,
+    WithStoredTeacher,
+    check_store,
+    read_index,
+)
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
 from megatron_ext.flag_groups import Parallel
 from megatron_ext.flags import (
@@ -64,6 +70,8 @@ def main() -> int:
     arch = choose_arch(flags, start, tokenizer.vocab_size)
     for source in filter(None, (start.source, teacher)):
         check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
+    if flags.distill.kd_teacher_store is not None:
+        check_stored_teacher(flags, tokenizer.vocab_size)
     flags, teacher_parallel = place_layers(flags, arch, teacher)
     check_layout(arch, flags.parallel, seq_length=flags.batch.seq_length)
     if teacher is not None:
@@ -136,6 +144,18 @@ def check_teacher(arch: Arch, teacher: Checkpoint, flags: TrainFlags, parallel: 
     check_padded_vocab(arch, teacher.arch, flags.parallel.tensor_model_parallel_size)
 
 
+def check_stored_teacher(flags: TrainFlags, vocab_size: int) -> None:
+    """Refuse what was stored for other settings than this run's."""
+    check_store(
+        read_index(flags.distill.kd_teacher_store),
+        top_k=flags.distill.kd_top_k,
+        temperature=flags.distill.kd_temperature,
+        vocab_size=vocab_size,
+        seq_length=flags.batch.seq_length,
+        tokenizer_sha256=data.tokenizer_sha256(flags.data),
+    )
+
+
 def build(
     flags: TrainFlags,
     arch: Arch,
@@ -157,6 +177,15 @@ def build(
     chunks = build_model(arch, options, place.groups, seed=seed)
     modules, objective, eval_losses, hidden = chunks, {LM_LOSS: 1.0}, (LM_LOSS,), None
     flops = 3 * forward_flops(arch, flags.batch.seq_length)
+    if flags.distill.kd_teacher_store is not None:
+        distillation = Distillation(
+            logit_loss=settings.logit_loss(flags.distill),
+            loss_weight=flags.distill.kd_loss_weight,
+            lm_loss_weight=flags.distill.kd_lm_loss_weight,
+            vocab_size=arch.vocab_size,
+        )
+        modules = [StoredDistillationModel(s, distillation, place.groups.tp) for s in chunks]
+        objective = distillation.objective
     if teacher is not None:
         distillation = Distillation(
             logit_loss=settings.logit_loss(flags.distill),
@@ -214,6 +243,11 @@ def go(run: state.Run, tokenizer: data.MegatronTokenizerBase, place: Platform) -
         tokenizer=tokenizer,
         seed=batch.seed,
     )
+    store = flags.distill.kd_teacher_store
+    if store is not None and num_train:
+        stored = WithStoredTeacher(datasets[0], store)
+        on_all_ranks(lambda: stored.check(num_train, place.rank, place.world_size))
+        datasets = (stored, *datasets[1:])
     train_data, valid_data, test_data = (batch_maker(d, flags, place) for d in datasets)
     log = Log(flags, flops_per_step=run.flops_per_step, first_iteration=run.counters.iteration)
     log.say(f"{num_parameters(run.arch):,} parameters, beginning at {run.counters.iteration}")

@@ -231,15 +231,25 @@ def distill_problems(distill: group.Distill, precision: group.Precision) -> Iter
     typed = {
         f.name for f in fields(distill) if getattr(distill, f.name) != getattr(default, f.name)
     }
-    if distill.teacher_load is None and typed:
+    if distill.teacher_load is None and distill.kd_teacher_store is None and typed:
         yield f"{dashed(min(typed))} needs --teacher-load."
+    if distill.kd_teacher_store is not None:
+        for name in ("teacher_load", "kd_hidden_states", "kd_fused_output"):
+            if name in typed:
+                yield f"{dashed(name)} does not go with --kd-teacher-store: no teacher is loaded."
+        if distill.kd_loss != "forward-kl":
+            yield f"--kd-teacher-store needs --kd-loss forward-kl, not {distill.kd_loss}."
     if distill.kd_fused_output and precision.fp16:
         yield "--kd-fused-output makes gradients before fp16's loss scale is known: use --bf16."
     if distill.kd_top_k is not None and distill.kd_loss != "forward-kl":
         yield f"--kd-top-k {distill.kd_top_k} needs --kd-loss forward-kl, not {distill.kd_loss}."
     for name, needed, given in (
         ("kd_jsd_beta", "--kd-loss jsd", distill.kd_loss == "jsd"),
-        ("kd_top_k_rest", "--kd-top-k", distill.kd_top_k is not None),
+        (
+            "kd_top_k_rest",
+            "--kd-top-k",
+            distill.kd_top_k is not None or distill.kd_teacher_store is not None,
+        ),
         *(
             (name, "--kd-hidden-states", distill.kd_hidden_states is not None)
             for name in ("kd_hidden_loss", "kd_alpha", "kd_projection")

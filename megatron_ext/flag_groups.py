@@ -313,6 +313,10 @@ class Distill:
         "folder of the teacher's checkpoint; default no teacher",
         aliases=("--export-kd-teacher-load",),
     )
+    kd_teacher_store: str | None = flag(
+        None,
+        "folder of tools/store_teacher.py in place of a teacher: forward KL over the stored tokens",
+    )
     export_kd_cfg: str | None = flag(
         None, "Model Optimizer's YAML file of distillation settings; typed flags win over it"
     )

@@ -393,7 +393,7 @@ TRAIN_OPTIONS = """
     --grad-reduce-in-bf16 --group-query-attention --help --hidden-dropout --hidden-size
     --init-method-std --initial-loss-scale --kd-alpha --kd-fused-output --kd-hidden-loss
     --kd-hidden-states --kd-jsd-beta --kd-lm-loss-weight --kd-loss --kd-loss-weight --kd-projection
-    --kd-temperature --kd-temperature-squared --kd-top-k --kd-top-k-rest
+    --kd-teacher-store --kd-temperature --kd-temperature-squared --kd-top-k --kd-top-k-rest
     --kv-channels --load --log-interval --loss-scale --lr --lr-decay-iters --lr-decay-style
     --lr-warmup-fraction --lr-warmup-init --lr-warmup-iters --lr-wsd-decay-iters
     --lr-wsd-decay-style --make-vocab-size-divisible-by --max-position-embeddings --merge-file

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -51,7 +52,24 @@ class Distillation:
         return {name: weight for name, weight in weights.items() if weight}
 
 
-class DistillationModel(MegatronModule):
+class StudentStage(MegatronModule):
+    """A module that the schedules and finalize_model_grads run in place of its student.
+
+    They read from it what they would read from the student.
+    """
+
+    def __init__(self, config: TransformerConfig, student: LanguageModel):
+        super().__init__(config=config)
+        self.student = student
+        self.model_type = student.model_type
+        self.vp_stage = student.vp_stage
+        self.pre_process = student.pre_process
+        self.post_process = student.post_process
+        self.share_embeddings_and_output_weights = student.share_embeddings_and_output_weights
+        self.shared_embedding_or_output_weight = student.shared_embedding_or_output_weight
+
+
+class DistillationModel(StudentStage):
     """A trained student and a frozen teacher as one pipeline stage.
 
     ``forward`` returns [s, b, H + T] on all stages but the last, where it returns per-token losses
@@ -68,8 +86,7 @@ class DistillationModel(MegatronModule):
     ):
         config = copy.copy(student.config)
         config.hidden_size += teacher.config.hidden_size
-        super().__init__(config=config)
-        self.student = student
+        super().__init__(config, student)
         self.teacher = teacher.requires_grad_(False).eval()
         self.distillation = distillation
         self.tp_group = tp_group
@@ -77,13 +94,6 @@ class DistillationModel(MegatronModule):
         for model in (student, teacher):
             model.leaves_out_output_layer = distillation.fused_output
         self.hidden = HiddenLoss(states, student, teacher, tp_group) if states else None
-        # Read by the schedules and by finalize_model_grads, which sees one model: the student.
-        self.model_type = student.model_type
-        self.vp_stage = student.vp_stage
-        self.pre_process = student.pre_process
-        self.post_process = student.post_process
-        self.share_embeddings_and_output_weights = student.share_embeddings_and_output_weights
-        self.shared_embedding_or_output_weight = student.shared_embedding_or_output_weight
 
     def train(self, mode: bool = True) -> "DistillationModel":
         """Set the student's mode; the teacher stays in evaluation."""

@@ -21,6 +21,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_ext.distillation.hidden import HiddenLosses
+from megatron_ext.distillation.stored import STORED
 
 Batch = Mapping[str, Tensor]
 HIDDEN_LOSS = "hidden loss"
@@ -175,6 +176,7 @@ def _forward_step(
         batch.get("attention_mask"),
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        **{name: batch[name] for name in STORED if name in batch},
     )
     return output, partial(_weigh, objective, batch["loss_mask"])
 
