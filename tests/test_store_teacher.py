@@ -28,7 +28,10 @@ from tests.programs import (
 STUDENT = replace(LLAMA, num_layers=2, hidden_size=32)
 # SGD: Adam makes as much of the rounding of a gradient near 0 as of a gradient.
 STEPS = "--train-iters 4 --global-batch-size 4"
-TRAIN = f"{STEPS} --lr 0.5 --optimizer sgd --log-interval 1 --save-interval 4 --eval-interval 4 --eval-iters 1"
+TRAIN = (
+    f"{STEPS} --lr 0.5 --optimizer sgd --log-interval 1 --save-interval 4 --eval-interval 4 "
+    "--eval-iters 1"
+)
 
 
 @pytest.fixture(scope="module")
