@@ -1,8 +1,8 @@
-"""The statistics and the gradient of KL in C, for CPUs with a C compiler.
+"""The statistics and the gradient of KL in one pass each: in C on CPUs, in Triton on CUDA.
 
 ``kl_cpu.c`` is compiled when it is first needed and kept in the user's cache folder. Without a
-compiler, on other devices and for other dtypes the functions here decline, and ``steps`` computes
-in torch. MEGATRON_EXT_NATIVE=0 has them always decline.
+compiler, without Triton and for other dtypes the functions here decline, and ``steps`` computes in
+torch. MEGATRON_EXT_NATIVE=0 has them always decline.
 """
 
 import ctypes
@@ -13,7 +13,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -27,7 +29,12 @@ KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 def kl_stats(student: Tensor, teacher: Tensor, temperature: float, columns: int) -> Tensor | None:
     """Return this rank's [5, S, B] float32 as ``steps`` defines them, or None."""
-    kernel = _kernel("kl_stats", student, teacher, columns)
+    if not _fits(student, teacher, columns):
+        return None
+    if student.is_cuda:
+        kernels = _triton_kernels()
+        return kernels and kernels.kl_stats(student, teacher, temperature, columns)
+    kernel = _c_kernel("kl_stats", student.dtype)
     if kernel is None:
         return None
     stats = torch.empty(5, *student.shape[:-1])
@@ -48,7 +55,12 @@ def kl_gradient(
         temperature: T.
         columns: c.
     """
-    kernel = _kernel("kl_gradient", student, teacher, columns)
+    if not _fits(student, teacher, columns):
+        return None
+    if student.is_cuda:
+        kernels = _triton_kernels()
+        return kernels and kernels.kl_gradient(student, teacher, rows, scale, temperature, columns)
+    kernel = _c_kernel("kl_gradient", student.dtype)
     if kernel is None:
         return None
     gradient = torch.empty_like(student)
@@ -63,13 +75,27 @@ def kl_gradient(
     return gradient
 
 
-def _kernel(name: str, student: Tensor, teacher: Tensor, columns: int) -> ctypes._CFuncPtr | None:
+def _fits(student: Tensor, teacher: Tensor, columns: int) -> bool:
     tensors = (student, teacher)
-    fits = columns > 0 and student.dtype == teacher.dtype and student.dtype in KINDS
-    if not fits or not all(x.device.type == "cpu" and x.is_contiguous() for x in tensors):
-        return None
+    same = student.dtype == teacher.dtype and student.dtype in KINDS
+    return columns > 0 and same and all(x.is_contiguous() for x in tensors)
+
+
+def _c_kernel(name: str, dtype: torch.dtype) -> Callable | None:
     library = _library()
-    return None if library is None else getattr(library, f"{name}_{KINDS[student.dtype]}")
+    return None if library is None else getattr(library, f"{name}_{KINDS[dtype]}")
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    """Return the module of Triton kernels, or None without Triton."""
+    if os.environ.get("MEGATRON_EXT_NATIVE") == "0":
+        return None
+    try:
+        from megatron_ext.distillation import kl_triton
+    except ImportError:
+        return None
+    return kl_triton
 
 
 def _rows(student: Tensor, teacher: Tensor, columns: int, temperature: float) -> list:
