@@ -38,10 +38,10 @@ from megatron_ext.model import build_model
 from megatron_ext.platform import Platform
 from megatron_ext.startup import (
     batches_of_rank,
-    check_padded_vocab,
     check_tokenizer,
     join_ranks,
     model_options,
+    padded_alike,
 )
 from megatron_ext.together import on_all_ranks
 from megatron_ext.training import state
@@ -140,8 +140,8 @@ def check_teacher(arch: Arch, teacher: Checkpoint, flags: TrainFlags, parallel: 
     top_k = flags.distill.kd_top_k
     if top_k is not None and top_k > arch.vocab_size:
         raise UserError(f"--kd-top-k {top_k}: the vocabulary has {arch.vocab_size} tokens.", USAGE)
-    check_layout(teacher.arch, parallel, seq_length=flags.batch.seq_length)
-    check_padded_vocab(arch, teacher.arch, flags.parallel.tensor_model_parallel_size)
+    teacher_arch = padded_alike(teacher.arch, arch)
+    check_layout(teacher_arch, parallel, seq_length=flags.batch.seq_length)
 
 
 def check_stored_teacher(flags: TrainFlags, vocab_size: int) -> None:
@@ -197,8 +197,9 @@ def build(
         )
         layout = teacher_parallel.pipeline_model_parallel_layout
         teacher_options = replace(options, pipeline_model_parallel_layout=layout)
-        teachers = build_model(teacher.arch, teacher_options, place.groups)
-        state.restore_weights(teachers, teacher)
+        teacher_arch = padded_alike(teacher.arch, arch)
+        teachers = build_model(teacher_arch, teacher_options, place.groups)
+        state.restore_weights(teachers, teacher, repad=True)
         modules = on_all_ranks(
             lambda: [
                 DistillationModel(student, frozen, distillation, place.groups.tp)

@@ -180,8 +180,16 @@ def verify_integrity(folder: Path) -> None:
         raise UserError(f"{problems[0]}.", CHECKPOINT)
 
 
-def load(folder: Path, state: ShardedStateDict) -> dict[str, Any]:
+def load(
+    folder: Path, state: ShardedStateDict, *, padded_vocab_size: int | None = None
+) -> dict[str, Any]:
     """Read ``state`` (sharded tensors of any layout) in place. Collective.
+
+    Args:
+        folder: a checkpoint's.
+        state: what is to be read.
+        padded_vocab_size: rows of the vocabulary's tables in the checkpoint, if ``state`` may pad
+            them otherwise: rows that are only here come out as zeros, those only there stay there.
 
     Returns:
         The state dict with everything that ``state`` asked for and the common part.
@@ -190,7 +198,7 @@ def load(folder: Path, state: ShardedStateDict) -> dict[str, Any]:
         UserError: on every rank, with a table, if tensors of the checkpoint and of ``state`` are
             not the same, name by name and shape by shape. Nothing is loaded then.
     """
-    _check_tensors(folder, state)
+    _check_tensors(folder, state, padded_vocab_size)
     try:
         return dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
@@ -207,8 +215,13 @@ def sharded_tensors(state: ShardedStateDict) -> Iterator[ShardedTensor]:
             yield value
 
 
-def _check_tensors(folder: Path, state: ShardedStateDict) -> None:
-    wanted = {tensor.key: tuple(tensor.global_shape) for tensor in sharded_tensors(state)}
+def _check_tensors(folder: Path, state: ShardedStateDict, padded_vocab_size: int | None) -> None:
+    wanted = {}
+    for tensor in sharded_tensors(state):
+        rows, *width = tensor.global_shape
+        # megatron-core marks what is padded to the vocabulary so.
+        is_padded = padded_vocab_size is not None and tensor.allow_shape_mismatch
+        wanted[tensor.key] = (padded_vocab_size if is_padded else rows, *width)
     for others in gather(wanted):
         wanted |= others
     try:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,12 +116,10 @@ def check_tokenizer(source: Checkpoint, vocab_size: int, sha256: str | None) -> 
         )
 
 
-def check_padded_vocab(student: Arch, teacher: Arch, tp: int) -> None:
-    """Refuse two models whose logits tensor-parallel ranks would hold different tokens of."""
-    if tp > 1 and teacher.padded_vocab_size != student.padded_vocab_size:
-        raise UserError(
-            f"--tensor-model-parallel-size {tp}: the vocabulary is padded to "
-            f"{teacher.padded_vocab_size} in the teacher and to {student.padded_vocab_size} in "
-            "the student, so ranks would hold different tokens of each; use 1.",
-            USAGE,
-        )
+def padded_alike(model: Arch, other: Arch) -> Arch:
+    """Return ``model`` with the vocabulary padded as ``other``'s; they share a tokenizer.
+
+    Tensor-parallel ranks then hold the same tokens of both. Megatron-LM pads to a multiple of its
+    own number of ranks, so two checkpoints of one family may differ.
+    """
+    return replace(model, padded_vocab_size=other.padded_vocab_size)

@@ -16,7 +16,7 @@ from tests.programs import LAYOUTS, fail, read_model, succeed, write_corpus, wri
 from tests.ranks import run_ranks
 
 TEACHER = replace(LLAMA, hidden_size=32)
-STUDENT = replace(LLAMA, num_layers=3)
+STUDENT = replace(LLAMA, num_layers=3, padded_vocab_size=112)
 SEQ_LENGTH, VOCAB = 16, LLAMA.vocab_size
 
 

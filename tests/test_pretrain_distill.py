@@ -51,8 +51,8 @@ class Place:
 
     def __init__(self, folder):
         self.corpus = {
-            arch: write_corpus(folder / f"corpus{arch.vocab_size}", arch.vocab_size)
-            for arch in (STUDENT, GPT2)
+            size: write_corpus(folder / f"corpus{size}", size)
+            for size in (STUDENT.vocab_size, GPT2.vocab_size)
         }
         self.teacher, self.pruned = str(folder / "teacher"), str(folder / "pruned")
         argv = [*self.flags(self.teacher), *model_flags(TEACHER), *LAYOUTS["TP2xPP2"][1].split()]
@@ -62,7 +62,7 @@ class Place:
     def flags(self, save, extra="", arch=STUDENT):
         """Return the flags of a run of 6 steps, but for the sizes of its model."""
         return [
-            *data_flags(arch, self.corpus[arch]),
+            *data_flags(arch, self.corpus[arch.vocab_size]),
             *shlex.split(
                 "--global-batch-size 4 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine "
                 "--lr-warmup-iters 2 --train-iters 6 --save-interval 2 --log-interval 1 "
@@ -106,6 +106,14 @@ KINDS = {
     "both losses": (STUDENT, "--teacher-load {teacher} --kd-lm-loss-weight 0.5"),
     "jsd": (STUDENT, "--teacher-load {teacher} --kd-loss jsd --kd-loss-weight 2"),
     "tail": (STUDENT, "--teacher-load {teacher} --kd-top-k 9 --kd-top-k-rest tail"),
+    "padded otherwise": (
+        replace(STUDENT, padded_vocab_size=256),  # under TP2 a rank has none of the teacher's rows
+        "--teacher-load {teacher} --kd-lm-loss-weight 0.5",
+    ),
+    "padded otherwise, fused": (
+        replace(STUDENT, padded_vocab_size=102),
+        "--teacher-load {teacher} --kd-fused-output",
+    ),
 }
 
 
@@ -123,6 +131,8 @@ def kind_flags(name, place):
         *(("both losses", layout) for layout in ("TP2", "PP2")),
         ("jsd", "TP2+SP"),
         ("tail", "TP2+SP"),
+        ("padded otherwise", "TP2+SP"),
+        ("padded otherwise, fused", "TP2xPP2"),
     ],
 )
 def test_no_layout_changes_a_loss(name, layout, place, serial, tmp_path):

@@ -43,10 +43,10 @@ from megatron_ext.platform import Platform
 from megatron_ext.pruning.scores import written_aside
 from megatron_ext.startup import (
     batches_of_rank,
-    check_padded_vocab,
     check_tokenizer,
     join_ranks,
     model_options,
+    padded_alike,
 )
 from megatron_ext.together import on_all_ranks, on_first_rank
 from megatron_ext.training.state import restore_weights
@@ -113,9 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if teacher:
         depths = source.arch.num_layers, teacher.arch.num_layers
         own, others = layouts_of_both(flags.parallel, *depths, ())
-        check_layout(teacher.arch, others, seq_length=flags.batch.seq_length)
-        tp = own.tensor_model_parallel_size
-        check_padded_vocab(source.arch, teacher.arch, tp)
+        teacher_arch = padded_alike(teacher.arch, source.arch)
+        check_layout(teacher_arch, others, seq_length=flags.batch.seq_length)
     check_layout(source.arch, own, seq_length=flags.batch.seq_length)
     check_experts([model.arch for model in (source, teacher) if model], own)
     flags = replace(flags, parallel=own)
@@ -155,8 +154,9 @@ def build(
 
     def load(model: Checkpoint, layout: str | None) -> list[LanguageModel]:
         laid_out = replace(options, pipeline_model_parallel_layout=layout)
-        chunks = build_model(model.arch, laid_out, place.groups)
-        restore_weights(chunks, model)
+        arch = padded_alike(model.arch, source.arch)
+        chunks = build_model(arch, laid_out, place.groups)
+        restore_weights(chunks, model, repad=True)
         return chunks
 
     chunks = load(source, flags.parallel.pipeline_model_parallel_layout)

@@ -233,9 +233,17 @@ def _trained_state(run: Run) -> ShardedStateDict:
     return state if run.hidden is None else state | {"distillation": run.hidden.sharded_state()}
 
 
-def restore_weights(chunks: list[LanguageModel], source: checkpoint.Checkpoint) -> None:
-    """Fill ``chunks`` with the weights of ``source``, whatever layout wrote them. Collective."""
-    loaded = checkpoint.load(source.folder, model_state_dict(chunks))
+def restore_weights(
+    chunks: list[LanguageModel], source: checkpoint.Checkpoint, *, repad: bool = False
+) -> None:
+    """Fill ``chunks`` with the weights of ``source``, whatever layout wrote them. Collective.
+
+    ``repad``: the vocabulary may be padded to another size here than there.
+    """
+    padded_vocab_size = source.arch.padded_vocab_size if repad else None
+    loaded = checkpoint.load(
+        source.folder, model_state_dict(chunks), padded_vocab_size=padded_vocab_size
+    )
     _set_weights(chunks, loaded)
 
 
