@@ -147,16 +147,46 @@ def batch_problems(
         yield "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce."
 
 
-def schedule_problems(optimizer: group.Optimizer, train_iters: int) -> Iterator[str]:
+def length_problems(batch: group.TrainBatch, optimizer: group.Optimizer) -> Iterator[str]:
+    """A run in steps or in samples, not both."""
+    o, in_samples = optimizer, batch.train_samples is not None
+    of_steps = {
+        "--train-iters": batch.train_iters is not None,
+        "--lr-decay-iters": o.lr_decay_iters is not None,
+        "--lr-warmup-iters": bool(o.lr_warmup_iters),
+    }
+    of_samples = {
+        "--lr-decay-samples": o.lr_decay_samples is not None,
+        "--lr-warmup-samples": bool(o.lr_warmup_samples),
+    }
+    for name, given in (of_steps if in_samples else of_samples).items():
+        if given and in_samples:
+            yield f"{name} counts steps and --train-samples samples: give both in samples."
+        elif given:
+            yield f"{name} needs --train-samples."
+    if in_samples and batch.train_samples < batch.global_batch_size:
+        yield (
+            f"--train-samples {batch.train_samples} is less than one --global-batch-size, "
+            f"{batch.global_batch_size}."
+        )
+    if batch.manual_gc_interval and not batch.manual_gc:
+        yield f"--manual-gc-interval {batch.manual_gc_interval} needs --manual-gc."
+
+
+def schedule_problems(optimizer: group.Optimizer, batch: group.TrainBatch) -> Iterator[str]:
     """Learning rate and weight decay over the steps."""
-    o = optimizer
+    o, train_iters = optimizer, batch.train_iters
     for name, value in (("--min-lr", o.min_lr), ("--lr-warmup-init", o.lr_warmup_init)):
         if value > o.lr:
             yield f"{name} {value} is larger than --lr {o.lr}."
     decay = o.lr_decay_iters or train_iters
     decay_flag = "--lr-decay-iters" if o.lr_decay_iters else "--train-iters"
-    if o.lr_warmup_fraction is not None and o.lr_warmup_iters:
-        yield "--lr-warmup-fraction and --lr-warmup-iters both set the warm-up: give one."
+    if o.lr_warmup_fraction is not None and (o.lr_warmup_iters or o.lr_warmup_samples):
+        name = "--lr-warmup-iters" if o.lr_warmup_iters else "--lr-warmup-samples"
+        yield f"--lr-warmup-fraction and {name} both set the warm-up: give one."
+    if o.lr_warmup_samples >= (o.lr_decay_samples or train_iters * batch.global_batch_size):
+        decay_name = "--lr-decay-samples" if o.lr_decay_samples else "--train-samples"
+        yield f"--lr-warmup-samples {o.lr_warmup_samples} must be below {decay_name}."
     if o.lr_warmup_iters >= decay:
         yield f"--lr-warmup-iters {o.lr_warmup_iters} must be below {decay_flag} {decay}."
     if (o.lr_decay_style == "WSD") != (o.lr_wsd_decay_iters is not None):
@@ -259,6 +289,19 @@ def distill_problems(distill: group.Distill, precision: group.Precision) -> Iter
             yield f"{dashed(name)} {getattr(distill, name)} needs {needed}."
     if distill.kd_alpha != "dynamic" and not _is_positive(distill.kd_alpha):
         yield f"--kd-alpha {distill.kd_alpha}: dynamic, or a number above 0."
+
+
+def data_args_problems(data: group.Data) -> Iterator[str]:
+    """A blend on the command line or in a file, not both."""
+    pairs = {
+        "data_args_path": data.data_path,
+        "per_split_data_args_path": data.train_data_path
+        or data.valid_data_path
+        or data.test_data_path,
+    }
+    for name, typed in pairs.items():
+        if getattr(data, name) is not None and typed:
+            yield f"{dashed(name)} and the paths on the command line: give one of them."
 
 
 def data_problems(data: group.Data, *, needed: bool = True) -> Iterator[str]:

@@ -94,6 +94,9 @@ class TrainBatch(Batch):
     train_iters: int | None = flag(
         None, "steps of the whole run, earlier starts included; needed to train", at_least=1
     )
+    train_samples: int | None = flag(
+        None, "the same in samples: whole global batches of them; instead of it", at_least=1
+    )
     exit_interval: int | None = flag(
         None, "stop after a step divisible by this; default never", at_least=1
     )
@@ -101,6 +104,12 @@ class TrainBatch(Batch):
         None, "save and stop after so many minutes; default never", at_least=1
     )
     skip_train: bool = flag(False, "evaluate only")
+    manual_gc: bool = flag(
+        False, "collect Python's garbage on all ranks at the same steps, not whenever it is due"
+    )
+    manual_gc_interval: int = flag(
+        0, "steps between collections under --manual-gc; 0 = at evaluations only", at_least=0
+    )
     recompute_granularity: str | None = flag(
         None,
         "activations computed again in backward: core attention or whole layers; default none",
@@ -129,7 +138,11 @@ class Optimizer:
     lr_decay_iters: int | None = flag(
         None, "step at which min-lr is reached; default train-iters", at_least=1
     )
+    lr_decay_samples: int | None = flag(
+        None, "the same in samples, with --train-samples", at_least=1
+    )
     lr_warmup_iters: int = flag(0, "steps of linear warm-up", at_least=0)
+    lr_warmup_samples: int = flag(0, "the same in samples, with --train-samples", at_least=0)
     lr_warmup_fraction: float | None = flag(
         None, "warm-up as a share of the decay, 0 to 1", at_least=0, below=1
     )
@@ -226,7 +239,11 @@ class Data(Tokenizer):
     data_path: tuple[str, ...] = flag(
         (), "indexed data without .bin and .idx: PATH, or WEIGHT PATH WEIGHT PATH ..."
     )
+    data_args_path: str | None = flag(None, "file with the words of --data-path, for long blends")
     train_data_path: tuple[str, ...] = flag((), "as --data-path, for training only")
+    per_split_data_args_path: str | None = flag(
+        None, 'JSON file {"train": [...], "valid": [...], "test": [...]} of such words'
+    )
     split: str | None = flag(
         None, "shares of --data-path for training, validation and test; default 969,30,1"
     )
@@ -301,6 +318,10 @@ class Log:
     eval_iters: int = flag(100, "batches of one evaluation; 0 = none", at_least=0)
     eval_interval: int | None = flag(None, "steps between evaluations; default none", at_least=1)
     tensorboard_dir: str | None = flag(None, "folder of TensorBoard events; default none")
+    wandb_project: str | None = flag(None, "Weights & Biases project; default none")
+    wandb_exp_name: str | None = flag(None, "name of the run there")
+    wandb_entity: str | None = flag(None, "user or team there")
+    wandb_save_dir: str | None = flag(None, "folder of its files; default --save")
     progress: bool = flag(False, "not in Megatron-LM; a progress bar with the time left")
 
 
@@ -468,6 +489,8 @@ IGNORED = {
     "--empty-unused-memory-level": (1, "memory is left to torch"),
     "--no-one-logger": (0, "there is no such logger"),
     "--local-rank": (1, "ranks come from the environment"),
+    "--ckpt-fully-parallel-load": (0, "every rank reads its share"),
+    "--export-te-mcore-model": (0, "checkpoints are the same with and without it"),
     "--tiktoken-pattern": (1, "there is no tiktoken tokenizer"),
 }
 IGNORED_IN_TRAINING = IGNORED | {
@@ -479,6 +502,13 @@ IGNORED_IN_TRAINING = IGNORED | {
         "losses are always averaged over the unmasked tokens of the global batch",
     ),
     "--no-gradient-accumulation-fusion": (0, _KERNELS),
+    "--no-ckpt-fully-parallel-save": (0, "every rank writes its share"),
+    "--dist-ckpt-optim-fully-reshardable": (0, _ALWAYS),
+    "--export-kd-teacher-ckpt-format": (1, "checkpoints are torch_dist"),
+    "--no-check-for-nan-in-loss-and-grad": (0, "what is not finite always ends a run"),
+    "--rerun-mode": (1, "no step is run twice"),
+    "--log-memory-to-tensorboard": (0, _ALWAYS),
+    "--log-validation-ppl-to-tensorboard": (0, _ALWAYS),
     "--cross-entropy-loss-fusion": (0, "the losses are this project's"),
     "--cross-entropy-fusion-impl": (1, "the losses are this project's"),
 }

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from megatron_ext import flag_checks as check
 from megatron_ext import flag_groups as group
 from megatron_ext.arch import Arch
+from megatron_ext.data_args import with_data_args
 from megatron_ext.distillation.kd_cfg import read_kd_cfg
 from megatron_ext.errors import USAGE, UserError
 from megatron_ext.flag_parser import build, dashed, flags_as_dict, format_flags, missing, read
@@ -86,13 +87,15 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
     training = not typed.get("skip_train")
     needed = missing(TrainFlags, typed)
     if training:
-        needed += [dashed(name) for name in ("train_iters", "lr") if name not in typed]
+        length = "train_samples" if "train_samples" in typed else "train_iters"
+        needed += [dashed(name) for name in (length, "lr") if name not in typed]
     if not {"load", "pretrained_checkpoint"} & typed.keys():
         needed += missing_sizes(typed)
     check.refuse(_missing(needed))
 
     flags = build(TrainFlags, typed)
-    parallel, batch, data = flags.parallel, flags.batch, flags.data
+    check.refuse(check.data_args_problems(flags.data))
+    parallel, batch, data = flags.parallel, flags.batch, with_data_args(flags.data)
     check.refuse(
         check.layout_problems(parallel, batch.seq_length, world_size),
         check.virtual_stage_problems(parallel),
@@ -101,8 +104,13 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
     batch_size = batch.global_batch_size or batch.micro_batch_size * dp
     batch = replace(batch, global_batch_size=batch_size)
     check.refuse(
+        check.length_problems(batch, flags.optimizer),
         check.batch_problems(batch, parallel, dp),
-        check.schedule_problems(flags.optimizer, batch.train_iters) if training else (),
+    )
+    if batch.train_samples is not None:
+        batch = replace(batch, train_iters=batch.train_samples // batch_size)
+    check.refuse(
+        check.schedule_problems(flags.optimizer, batch) if training else (),
         check.precision_problems(flags.precision),
         check.training_precision_problems(flags.precision),
         check.model_problems(flags.sizes),
@@ -110,7 +118,8 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
         check.distill_problems(flags.distill, flags.precision),
         check.data_problems(data),
     )
-    return replace(flags, parallel=without_idle_sequence_parallel(parallel), batch=batch)
+    parallel = without_idle_sequence_parallel(parallel)
+    return replace(flags, parallel=parallel, batch=batch, data=data)
 
 
 def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
@@ -127,6 +136,8 @@ def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
     given = [flags.prune.plan] + [flags.prune.scores] * (flags.prune.prune_iterations == 1)
     measures = flags.prune.importance == "activation"
     measures &= not any(path is not None and Path(path).exists() for path in given)
+    check.refuse(check.data_args_problems(flags.data))
+    flags = replace(flags, data=with_data_args(flags.data))
     check.refuse(
         check.layout_problems(flags.parallel, flags.batch.seq_length, world_size),
         check.virtual_stage_problems(flags.parallel),

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megatron_ext.errors import USAGE, UserError
+from megatron_ext.errors import DATA, USAGE, UserError
 from megatron_ext.flag_groups import IGNORED_IN_TRAINING
 from megatron_ext.flag_parser import REQUIRED, all_options, flag_fields
 from megatron_ext.flags import (
@@ -111,6 +111,16 @@ REFUSED = [
         "--lr-warmup-iters 5 must be below --lr-decay-iters 5",
     ),
     ("--lr-warmup-iters 2 --lr-warmup-fraction 0.1", 1, "both set the warm-up"),
+    ("--train-samples 20", 1, "--train-iters counts steps and --train-samples samples"),
+    ("--lr-decay-samples 20", 1, "--lr-decay-samples needs --train-samples"),
+    ("--lr-warmup-samples 20", 1, "--lr-warmup-samples needs --train-samples"),
+    ("--manual-gc-interval 2", 1, "--manual-gc-interval 2 needs --manual-gc"),
+    ("--data-args-path x --data-path a", 1, "--data-args-path and the paths on the command line"),
+    (
+        "--per-split-data-args-path x --valid-data-path a",
+        1,
+        "--per-split-data-args-path and the paths on the command line",
+    ),
     ("--lr-decay-style WSD", 1, "--lr-decay-style WSD and --lr-wsd-decay-iters need each other"),
     ("--lr-wsd-decay-iters 3", 1, "--lr-decay-style WSD and --lr-wsd-decay-iters need each other"),
     (
@@ -338,6 +348,41 @@ def test_typed_values_and_what_is_filled_in():
     assert flags.parallel.sequence_parallel
 
 
+def test_a_run_in_samples():
+    base = f"{BATCH} --lr 1e-3 --load teacher --global-batch-size 4 --mock-data"
+    flags = train("--train-samples 43 --lr-warmup-samples 6 --lr-decay-samples 41", base=base)
+    assert flags.batch.train_iters == 10
+    assert (flags.optimizer.lr_warmup_samples, flags.optimizer.lr_decay_samples) == (6, 41)
+    for extra, message in (
+        ("--train-samples 3", "--train-samples 3 is less than one --global-batch-size, 4"),
+        ("--train-samples 40 --lr-warmup-samples 40", "must be below --train-samples"),
+        ("--train-samples 40 --lr-warmup-iters 2", "--lr-warmup-iters counts steps"),
+        ("--train-samples 40 --lr-decay-iters 2", "--lr-decay-iters counts steps"),
+    ):
+        with refused(message):
+            train(extra, base=base)
+
+
+def test_blends_from_files(tmp_path):
+    words, splits = tmp_path / "words", tmp_path / "splits.json"
+    words.write_text("0.3 a\n0.7 b\n")
+    splits.write_text('{"train": ["0.3", "a", 0.7, "b"], "valid": ["c"], "test": null}')
+    assert train(f"--data-args-path {words}").data.data_path == ("0.3", "a", "0.7", "b")
+    assert prune(f"--data-args-path {words}").data.data_path == ("0.3", "a", "0.7", "b")
+    data = train(f"--per-split-data-args-path {splits}").data
+    paths = (data.train_data_path, data.valid_data_path, data.test_data_path)
+    assert paths == (("0.3", "a", "0.7", "b"), ("c",), ())
+    assert prune(f"--per-split-data-args-path {splits}").data.train_data_path == paths[0]
+    for text in ("", "{", '{"train": 3}', '{"training": ["a"]}', '["a"]'):
+        splits.write_text(text)
+        with refused(f"--per-split-data-args-path {splits}: not of the form", DATA):
+            train(f"--per-split-data-args-path {splits}")
+    words.write_text(" ")
+    for path, message in ((words, "the file is empty"), (tmp_path / "none", "cannot be read")):
+        with refused(message, DATA):
+            train(f"--data-args-path {path}")
+
+
 def test_evaluation_needs_neither_steps_nor_a_learning_rate():
     flags = train("--mock-data --skip-train --save x", base=f"{BATCH} --load teacher")
     assert flags.batch.train_iters is None
@@ -385,54 +430,54 @@ def test_flags_as_plain_values():
 # Frozen: a new flag is a change to see here.
 TRAIN_OPTIONS = """
     --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --apply-layernorm-1p --attention-dropout
-    --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size --data-cache-path
-    --data-path --device --disable-bias-linear --distributed-backend --distributed-timeout-minutes
-    --end-weight-decay --eod-mask-loss --eval-interval --eval-iters --exit-duration-in-mins
-    --exit-interval --exit-on-missing-checkpoint --expert-model-parallel-size
-    --export-kd-cfg --export-kd-teacher-load --ffn-hidden-size --finetune --fp16 --global-batch-size
-    --grad-reduce-in-bf16 --group-query-attention --help --hidden-dropout --hidden-size
-    --init-method-std --initial-loss-scale --kd-alpha --kd-fused-output --kd-hidden-loss
-    --kd-hidden-states --kd-jsd-beta --kd-lm-loss-weight --kd-loss --kd-loss-weight --kd-projection
-    --kd-teacher-store --kd-temperature --kd-temperature-squared --kd-top-k --kd-top-k-rest
-    --kv-channels --load --log-interval --loss-scale --lr --lr-decay-iters --lr-decay-style
-    --lr-warmup-fraction --lr-warmup-init --lr-warmup-iters --lr-wsd-decay-iters
-    --lr-wsd-decay-style --make-vocab-size-divisible-by --max-position-embeddings --merge-file
-    --micro-batch-size --min-lr --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size
+    --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size --data-args-path
+    --data-cache-path --data-path --device --disable-bias-linear --distributed-backend
+    --distributed-timeout-minutes --end-weight-decay --eod-mask-loss --eval-interval --eval-iters
+    --exit-duration-in-mins --exit-interval --exit-on-missing-checkpoint
+    --expert-model-parallel-size --export-kd-cfg --export-kd-teacher-load --ffn-hidden-size
+    --finetune --fp16 --global-batch-size --grad-reduce-in-bf16 --group-query-attention --help
+    --hidden-dropout --hidden-size --init-method-std --initial-loss-scale --kd-alpha
+    --kd-fused-output --kd-hidden-loss --kd-hidden-states --kd-jsd-beta --kd-lm-loss-weight
+    --kd-loss --kd-loss-weight --kd-projection --kd-teacher-store --kd-temperature
+    --kd-temperature-squared --kd-top-k --kd-top-k-rest --kv-channels --load --log-interval
+    --loss-scale --lr --lr-decay-iters --lr-decay-samples --lr-decay-style --lr-warmup-fraction
+    --lr-warmup-init --lr-warmup-iters --lr-warmup-samples --lr-wsd-decay-iters --lr-wsd-decay-style
+    --make-vocab-size-divisible-by --manual-gc --manual-gc-interval --max-position-embeddings
+    --merge-file --micro-batch-size --min-lr --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size
     --moe-grouped-gemm --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
     --moe-shared-expert-intermediate-size --moe-token-dispatcher-type --no-bias-gelu-fusion
     --no-load-optim --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication --no-save-optim
-    --no-save-rng --no-verify-integrity --norm-epsilon --normalization
-    --num-attention-heads --num-experts
-    --num-layers --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --no-save-rng --no-verify-integrity --norm-epsilon --normalization --num-attention-heads
+    --num-experts --num-layers --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --optimizer --overlap-grad-reduce
     --overlap-param-gather --override-opt-param-scheduler --override-opt_param-scheduler
-    --persistent-save-interval --pipeline-model-parallel-layout --pipeline-model-parallel-size
-    --position-embedding-type --pretrained-checkpoint --progress --qk-layernorm
-    --recompute-granularity --recompute-method --recompute-num-layers --reset-attention-mask
-    --reset-position-ids --rope-scaling-factor --rotary-base --rotary-percent --save
-    --save-interval --save-retain-interval --seed --seq-length --sequence-parallel --sgd-momentum
-    --skip-train --split --squared-relu --start-weight-decay --swiglu --teacher-load
+    --per-split-data-args-path --persistent-save-interval --pipeline-model-parallel-layout
+    --pipeline-model-parallel-size --position-embedding-type --pretrained-checkpoint --progress
+    --qk-layernorm --recompute-granularity --recompute-method --recompute-num-layers
+    --reset-attention-mask --reset-position-ids --rope-scaling-factor --rotary-base --rotary-percent
+    --save --save-interval --save-retain-interval --seed --seq-length --sequence-parallel
+    --sgd-momentum --skip-train --split --squared-relu --start-weight-decay --swiglu --teacher-load
     --tensor-model-parallel-size --tensorboard-dir --test-data-path --tokenizer-model
-    --tokenizer-type --train-data-path --train-iters --transformer-impl --trust-remote-code
-    --untie-embeddings-and-output-weights --use-checkpoint-opt-param-scheduler
+    --tokenizer-type --train-data-path --train-iters --train-samples --transformer-impl
+    --trust-remote-code --untie-embeddings-and-output-weights --use-checkpoint-opt-param-scheduler
     --use-checkpoint-opt_param-scheduler --use-distributed-optimizer --use-rope-scaling
-    --use-rotary-position-embeddings --valid-data-path --vocab-file --vocab-size --weight-decay
-    --weight-decay-incr-style
+    --use-rotary-position-embeddings --valid-data-path --vocab-file --vocab-size --wandb-entity
+    --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay --weight-decay-incr-style
 """
 PRUNE_OPTIONS = """
-    --bf16 --calibration-samples --ckpt-step --context-parallel-size --data-cache-path --data-path
-    --depth-block --depth-importance --depth-rescore --device --distributed-backend
-    --distributed-timeout-minutes --expert-model-parallel-size --fp16 --head-residual --help
-    --importance --importance-batch --importance-heads --importance-neurons --importance-sequence
-    --load --merge-file --micro-batch-size --mock-data --no-mmap-bin-files
+    --bf16 --calibration-samples --ckpt-step --context-parallel-size --data-args-path
+    --data-cache-path --data-path --depth-block --depth-importance --depth-rescore --device
+    --distributed-backend --distributed-timeout-minutes --expert-model-parallel-size --fp16
+    --head-residual --help --importance --importance-batch --importance-heads --importance-neurons
+    --importance-sequence --load --merge-file --micro-batch-size --mock-data --no-mmap-bin-files
     --no-overlap-p2p-communication --no-verify-integrity --num-layers-per-virtual-pipeline-stage
-    --num-virtual-stages-per-pipeline-rank --num-workers --pipeline-model-parallel-layout
-    --pipeline-model-parallel-size --plan --prune-iterations --reset-attention-mask
-    --reset-position-ids --save --scores --seed --seq-length --sequence-parallel --split
-    --target-ffn-hidden-size --target-hidden-size --target-moe-ffn-hidden-size
-    --target-moe-shared-expert-intermediate-size --target-num-attention-heads --target-num-experts
-    --target-num-layers --target-num-query-groups --targets
-    --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path
+    --num-virtual-stages-per-pipeline-rank --num-workers --per-split-data-args-path
+    --pipeline-model-parallel-layout --pipeline-model-parallel-size --plan --prune-iterations
+    --reset-attention-mask --reset-position-ids --save --scores --seed --seq-length
+    --sequence-parallel --split --target-ffn-hidden-size --target-hidden-size
+    --target-moe-ffn-hidden-size --target-moe-shared-expert-intermediate-size
+    --target-num-attention-heads --target-num-experts --target-num-layers --target-num-query-groups
+    --targets --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path
     --transformer-impl --trust-remote-code --vocab-file --vocab-size
 """
 

@@ -1,8 +1,13 @@
-"""What a run says, where it cannot be written."""
+"""What a run says: Weights & Biases, and where nothing can be written."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from megatron_ext import checkpoint
+from megatron_ext.errors import USAGE
 from megatron_ext.training import log
 from tests.models import LLAMA
 from tests.programs import data_flags, model_flags, run_program, write_corpus
@@ -12,17 +17,70 @@ def fill_the_disk():
     log._reopen = lambda *_: Path("/dev/full").open("a")  # noqa: SIM115
 
 
+RUN = "--lr 1e-3 --train-iters 3 --save-interval 3 --log-interval 1 --eval-iters 0"
+
+
+def arguments(folder):
+    corpus = write_corpus(folder / "corpus", LLAMA.vocab_size)
+    flags = [*data_flags(LLAMA, corpus), *model_flags(LLAMA), *RUN.split()]
+    return [*flags, "--save", str(folder / "save")]
+
+
+class Board:
+    """Stands in for the package wandb; prints what it is told."""
+
+    def init(self, config, **settings):
+        print("init", settings, config["train_iters"])
+        return self
+
+    def log(self, metrics, step):
+        print("log", step, sorted(metrics)[:2])
+
+    def finish(self):
+        print("finish")
+
+
+def with_board():
+    sys.modules["wandb"] = Board()
+
+
+def with_board_without_key():
+    sys.modules["wandb"] = SimpleNamespace(init=lambda **_: 1 / 0)
+
+
+def without_board():
+    sys.modules["wandb"] = None  # importing it fails
+
+
+def test_weights_and_biases(tmp_path):
+    argv = [*arguments(tmp_path), "--wandb-project", "p", "--wandb-exp-name", "n"]
+    outcomes = run_program("pretrain_distill", argv, 2, with_board)
+    assert [o.code for o in outcomes] == [0, 0], outcomes[0].stderr
+    lines = [x for x in outcomes[0].stdout.splitlines() if x.startswith(("init", "log", "finish"))]
+    save = str(tmp_path / "save")
+    settings = {"project": "p", "name": "n", "entity": None, "dir": save}
+    steps = [f"log {step} ['batch-size', 'consumed-samples']" for step in (1, 2, 3)]
+    assert lines == [f"init {settings} 3", *steps, "finish"]
+    assert "init" not in outcomes[1].stdout
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "words"),
+    [
+        (without_board, USAGE, "--wandb-project needs the package wandb"),
+        (with_board_without_key, 0, "--wandb-project p: division by zero; nothing is sent there"),
+    ],
+)
+def test_weights_and_biases_that_are_not_there(before, code, words, tmp_path):
+    argv = [*arguments(tmp_path), "--wandb-project", "p"]
+    outcomes = run_program("pretrain_distill", argv, 2, before)
+    assert [o.code for o in outcomes] == [code, code], outcomes[0].stderr
+    assert words in outcomes[0].stderr
+
+
 def test_a_full_disk_costs_metrics_not_the_run(tmp_path):
     """Regression: rank 0 ended with a traceback, and the others waited for it."""
-    corpus = write_corpus(tmp_path / "corpus", LLAMA.vocab_size)
-    run = "--lr 1e-3 --train-iters 3 --save-interval 3 --log-interval 1 --eval-iters 0"
-    argv = [
-        *data_flags(LLAMA, corpus),
-        *model_flags(LLAMA),
-        *run.split(),
-        "--save",
-        str(tmp_path / "save"),
-    ]
+    argv = arguments(tmp_path)
     outcomes = run_program("pretrain_distill", argv, 2, fill_the_disk)
     assert [o.code for o in outcomes] == [0, 0], outcomes[0].stderr
     assert outcomes[0].stderr.count("no metrics are written from here on") == 1

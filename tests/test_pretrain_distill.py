@@ -409,6 +409,18 @@ def test_a_student_equal_to_its_teacher_stays_so(layout, place, tmp_path):
         assert line.get("grad-norm", 0) < 1e-6
 
 
+def test_a_run_in_samples_and_collecting_by_hand(place, whole, tmp_path):
+    """The same steps counted in samples, with Python's garbage collected at fixed steps."""
+    in_steps = {"--train-iters": "--train-samples", "--lr-warmup-iters": "--lr-warmup-samples"}
+    argv = place.flags(tmp_path, f"{ALONE} {DROPOUT} --manual-gc --manual-gc-interval 2")
+    for name, other in in_steps.items():
+        where = argv.index(name)
+        argv[where : where + 2] = [other, str(4 * int(argv[where + 1]))]
+    succeed(NAME, argv, 2)
+    assert read_metrics(tmp_path) == read_metrics(whole)
+    assert_same_bytes(read_tensors(tmp_path), read_tensors(whole))
+
+
 # What is refused: one line on rank 0, one code on every rank.
 
 

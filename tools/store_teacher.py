@@ -23,10 +23,12 @@ from tqdm import tqdm
 
 from megatron_ext import checkpoint, data, platform
 from megatron_ext import flag_groups as group
+from megatron_ext.data_args import with_data_args
 from megatron_ext.distillation import stored
 from megatron_ext.distillation.topk import TopK, teacher_top_k
 from megatron_ext.errors import USAGE, UserError, run_main
 from megatron_ext.flag_checks import (
+    data_args_problems,
     data_problems,
     layout_problems,
     precision_problems,
@@ -115,6 +117,8 @@ def parse_store(argv: Sequence[str] | None) -> StoreFlags:
     """Return the checked flags."""
     flags = parse(StoreFlags, sys.argv[1:] if argv is None else argv)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    refuse(data_args_problems(flags.data))
+    flags = replace(flags, data=with_data_args(flags.data))
     refuse(
         layout_problems(flags.parallel, flags.batch.seq_length, world_size),
         virtual_stage_problems(flags.parallel),

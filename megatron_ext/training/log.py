@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_ext.errors import UserError, warn
+from megatron_ext.errors import USAGE, UserError, warn
 from megatron_ext.flags import TrainFlags, flags_as_dict, format_flags
 from megatron_ext.together import on_first_rank
 
@@ -43,7 +43,7 @@ class Log:
         self.flags = flags
         self.flops_per_step = flops_per_step
         self.tokens_per_step = flags.batch.global_batch_size * flags.batch.seq_length
-        self.metrics = self.board = self.bar = None
+        self.metrics = self.board = self.bar = self.wandb = None
         self.since, self.steps_since, self.skipped = time.perf_counter(), 0, 0
         on_first_rank(lambda: self._open(first_iteration))
 
@@ -60,6 +60,7 @@ class Log:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(flags.log.tensorboard_dir, purge_step=first_iteration)
+            self.wandb = _wandb_run(flags)
         except OSError as error:
             raise UserError(f"logs under --save or --tensorboard-dir: {error}.") from error
         if flags.log.progress:
@@ -127,6 +128,8 @@ class Log:
         for sink in (self.metrics, self.board, self.bar):
             if sink is not None:
                 sink.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
     def _write(self, iteration: int, metrics: dict[str, float]) -> None:
         if self.metrics is not None:
@@ -140,6 +143,8 @@ class Log:
         if self.board is not None:
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, iteration)
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=iteration)
 
     def _line(self, iteration: int, losses: dict[str, float], metrics: dict[str, Any]) -> str:
         batch, seconds = self.flags.batch, metrics["iteration-time"]
@@ -160,6 +165,30 @@ class Log:
             f"ETA: {left}",
         ]
         return " | ".join(cells) + " |"
+
+
+def _wandb_run(flags: TrainFlags) -> Any:
+    """Return a Weights & Biases run with the flags as its configuration, or None."""
+    log, save = flags.log, flags.checkpoint.save
+    if log.wandb_project is None:
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "--wandb-project needs the package wandb: pip install wandb.", USAGE
+        ) from error
+    try:
+        return wandb.init(
+            project=log.wandb_project,
+            name=log.wandb_exp_name,
+            entity=log.wandb_entity,
+            dir=log.wandb_save_dir or save,
+            config=flags_as_dict(flags),
+        )
+    except Exception as error:  # no key, no network: what is learnt is worth more than its log
+        warn(f"--wandb-project {log.wandb_project}: {error}; nothing is sent there.")
+        return None
 
 
 def memory_gib() -> float:

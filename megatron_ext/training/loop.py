@@ -1,6 +1,7 @@
 """The training loop: steps, evaluations and checkpoints until the end or a reason to stop."""
 
 import contextlib
+import gc
 import math
 import signal
 import time
@@ -56,10 +57,14 @@ def train(
             _save(run, log)
             saved_at = counters.iteration
 
-    with StopSignals() as stop:
+    with StopSignals() as stop, collecting_by_hand(flags.batch.manual_gc):
         while counters.iteration < flags.batch.train_iters:
             _step(run, batches, log)
-            if valid_batches and _is_due(counters.iteration, flags.log.eval_interval):
+            evaluates = valid_batches and _is_due(counters.iteration, flags.log.eval_interval)
+            gc_is_due = evaluates or _is_due(counters.iteration, flags.batch.manual_gc_interval)
+            if flags.batch.manual_gc and gc_is_due:
+                gc.collect()
+            if evaluates:
                 validate(run, valid_batches, log, "validation")
             if _is_due(counters.iteration, flags.checkpoint.save_interval):
                 save_unless_saved()
@@ -165,6 +170,17 @@ def gathered_parameters(run: Run) -> Iterator[None]:
     yield
     for chunk in late:
         chunk.enable_forward_pre_hook()
+
+
+@contextlib.contextmanager
+def collecting_by_hand(is_on: bool) -> Iterator[None]:
+    """Leave Python's garbage to ``gc.collect`` inside: ranks wait for whoever collects."""
+    if is_on:
+        gc.disable()
+        gc.collect()
+    yield
+    if is_on:
+        gc.enable()
 
 
 class StopSignals:

@@ -150,9 +150,10 @@ def _make_schedule(flags: TrainFlags, optimizer: MegatronOptimizer) -> Optimizer
     """Return the schedule of learning rate and weight decay; megatron-core counts it in samples."""
     options, batch_size = flags.optimizer, flags.batch.global_batch_size
     decay_iters = options.lr_decay_iters or flags.batch.train_iters or 1
-    warmup_iters = options.lr_warmup_iters
+    decay_samples = options.lr_decay_samples or decay_iters * batch_size
+    warmup_samples = options.lr_warmup_samples or options.lr_warmup_iters * batch_size
     if options.lr_warmup_fraction is not None:
-        warmup_iters = options.lr_warmup_fraction * decay_iters
+        warmup_samples = int(options.lr_warmup_fraction * decay_samples)
     has_incr = options.weight_decay_incr_style != "constant"
     start_wd, end_wd = options.start_weight_decay, options.end_weight_decay
     return OptimizerParamScheduler(
@@ -160,8 +161,8 @@ def _make_schedule(flags: TrainFlags, optimizer: MegatronOptimizer) -> Optimizer
         init_lr=options.lr_warmup_init,
         max_lr=options.lr or 0.0,
         min_lr=options.min_lr,
-        lr_warmup_steps=int(warmup_iters * batch_size),
-        lr_decay_steps=decay_iters * batch_size,
+        lr_warmup_steps=warmup_samples,
+        lr_decay_steps=decay_samples,
         lr_decay_style=options.lr_decay_style,
         start_wd=start_wd if has_incr else options.weight_decay,
         end_wd=end_wd if has_incr else options.weight_decay,
