@@ -1,0 +1,127 @@
+"""tools/rank_candidates.py: candidates are retrained and ranked by what their runs measured."""
+
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy
+import pytest
+
+from megatron_ext.errors import CHECKPOINT, INTERRUPTED, RUNTIME, USAGE
+from tests.models import LLAMA
+from tests.programs import (
+    ROOT,
+    data_flags,
+    fail,
+    kill_all,
+    read_metrics,
+    wait_until,
+    write_corpus,
+    write_model,
+)
+from tools.rank_candidates import rank_correlation
+
+ARCHS = {
+    "narrow": replace(LLAMA, hidden_size=24),
+    "shallow": replace(LLAMA, num_layers=2, ffn_hidden_size=48),
+}
+RUN = (
+    "--train-iters 4 --eval-interval 2 --eval-iters 1 --save-interval 4 --log-interval 1 "
+    "--global-batch-size 2 --lr 3e-3"
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return the folder of a teacher and candidates, and the flags that train them."""
+    folder = tmp_path_factory.mktemp("search")
+    write_model(str(folder / "teacher"), LLAMA)
+    for name, arch in ARCHS.items():
+        write_model(str(folder / "candidates" / name), arch)
+    corpus = data_flags(LLAMA, write_corpus(folder / "corpus", LLAMA.vocab_size))
+    return folder, [*corpus, *RUN.split()]
+
+
+def arguments(folder, save, flags, **changes):
+    own = {"candidates": folder / "candidates", "teacher-load": folder / "teacher", "save": save}
+    words = [f"--{name} {value}" for name, value in (own | changes).items()]
+    return [*shlex.split(" ".join(words)), "--", *flags]
+
+
+def test_the_ranking_is_that_of_the_runs(place, tmp_path):
+    folder, flags = place
+    command = [sys.executable, "tools/rank_candidates.py", *arguments(folder, tmp_path, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ranked = json.loads((tmp_path / "ranking.json").read_text())
+    for candidate in ranked:
+        metrics = read_metrics(tmp_path / candidate["name"])
+        evaluations = [line for line in metrics if "lm loss validation" in line]
+        assert candidate["iterations"] == [line["iteration"] for line in evaluations] == [0, 2, 4]
+        assert candidate["losses"] == [line["lm loss validation"] for line in evaluations]
+        assert candidate["kl"] == [line["kd loss validation"] for line in evaluations]
+    assert sorted(c["name"] for c in ranked) == sorted(ARCHS)
+    assert ranked[0]["losses"][-1] < ranked[1]["losses"][-1]
+    sizes = {c["name"]: c["sizes"] for c in ranked}
+    assert sizes == {
+        "narrow": {"hidden_size": 24},
+        "shallow": {"num_layers": 2, "ffn_hidden_size": 48},
+    }
+    text = (tmp_path / "ranking.md").read_text()
+    assert text.index(ranked[0]["name"]) < text.index(ranked[1]["name"])
+    assert f"{ranked[1]['losses'][-1]:.3f}" in text
+    assert text.strip() in done.stdout
+    assert (tmp_path / "ranking.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_stop_reaches_the_run_and_leaves_a_checkpoint(place, tmp_path):
+    folder, flags = place
+    flags = [*flags, "--train-iters", "100000", "--eval-interval", "50000"]
+    command = [sys.executable, "tools/rank_candidates.py", *arguments(folder, tmp_path, flags)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        first = tmp_path / "narrow"
+        wait_until(lambda: (first / "latest_checkpointed_iteration.txt").exists())
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        kill_all(process)
+    assert process.returncode == INTERRUPTED, stderr
+    assert "start again to go on" in stderr
+    assert not (tmp_path / "shallow").exists()
+    assert not (tmp_path / "ranking.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "code", "words"),
+    [
+        ("--hiden-size 4", {}, USAGE, "--hiden-size (did you mean --hidden-size?)"),
+        ("--load x", {}, USAGE, "--load stands before the --"),
+        ("--eval-iters 0", {}, USAGE, "candidates are ranked by evaluations"),
+        ("", {"candidates": "{folder}/teacher"}, CHECKPOINT, "teacher/release: 1 checkpoints"),
+        ("", {"candidates": "/nowhere"}, CHECKPOINT, "--candidates /nowhere: 0 checkpoints"),
+        ("", {"launch": "false"}, RUNTIME, "candidate narrow ended with code 1"),
+    ],
+)
+def test_what_is_refused(flags, changes, code, words, place, tmp_path):
+    folder, given = place
+    changes = {name: value.format(folder=folder) for name, value in changes.items()}
+    argv = arguments(folder, tmp_path, [*given, *flags.split()], **changes)
+    found, message = fail("tools.rank_candidates", argv)
+    assert (found, words.replace("teacher/release", "teacher") in message) == (code, True), message
+
+
+@pytest.mark.parametrize("values", list(itertools.permutations([1.0, 2.0, 4.0])))
+def test_rank_correlation(values):
+    other = [3.0, 5.0, 7.0]
+    found = rank_correlation(values, other)
+    places = numpy.argsort(numpy.argsort(values)), numpy.argsort(numpy.argsort(other))
+    assert found == pytest.approx(numpy.corrcoef(*places)[0, 1])
+    assert rank_correlation([1.0, 1.0], [2.0, 3.0]) == 0.0
+    assert rank_correlation([1.0, 2.0, 2.0], [3.0, 4.0, 4.0]) == pytest.approx(1.0)

@@ -1,0 +1,217 @@
+r"""Retrain every candidate of a search briefly and rank them by what they are then.
+
+    prune.py ... --target-params 4e9 --search-space space.yaml --save candidates
+    python tools/rank_candidates.py --candidates candidates --teacher-load teacher --save ranked \
+        --launch "torchrun --nproc-per-node 8" -- \
+        --data-path corpus ... --train-iters 400 --eval-interval 50
+
+What follows ``--`` are flags of pretrain_distill.py, the same for all. Ranks before retraining say
+little (arXiv:2407.14679, section 3): ranking.md shows each candidate's loss before and after, and
+how far the order at each evaluation agrees with the last. Started again, it goes on where it was.
+"""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from megatron_ext import checkpoint
+from megatron_ext.arch import Arch, num_parameters
+from megatron_ext.errors import CHECKPOINT, INTERRUPTED, RUNTIME, USAGE, UserError, run_main
+from megatron_ext.flag_groups import IGNORED_IN_TRAINING
+from megatron_ext.flag_parser import REQUIRED, flag, parse, read
+from megatron_ext.flags import TrainFlags
+from megatron_ext.pruning.plan import PRUNABLE
+from megatron_ext.pruning.scores import written_aside
+from megatron_ext.report import curve, markdown_table, new_figure, plot_curves, read_metrics
+
+PROGRAM = Path(__file__).parents[1] / "pretrain_distill.py"
+LOSS, KL = "lm loss validation", "kd loss validation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Search."""
+
+    candidates: str = flag(REQUIRED, "folder with a pruned checkpoint in each folder below")
+    teacher_load: str = flag(REQUIRED, "folder of the teacher's checkpoint")
+    save: str = flag(REQUIRED, "folder of the retrained candidates and of the ranking")
+    launch: str = flag(
+        sys.executable, "what starts the program, e.g. torchrun --nproc-per-node 8; default python"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFlags:
+    """Retrain candidates and rank them. After --, flags of pretrain_distill.py."""
+
+    search: Search
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A retrained candidate."""
+
+    name: str
+    sizes: dict[str, int]
+    """What was cut of the teacher, by Megatron's names."""
+    parameters: int
+    iterations: list[int]
+    """Of the evaluations; the first is before retraining."""
+    losses: list[float]
+    """Language-model loss there, nats per token."""
+    kl: list[float]
+    """KL to the teacher there."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Retrain what is not yet retrained, write the ranking and return the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    where = argv.index("--") if "--" in argv else len(argv)
+    own, rest = argv[:where], argv[where + 1 :]
+    options = parse(SearchFlags, own).search
+    check_training_flags(rest)
+    teacher = checkpoint.read(options.teacher_load).arch
+    archs = find_candidates(options.candidates)
+    for number, name in enumerate(archs, 1):
+        print(f"=== {name} ({number} of {len(archs)})", flush=True)
+        stopped = retrain(options, name, rest)
+        if stopped:
+            print("stopped; start again to go on", file=sys.stderr)
+            return INTERRUPTED
+    found = [load(options.save, name, arch, teacher) for name, arch in archs.items()]
+    write(Path(options.save), found)
+    return 0
+
+
+def check_training_flags(rest: Sequence[str]) -> None:
+    """Refuse flags without which there is nothing to rank, or that this program gives itself."""
+    typed = read(TrainFlags, rest, IGNORED_IN_TRAINING)
+    for name in ("load", "save", "teacher_load"):
+        if name in typed:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} stands before the --: it differs between candidates.", USAGE)
+    if not typed.get("eval_interval") or typed.get("eval_iters") == 0:
+        raise UserError("after --: candidates are ranked by evaluations: --eval-interval.", USAGE)
+
+
+def find_candidates(folder: str) -> dict[str, Arch]:
+    """Return the sizes of every checkpoint one folder below ``folder``, by name."""
+    paths = sorted(path for path in Path(folder).glob("*") if path.is_dir())
+    found = {path.name: checkpoint.read(str(path)).arch for path in paths}
+    if len(found) < 2:
+        raise UserError(
+            f"--candidates {folder}: {len(found)} checkpoints below; 2 make a choice.", CHECKPOINT
+        )
+    return found
+
+
+def retrain(options: Search, name: str, rest: Sequence[str]) -> bool:
+    """Run the training program of one candidate; returns whether it was asked to stop.
+
+    Raises:
+        UserError: it failed.
+    """
+    command = [*shlex.split(options.launch), str(PROGRAM), "--load", f"{options.candidates}/{name}"]
+    command += ["--save", f"{options.save}/{name}", "--teacher-load", options.teacher_load, *rest]
+    process = subprocess.Popen(command)
+    asked = []
+
+    def pass_on(number: int, _: Any) -> None:
+        asked.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked or code == INTERRUPTED:  # torchrun returns 1, whatever its ranks return
+        return True
+    if code:
+        raise UserError(f"candidate {name} ended with code {code}; see above.", RUNTIME)
+    return False
+
+
+def load(save: str, name: str, arch: Arch, teacher: Arch) -> Candidate:
+    """Return what a retrained candidate left in its folder."""
+    metrics = read_metrics(Path(save) / name / "metrics.jsonl")
+    iterations, losses = curve(metrics, LOSS)
+    sizes = {size: getattr(arch, size) for size in PRUNABLE}
+    return Candidate(
+        name=name,
+        sizes={k: v for k, v in sizes.items() if v not in (None, getattr(teacher, k))},
+        parameters=num_parameters(arch),
+        iterations=[int(iteration) for iteration in iterations],
+        losses=losses,
+        kl=curve(metrics, KL)[1],
+    )
+
+
+def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
+    """Return Spearman's correlation of two lists: 1 in the same order, -1 in the opposite."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        places = sorted(values)
+        return [places.index(x) + (places.count(x) - 1) / 2 for x in values]
+
+    a, b = ranks(left), ranks(right)
+    mean = (len(a) - 1) / 2
+    covariance = sum((x - mean) * (y - mean) for x, y in zip(a, b, strict=True))
+    spread = [sum((x - mean) ** 2 for x in values) for values in (a, b)]
+    return covariance / (spread[0] * spread[1]) ** 0.5 if all(spread) else 0.0
+
+
+def write(folder: Path, candidates: list[Candidate]) -> None:
+    """Write ranking.md, .json and .png, and print the first."""
+    ranked = sorted(candidates, key=lambda candidate: candidate.losses[-1])
+    names = list(dict.fromkeys(size for c in ranked for size in c.sizes))
+    header = ["candidate", *names, "parameters", "loss before", "loss after", "KL after"]
+    before = sorted(c.losses[0] for c in ranked)
+    rows = [
+        [
+            c.name,
+            *(c.sizes.get(size) for size in names),
+            c.parameters,
+            f"{c.losses[0]:.3f} ({before.index(c.losses[0]) + 1}.)",
+            f"{c.losses[-1]:.3f}",
+            f"{c.kl[-1]:.3f}",
+        ]
+        for c in ranked
+    ]
+    last = [c.losses[-1] for c in ranked]
+    agreement = [
+        [str(iteration), rank_correlation([c.losses[number] for c in ranked], last)]
+        for number, iteration in enumerate(ranked[0].iterations)
+    ]
+    text = "\n\n".join(
+        [
+            markdown_table(header, rows),
+            "Validation loss and KL to the teacher in nats per token, before (with the place in "
+            "that order) and after retraining; the best first.",
+            markdown_table(["iteration", "rank correlation with the last"], agreement),
+            "![losses](ranking.png)",
+        ]
+    )
+    with written_aside(folder / "ranking.md") as aside:
+        aside.write_text(text + "\n")
+    with written_aside(folder / "ranking.json") as aside:
+        aside.write_text(json.dumps([asdict(c) for c in ranked], indent=1) + "\n")
+    figure, (axes,) = new_figure(1, 1)
+    curves = {c.name: (c.iterations, c.losses) for c in ranked}
+    plot_curves(axes, curves, title="candidates in retraining", x="iteration", y="validation loss")
+    with written_aside(folder / "ranking.png") as aside:
+        figure.savefig(aside, format="png", dpi=120)
+    print(text)
+
+
+if __name__ == "__main__":
+    run_main(main)
