@@ -16,6 +16,8 @@ Losses = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 # Tokens whose logits exist at a time. Matrix products want more rows than the losses do.
 CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
+# Elements of the weight's gradient that are summed at a time: there is a product of that size.
+CHUNK_PRODUCT = {"cpu": 2**22, "cuda": 2**26}
 
 
 def fused_losses(
@@ -128,8 +130,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``left @ right`` to ``total``, which may be wider."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    else:
-        total += left @ right
+        return
+    elements = CHUNK_PRODUCT.get(total.device.type, CHUNK_PRODUCT["cuda"])
+    count = max(1, elements // total.size(1))
+    for part, rows in zip(total.split(count), left.split(count), strict=True):
+        part += rows @ right
 
 
 def _chunks(states: Tensor) -> Iterator[slice]:
