@@ -54,16 +54,19 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels_equal_torch(case, found, monkeypatch):
+def test_kernels_equal_float64(case, found, monkeypatch):
     in_torch(monkeypatch)
     dtype, columns, padding, temperature = case
     student, teacher = logits(columns + padding, DTYPES[dtype])
     stats, gradient = found[case]
     expected = steps._kl_stats(student, teacher, temperature, columns)
     torch.testing.assert_close(stats, expected, rtol=1e-5, atol=1e-5)
-    _, reference = loss_and_gradient(student, teacher, temperature=temperature, vocab_size=columns)
+    # In float64: the float32 gradient of the steps in torch is itself off by 2e-6 at T = 0.3.
+    exact = loss_and_gradient(
+        student.double(), teacher.double(), temperature=temperature, vocab_size=columns
+    )[1]
     rounding = {"rtol": 2**-7 if dtype == "bf16" else 1e-5, "atol": 4e-7 / temperature}
-    torch.testing.assert_close(gradient, reference, **rounding)
+    torch.testing.assert_close(gradient.double(), exact, **rounding)
     assert not gradient[..., columns:].any()
 
 
