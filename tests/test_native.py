@@ -2,10 +2,12 @@
 
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
+from megatron_ext import compiled
 from megatron_ext.distillation import native, steps
 from megatron_ext.distillation.losses import vocab_parallel_kl
 
@@ -88,14 +90,15 @@ def test_where_they_decline():
 
 
 def test_without_a_compiler_torch_computes(monkeypatch, tmp_path):
+    build = partial(compiled.library.__wrapped__, native.SOURCE)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert native._library.__wrapped__() is None
+    assert build() is None
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    assert native._library.__wrapped__() is None
+    assert build() is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "OPTIONS", ("--no-such-option",))
-    assert native._library.__wrapped__() is None
+    monkeypatch.setattr(compiled, "OPTIONS", ("--no-such-option",))
+    assert build() is None
     assert not list((tmp_path / "megatron_ext").iterdir())
     in_torch(monkeypatch)
     student, teacher = logits(64, torch.float32)

@@ -51,6 +51,13 @@ TARGETS = {
         "moe_shared_expert_intermediate_size": 8,
     },
 }
+MIXED = {
+    "DP2xTP2": (4, "--tensor-model-parallel-size 2"),
+    "PP2 uneven": (
+        2,
+        "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tttL",
+    ),
+}
 EP2 = {
     "EP2": (2, "--expert-model-parallel-size 2"),
     "TP2+SP x EP2": (
@@ -92,13 +99,13 @@ def llama(sources):
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *(("llama", layout) for layout in LAYOUTS if layout != "TP1"),
+        *(("llama", layout) for layout in [*LAYOUTS, *MIXED] if layout != "TP1"),
         *((name, layout) for name in ("gpt2", "nemotron") for layout in ("TP2+SP", "PP2", "CP2")),
         *(("moe", layout) for layout in ("TP2+SP", "PP2", "CP2", "DP2", *EP2)),
     ],
 )
 def test_no_layout_changes_scores_plan_or_bytes(name, layout, sources, tmp_path):
-    source, (world_size, flags) = sources[name], (LAYOUTS | EP2)[layout]
+    source, (world_size, flags) = sources[name], (LAYOUTS | MIXED | EP2)[layout]
     scores, plan, save = (str(tmp_path / x) for x in ("scores", "plan", "pruned"))
     argv = ["--load", source.load, *source.data, *source.targets, *flags.split()]
     succeed("prune", [*argv, "--scores", scores, "--plan", plan, "--save", save], world_size)

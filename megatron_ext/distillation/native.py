@@ -1,18 +1,12 @@
 """The statistics and the gradient of KL in one pass each: in C on CPUs, in Triton on CUDA.
 
-``kl_cpu.c`` is compiled when it is first needed and kept in the user's cache folder. Without a
-compiler, without Triton and for other dtypes the functions here decline, and ``steps`` computes in
-torch. MEGATRON_EXT_NATIVE=0 has them always decline.
+Without a compiler (``compiled``), without Triton and for other dtypes the functions here decline,
+and ``steps`` computes in torch. MEGATRON_EXT_NATIVE=0 has them always decline.
 """
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,10 +14,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from megatron_ext.compiled import library
 from megatron_ext.distillation.chunks import LOG2_E
 
 SOURCE = Path(__file__).with_name("kl_cpu.c")
-OPTIONS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w")
 KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -108,34 +102,6 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-@functools.cache
 def _library() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None if they cannot be had here."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if os.environ.get("MEGATRON_EXT_NATIVE") == "0" or compiler is None:
-        return None
-    # A home folder may be shared by machines of other kinds, for which -march=native means others.
-    described = (SOURCE.read_bytes(), " ".join(OPTIONS).encode(), _processor().encode())
-    name = f"kl_cpu-{hashlib.sha256(b'|'.join(described)).hexdigest()[:16]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_ext"
-    try:
-        if not (cache / name).exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as scratch:  # ranks may compile at once
-                built = Path(scratch) / name
-                command = [compiler, *OPTIONS, str(SOURCE), "-o", str(built)]
-                subprocess.run(command, check=True, capture_output=True, timeout=120)
-                built.replace(cache / name)
-        return ctypes.CDLL(str(cache / name))
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _processor() -> str:
-    """Return what tells processors with other instructions apart."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = ("model name", "flags", "Features")
-    return "\n".join(next((x for x in lines if x.startswith(name)), "") for name in names)
+    return library(SOURCE)

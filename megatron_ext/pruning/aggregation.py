@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_ext.pruning import native
+
 
 @dataclass(frozen=True)
 class Aggregation:
@@ -54,16 +56,17 @@ def sums_over_positions(kind: str, x: Tensor, left_out: Tensor | None) -> Tensor
         left_out: [s, B] bool, true at positions that take no part; None for none.
 
     Returns:
-        [K, B, c]. mean: sum |x|, float32. l2: sum x^2, float32. var: sum x and sum x^2, float64.
+        [K, B, c] float64. mean: sum |x|. l2: sum x^2. var: sum x and sum x^2. Added in float32 over
+        these positions; blocks of them are to be added to each other in float64.
     """
     if left_out is not None:
         x = x.masked_fill(left_out.unsqueeze(-1), 0)  # fill, not multiply: padding may hold NaN
     is_copy = x.dtype != torch.float32
     x = x.float()
     if kind == "mean":
-        return (x.abs_() if is_copy else x.abs()).sum(dim=0).unsqueeze(0)
+        return (x.abs_() if is_copy else x.abs()).sum(dim=0).double().unsqueeze(0)
     if kind == "l2":
-        return x.square().sum(dim=0).unsqueeze(0)
+        return x.square().sum(dim=0).double().unsqueeze(0)
     # In float32 only around the mean: plain sums of squares lose a variance that is small beside
     # the squared mean.
     count = len(x) if left_out is None else (~left_out).sum(dim=0).clamp_min(1).unsqueeze(-1)
@@ -107,7 +110,7 @@ class OverSamples:
             position_groups: together, the ranks that hold the other positions of the same samples.
             device: where the model runs.
         """
-        self.sums = torch.zeros(2, num_units, dtype=torch.float64, device=device).unbind()
+        self.sums = torch.zeros(2, num_units, dtype=torch.float64, device=device)
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.sequence = sequence
         self.position_groups = position_groups
@@ -116,13 +119,15 @@ class OverSamples:
         """Add the samples of one micro-batch. One collective per position group.
 
         Args:
-            sums: [K, B, c], of ``sums_over_positions`` over this rank's positions.
+            sums: [K, B, c] float64, of ``sums_over_positions`` over this rank's positions; changed.
             num_positions: [B, 1] float64, those of the whole sample that take part, at least 1.
             weights: [B] float64, w.
         """
-        sums = sums.double()
         for group in self.position_groups:
             torch.distributed.all_reduce(sums, group=group)
+        totals = self.sums, self.count
+        if native.add_samples(totals, self.sequence, sums, num_positions, weights):
+            return
         values = aggregate(self.sequence, sums, num_positions).T  # [c, B]
         self.sums[0].addmv_(values, weights)
         self.sums[1].addmv_(values.square(), weights)

@@ -31,6 +31,7 @@ see each other is the model's attention mask (--reset-attention-mask), which act
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from torch.utils.hooks import RemovableHandle
 
 from megatron_ext.arch import Arch
 from megatron_ext.errors import UserError
+from megatron_ext.pruning import native
 from megatron_ext.pruning.aggregation import (
     DEFAULT,
     Aggregation,
@@ -61,8 +63,8 @@ from megatron_ext.pruning.taps import (
 
 TP_SPLIT_AXES = ("ffn", "heads", "shared_ffn")
 
-# Elements that a hook works on at a time. On a CPU their float32 copies stay in the cache of a core
-# (tools/bench/calibration.py); a GPU needs more to be busy.
+# Elements that a hook works on at a time in torch. On a CPU their float32 copies stay in the cache
+# of a core (tools/bench/calibration.py); a GPU needs more to be busy.
 BLOCK_NUMEL = {"cpu": 2**18, "cuda": 2**22}
 
 
@@ -128,7 +130,7 @@ class Importance:
         counts = (~left_out).sum(dim=1).double()
         if self.groups.cp.size() > 1:
             torch.distributed.all_reduce(counts, group=self.groups.cp)
-        self.left_out = left_out.T if left_out.any() else None  # [s, B]
+        self.left_out = left_out.T.contiguous() if left_out.any() else None  # [s, B]
         self.num_positions = counts.clamp_min(1).unsqueeze(-1)  # [B, 1]
         # A layer's score is a mean over positions, the others' over samples that have any.
         self.weights = {axis: (counts > 0).double() for axis in self._widths()} | {"layers": counts}
@@ -137,7 +139,6 @@ class Importance:
             self.left_out_everywhere = gather_left_out(loss_mask, self.groups, split)
 
     def _attach(self, tap: Tap) -> list[RemovableHandle]:
-        @torch.no_grad()
         def hook(_: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             self._add(tap, tap.tensors(before, output))
@@ -170,30 +171,27 @@ class Importance:
         ]
 
     def _add(self, tap: Tap, tensors: Sequence[Tensor]) -> None:
-        """Sum the values of ``tap`` over this rank's positions, some at a time."""
-        at_once = max(1, BLOCK_NUMEL[tensors[0].device.type] // tensors[0][0].numel())
-        blocks = list(zip(*(x.split(at_once) for x in tensors), strict=True))
-        masks: Sequence[Tensor | None] = [None] * len(blocks)
-        if self.left_out is not None:
-            left_out = self.left_out
-            if self.sequence_parallel and tap.axis not in TP_SPLIT_AXES:
-                left_out = left_out.chunk(self.groups.tp.size())[self.groups.tp.rank()]
-            masks = left_out.split(at_once)
-        sums = sum(
-            sums_over_positions(tap.samples.sequence, tap.values(*block), mask)
-            for block, mask in zip(blocks, masks, strict=True)
-        )
+        """Sum the values of ``tap`` over this rank's positions."""
+        left_out = self.left_out
+        if left_out is not None and self.sequence_parallel and tap.axis not in TP_SPLIT_AXES:
+            left_out = left_out.chunk(self.groups.tp.size())[self.groups.tp.rank()]
+        sums = tap.sums_in_c(tap.samples.sequence, tensors, left_out)
+        if sums is None:
+            sums = _sums_in_blocks(tap, tensors, left_out)
         tap.samples.add(sums, self.num_positions, self.weights[tap.axis])
 
     def _taps_of(self, layer: nn.Module) -> list[Tap | ExpertTap]:
         attention, number = layer.self_attention, layer.layer_number - 1
-        heads = itself if self.aggregation.heads == "aggregate-first" else self._head_norms
+        units, changes = (itself, native.unit_sums), (one_minus_cosine, native.change_sums)
+        heads = self._head_norms, partial(native.head_sums, channels=self.arch.kv_channels)
+        if self.aggregation.heads == "aggregate-first":
+            heads = units
         rows = [
             *self._neurons(layer.mlp),
-            ("heads", 0, attention.linear_proj, first_input, heads),
-            ("hidden", 0, *norm_output(layer.input_layernorm, attention.linear_qkv), itself),
-            ("hidden", 1, *norm_output(layer.pre_mlp_layernorm, layer.mlp), itself),
-            ("layers", 0, layer, input_and_output, one_minus_cosine),
+            ("heads", 0, attention.linear_proj, first_input, *heads),
+            ("hidden", 0, *norm_output(layer.input_layernorm, attention.linear_qkv), *units),
+            ("hidden", 1, *norm_output(layer.pre_mlp_layernorm, layer.mlp), *units),
+            ("layers", 0, layer, input_and_output, *changes),
         ]
         taps: list[Tap | ExpertTap] = [
             Tap(axis, (number, index), *rest, self._samples(axis)) for axis, index, *rest in rows
@@ -215,8 +213,8 @@ class Importance:
                 return []
             axis, mlp = "shared_ffn", mlp.shared_experts
         if self.aggregation.neurons == "pre":
-            return [(axis, 0, mlp.linear_fc1, self._gate, itself)]
-        return [(axis, 0, mlp.linear_fc2, first_input, itself)]
+            return [(axis, 0, mlp.linear_fc1, self._gate, itself, native.unit_sums)]
+        return [(axis, 0, mlp.linear_fc2, first_input, itself, native.unit_sums)]
 
     def _samples(self, axis: str) -> OverSamples:
         split_units = axis in TP_SPLIT_AXES
@@ -294,7 +292,7 @@ class Importance:
         """Write this rank's sums into ``totals``; what all of tp hold, its first rank writes."""
         tp_rank = self.groups.tp.rank()
         for tap in self.taps:
-            cell, mine = totals[tap.axis][tap.row], torch.stack(tap.samples.sums)
+            cell, mine = totals[tap.axis][tap.row], tap.samples.sums
             if tap.axis in TP_SPLIT_AXES:
                 cell = cell[:, tp_rank * mine.size(1) : (tp_rank + 1) * mine.size(1)]
             elif tp_rank != 0:
@@ -320,6 +318,18 @@ class Importance:
             for expert, neurons in enumerate(row.view(self.arch.num_experts, -1)):
                 vectors[f"moe_ffn.{layer}.{expert}"] = neurons
         return {name: vector.float() for name, vector in vectors.items()}
+
+
+@torch.no_grad()
+def _sums_in_blocks(tap: Tap, tensors: Sequence[Tensor], left_out: Tensor | None) -> Tensor:
+    """Return ``sums_over_positions`` of the values of ``tap``, made of some positions at a time."""
+    at_once = max(1, BLOCK_NUMEL[tensors[0].device.type] // tensors[0][0].numel())
+    blocks = list(zip(*(x.split(at_once) for x in tensors), strict=True))
+    masks = [None] * len(blocks) if left_out is None else left_out.split(at_once)
+    return sum(
+        sums_over_positions(tap.samples.sequence, tap.values(*block), mask)
+        for block, mask in zip(blocks, masks, strict=True)
+    )
 
 
 def _check(totals: Mapping[str, Tensor]) -> None:
