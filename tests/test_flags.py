@@ -263,6 +263,14 @@ DEFAULTS = {
     "pipeline_model_parallel_size": 1,
     "overlap_p2p_comm": True,
     "context_parallel_size": 1,
+    "attention_backend": "auto",
+    "cp_comm_type": "p2p",
+    "fp8_recipe": "delayed",
+    "fp8_amax_history_len": 1,
+    "fp8_amax_compute_algo": "most_recent",
+    "fp8_wgrad": True,
+    "num_layers_at_start_in_bf16": 1,
+    "num_layers_at_end_in_bf16": 1,
     "expert_model_parallel_size": 1,
     "moe_token_dispatcher_type": "allgather",
     "distributed_timeout_minutes": 10,
@@ -384,12 +392,15 @@ def test_flags_as_plain_values():
 
 # Frozen: a new flag is a change to see here.
 TRAIN_OPTIONS = """
-    --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --apply-layernorm-1p --attention-dropout
-    --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size --data-cache-path
-    --data-path --device --disable-bias-linear --distributed-backend --distributed-timeout-minutes
+    --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --apply-layernorm-1p --attention-backend
+    --attention-dropout --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size
+    --cp-comm-type --data-cache-path --data-path --device --disable-bias-linear
+    --distributed-backend --distributed-timeout-minutes
     --end-weight-decay --eod-mask-loss --eval-interval --eval-iters --exit-duration-in-mins
     --exit-interval --exit-on-missing-checkpoint --expert-model-parallel-size
-    --export-kd-cfg --export-kd-teacher-load --ffn-hidden-size --finetune --fp16 --global-batch-size
+    --export-kd-cfg --export-kd-teacher-load --ffn-hidden-size --finetune
+    --first-last-layers-bf16 --fp16 --fp8-amax-compute-algo --fp8-amax-history-len --fp8-format
+    --fp8-margin --fp8-param-gather --fp8-recipe --global-batch-size
     --grad-reduce-in-bf16 --group-query-attention --help --hidden-dropout --hidden-size
     --init-method-std --initial-loss-scale --kd-alpha --kd-fused-output --kd-hidden-loss
     --kd-hidden-states --kd-jsd-beta --kd-lm-loss-weight --kd-loss --kd-loss-weight --kd-projection
@@ -400,10 +411,12 @@ TRAIN_OPTIONS = """
     --micro-batch-size --min-lr --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size
     --moe-grouped-gemm --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
     --moe-shared-expert-intermediate-size --moe-token-dispatcher-type --no-bias-gelu-fusion
+    --no-fp8-wgrad
     --no-load-optim --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication --no-save-optim
     --no-save-rng --no-verify-integrity --norm-epsilon --normalization
     --num-attention-heads --num-experts
-    --num-layers --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --num-layers --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16
+    --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --optimizer --overlap-grad-reduce
     --overlap-param-gather --override-opt-param-scheduler --override-opt_param-scheduler
     --persistent-save-interval --pipeline-model-parallel-layout --pipeline-model-parallel-size
@@ -411,7 +424,8 @@ TRAIN_OPTIONS = """
     --recompute-granularity --recompute-method --recompute-num-layers --reset-attention-mask
     --reset-position-ids --rope-scaling-factor --rotary-base --rotary-percent --save
     --save-interval --save-retain-interval --seed --seq-length --sequence-parallel --sgd-momentum
-    --skip-train --split --squared-relu --start-weight-decay --swiglu --teacher-load
+    --skip-train --split --squared-relu --start-weight-decay --swiglu --teacher-fp8-format
+    --teacher-load
     --tensor-model-parallel-size --tensorboard-dir --test-data-path --tokenizer-model
     --tokenizer-type --train-data-path --train-iters --transformer-impl --trust-remote-code
     --untie-embeddings-and-output-weights --use-checkpoint-opt-param-scheduler
@@ -420,7 +434,8 @@ TRAIN_OPTIONS = """
     --weight-decay-incr-style
 """
 PRUNE_OPTIONS = """
-    --bf16 --calibration-samples --ckpt-step --context-parallel-size --data-cache-path --data-path
+    --attention-backend --bf16 --calibration-samples --ckpt-step --context-parallel-size
+    --cp-comm-type --data-cache-path --data-path
     --depth-block --depth-importance --depth-rescore --device --distributed-backend
     --distributed-timeout-minutes --expert-model-parallel-size --fp16 --head-residual --help
     --importance --importance-batch --importance-heads --importance-neurons --importance-sequence
