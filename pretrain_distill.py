@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_ext import checkpoint, data, platform
+from megatron_ext import checkpoint, data, fp8, platform
 from megatron_ext.arch import Arch, forward_flops, num_parameters
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.distillation import settings
@@ -38,6 +38,7 @@ from megatron_ext.model import build_model
 from megatron_ext.platform import Platform
 from megatron_ext.startup import (
     batches_of_rank,
+    check_fp8,
     check_tokenizer,
     join_ranks,
     model_options,
@@ -77,6 +78,14 @@ def main() -> int:
     if teacher is not None:
         check_teacher(arch, teacher, flags, teacher_parallel)
     check_experts([arch, *([teacher.arch] if teacher else [])], flags.parallel)
+    fp8.check_models(
+        flags.fp8,
+        arch,
+        teacher and teacher.arch,
+        flags.parallel,
+        tokens=flags.batch.micro_batch_size * flags.batch.seq_length,
+        has_weights=start.source is not None,
+    )
     place = join_ranks(flags, arch.num_layers)
     if flags.checkpoint.verify_integrity:
         for source in filter(None, (start.source, teacher)):
@@ -173,8 +182,10 @@ def build(
         recompute_method=flags.batch.recompute_method,
         recompute_num_layers=flags.batch.recompute_num_layers,
     )
+    check_fp8(flags.fp8, options)
     seed = flags.batch.seed if start.source is None else None
-    chunks = build_model(arch, options, place.groups, seed=seed)
+    own_options = replace(options, fp8=fp8.of_student(flags.fp8))
+    chunks = build_model(arch, own_options, place.groups, seed=seed)
     modules, objective, eval_losses, hidden = chunks, {LM_LOSS: 1.0}, (LM_LOSS,), None
     flops = 3 * forward_flops(arch, flags.batch.seq_length)
     if flags.distill.kd_teacher_store is not None:
@@ -196,7 +207,9 @@ def build(
             vocab_size=arch.vocab_size,
         )
         layout = teacher_parallel.pipeline_model_parallel_layout
-        teacher_options = replace(options, pipeline_model_parallel_layout=layout)
+        teacher_options = replace(
+            options, pipeline_model_parallel_layout=layout, fp8=fp8.of_teacher(flags.fp8)
+        )
         teacher_arch = padded_alike(teacher.arch, arch)
         teachers = build_model(teacher_arch, teacher_options, place.groups)
         state.restore_weights(teachers, teacher, repad=True)

@@ -28,12 +28,12 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from megatron_ext import safe_load
 from megatron_ext.arch import Arch
 from megatron_ext.errors import CHECKPOINT, UserError, warn
-from megatron_ext.together import gather
+from megatron_ext.together import gather, on_all_ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"
 INTEGRITY = "integrity.json"
@@ -199,11 +199,40 @@ def load(
             not the same, name by name and shape by shape. Nothing is loaded then.
     """
     _check_tensors(folder, state, padded_vocab_size)
+    absent = _take_out_absent_extra_states(folder, state)
     try:
-        return dist_checkpointing.load(state, str(folder))
+        loaded = dist_checkpointing.load(state, str(folder))
+        on_all_ranks(lambda: _check_extra_states(loaded))
     except (Exception, CheckpointException) as error:
         reason = str(error).splitlines()[-1]
         raise UserError(f"{folder} cannot be read: {reason}", CHECKPOINT) from error
+    for chunk, key in absent:
+        loaded[chunk][key] = None
+    return loaded
+
+
+def _extra_states(state: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (chunk, key) of the ``_extra_state`` objects of the models in ``state``."""
+    chunks = [name for name in state if name.startswith("model")]
+    return [(c, key) for c in chunks for key in state[c] if "_extra_state" in key]
+
+
+def _take_out_absent_extra_states(folder: Path, state: ShardedStateDict) -> list[tuple[str, str]]:
+    """Remove the ``_extra_state`` objects that a checkpoint lacks, and return where they were.
+
+    Transformer Engine's norms have some that local layers have not. They hold what FP8 remembers;
+    None stands for nothing.
+    """
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    absent = [(c, key) for c, key in _extra_states(state) if state[c][key].unique_key not in stored]
+    for chunk, key in absent:
+        del state[chunk][key]
+    return absent
+
+
+def _check_extra_states(loaded: dict[str, Any]) -> None:
+    for chunk, key in _extra_states(loaded):
+        safe_load.check_extra_state(loaded[chunk][key])
 
 
 def sharded_tensors(state: ShardedStateDict) -> Iterator[ShardedTensor]:

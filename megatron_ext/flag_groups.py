@@ -46,6 +46,16 @@ class Parallel:
         "default Transformer Engine where it is installed and the device is cuda, else local",
         choices=("local", "transformer_engine"),
     )
+    attention_backend: str = flag(
+        "auto",
+        "of Transformer Engine; local layers leave the choice to torch",
+        choices=("flash", "fused", "unfused", "auto"),
+    )
+    cp_comm_type: str = flag(
+        "p2p",
+        "how Transformer Engine's attention exchanges keys and values over CP",
+        choices=("p2p", "all_gather", "a2a"),
+    )
 
     expert_model_parallel_size: int = flag(
         1, "data and context parallel ranks that share the experts (EP); TP splits each", at_least=1
@@ -479,8 +489,8 @@ IGNORED = {
     "--no-rope-fusion": (0, _KERNELS),
     "--no-persist-layer-norm": (0, _KERNELS),
     "--use-flash-attn": (0, _KERNELS),
-    "--attention-backend": (1, _KERNELS),
-    "--tp-comm-overlap": (0, _KERNELS),
+    "--tp-comm-overlap": (0, "its buffers have one width, teacher and student have two"),
+    "--fp8-interval": (1, "Transformer Engine adapts scales at every step"),
     "--no-create-attention-mask-in-dataloader": (0, "masks are made where they are needed"),
     "--dist-ckpt-format": (1, "checkpoints are torch_dist"),
     "--dist-ckpt-strictness": (1, "a missing or unknown tensor is always an error"),

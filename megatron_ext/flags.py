@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from megatron_ext import flag_checks as check
 from megatron_ext import flag_groups as group
+from megatron_ext import fp8
 from megatron_ext.arch import Arch
 from megatron_ext.data_args import with_data_args
 from megatron_ext.distillation.kd_cfg import read_kd_cfg
@@ -54,6 +55,7 @@ class TrainFlags:
     batch: group.TrainBatch
     optimizer: group.Optimizer
     precision: group.TrainPrecision
+    fp8: fp8.Fp8
     data: group.TrainData
     checkpoint: group.TrainCheckpoint
     log: group.Log
@@ -113,6 +115,12 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
         check.schedule_problems(flags.optimizer, batch) if training else (),
         check.precision_problems(flags.precision),
         check.training_precision_problems(flags.precision),
+        fp8.problems(
+            flags.fp8,
+            bf16=flags.precision.bf16,
+            distributed=parallel.use_distributed_optimizer,
+            has_teacher=flags.distill.teacher_load is not None,
+        ),
         check.model_problems(flags.sizes),
         check.checkpoint_problems(flags.checkpoint, training=training),
         check.distill_problems(flags.distill, flags.precision),
@@ -170,6 +178,7 @@ def check_layout(arch: Arch, parallel: group.Parallel, *, seq_length: int) -> No
         _tensor_parallel_problems(arch, parallel.tensor_model_parallel_size),
         _pipeline_problems(arch.num_layers, parallel),
         _position_problems(arch, seq_length),
+        _all_to_all_problems(arch, parallel),
         _expert_problems(arch, parallel) if arch.num_experts else (),
     )
 
@@ -296,6 +305,16 @@ def _pipeline_problems(num_layers: int, parallel: group.Parallel) -> Iterator[st
                 f"{dashed(name)} {value} does not divide the {per_stage} layers of a "
                 f"pipeline stage ({num_layers} / {pp})."
             )
+
+
+def _all_to_all_problems(arch: Arch, parallel: group.Parallel) -> Iterator[str]:
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    groups = arch.num_query_groups // tp
+    if parallel.cp_comm_type == "a2a" and groups % cp:
+        yield (
+            f"--cp-comm-type a2a: --context-parallel-size {cp} does not divide the {groups} query "
+            "groups of a tensor-parallel rank; use p2p."
+        )
 
 
 def _position_problems(arch: Arch, seq_length: int) -> Iterator[str]:

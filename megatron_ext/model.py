@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     set_defaults_if_not_set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -38,6 +39,12 @@ class ModelOptions:
     overlap_p2p_comm: bool = False
     """With virtual stages only: send activations while computing."""
     transformer_impl: str = "local"
+    attention_backend: str = "auto"
+    """flash, fused, unfused; of Transformer Engine's attention only."""
+    cp_comm_type: str = "p2p"
+    """all_gather, a2a; of Transformer Engine's attention only."""
+    fp8: dict[str, Any] = field(default_factory=dict)
+    """megatron-core's settings of FP8 (``megatron_ext.fp8``); Transformer Engine's layers only."""
     fuse_kernels: bool = False
     """Let megatron-core fuse element-wise operations (torch.compile); for GPUs."""
     moe_token_dispatcher_type: str = "allgather"
@@ -158,6 +165,8 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=options.virtual_pipeline_model_parallel_size,
         pipeline_model_parallel_layout=options.pipeline_model_parallel_layout,
         context_parallel_size=groups.cp.size(),
+        cp_comm_type=options.cp_comm_type,
+        attention_backend=AttnBackend[options.attention_backend],
         sequence_parallel=options.sequence_parallel and groups.tp.size() > 1,
         overlap_p2p_comm=options.overlap_p2p_comm,
         batch_p2p_comm=not options.overlap_p2p_comm,
@@ -167,6 +176,7 @@ def transformer_config(
         use_cpu_initialization=False,
         **(_expert_config(arch, options, groups) if arch.num_experts else {}),
         **options.recompute,
+        **options.fp8,
     )
 
 

@@ -44,6 +44,24 @@ ALLOWED = {
 }
 
 
+# What Transformer Engine's layers pickle into their ``_extra_state``: a recipe of FP8, and scales.
+ALLOWED_IN_EXTRA_STATE = {
+    "collections": {"OrderedDict"},
+    "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
+    "torch._utils": {"_rebuild_tensor_v2"},
+    "transformer_engine.common.recipe": {
+        "DelayedScaling",
+        "Float8BlockScaling",
+        "Float8CurrentScaling",
+        "Format",
+        "MMParams",
+        "MXFP8BlockScaling",
+        "QParams",
+        "_FormatHelper",
+    },
+}
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Builds plain data and the classes of ``ALLOWED``; anything else is an ``UnpicklingError``."""
 
@@ -92,3 +110,25 @@ def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO
     torch.load(value, map_location="cpu", weights_only=True)
     value.seek(0)
     DefaultLoadPlanner.load_bytes(self, read_item, value)
+
+
+class _ExtraStateUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return lambda data: torch.load(io.BytesIO(data), weights_only=True)
+        if name not in ALLOWED_IN_EXTRA_STATE.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        return super().find_class(module, name)
+
+
+def check_extra_state(state: Any) -> None:
+    """Refuse an ``_extra_state`` that would run code: Transformer Engine unpickles its bytes.
+
+    Args:
+        state: [n] uint8, or None.
+
+    Raises:
+        pickle.UnpicklingError: it asks for something else than a recipe and tensors.
+    """
+    if isinstance(state, torch.Tensor) and state.numel():
+        _ExtraStateUnpickler(io.BytesIO(state.cpu().numpy().tobytes())).load()

@@ -14,8 +14,10 @@ from torch.utils.data import Dataset
 from megatron_ext import data, platform
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import Checkpoint
-from megatron_ext.errors import CHECKPOINT, USAGE, UserError
+from megatron_ext.errors import CHECKPOINT, USAGE, UserError, warn
+from megatron_ext.flag_parser import dashed
 from megatron_ext.flags import virtual_pipeline_size
+from megatron_ext.fp8 import Fp8, of_student, of_teacher
 from megatron_ext.model import ModelOptions, choose_transformer_impl
 from megatron_ext.platform import Platform
 
@@ -51,6 +53,7 @@ def model_options(flags: Any, place: Platform, num_layers: int, **recompute: Any
             "equal parts only; use allgather.",
             USAGE,
         )
+    _check_attention(flags, impl)
     half = torch.float16 if flags.precision.fp16 else torch.float32
     pieces = virtual_pipeline_size(parallel, num_layers)
     return ModelOptions(
@@ -60,12 +63,59 @@ def model_options(flags: Any, place: Platform, num_layers: int, **recompute: Any
         pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         overlap_p2p_comm=bool(pieces) and parallel.overlap_p2p_comm,
         transformer_impl=impl,
+        attention_backend=parallel.attention_backend,
+        cp_comm_type=parallel.cp_comm_type,
         moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
         moe_grouped_gemm=parallel.moe_grouped_gemm,
         # The compiler that fuses them is not on every machine without a GPU.
         fuse_kernels=place.device.type == "cuda",
         recompute=recompute,
     )
+
+
+def _check_attention(flags: Any, impl: str) -> None:
+    """Say which choices of attention have no effect; refuse those that would be ignored."""
+    parallel, reads = flags.parallel, getattr(flags, "data", None)
+    for name in ("attention_backend", "cp_comm_type"):
+        value = getattr(parallel, name)
+        if impl == "local" and value != getattr(type(parallel), name):
+            warn(f"{dashed(name)} {value}: without effect on local layers.")
+    if impl == "transformer_engine" and reads is not None and reads.reset_attention_mask:
+        raise UserError(
+            "--reset-attention-mask: Transformer Engine's causal attention takes no mask; use "
+            "--transformer-impl local.",
+            USAGE,
+        )
+
+
+def check_fp8(fp8: Fp8, options: ModelOptions) -> None:
+    """Refuse FP8 where layers or GPU cannot run it.
+
+    Raises:
+        UserError: with code ``USAGE``, with Transformer Engine's reason.
+    """
+    for name, settings in (
+        ("fp8_format", of_student(fp8)),
+        ("teacher_fp8_format", of_teacher(fp8)),
+    ):
+        if not settings:
+            continue
+        typed = f"{dashed(name)} {settings['fp8']}"
+        if options.transformer_impl != "transformer_engine":
+            raise UserError(
+                f"{typed} needs a GPU with Transformer Engine installed, and --transformer-impl "
+                "transformer_engine.",
+                USAGE,
+            )
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+        check = {
+            "blockwise": FP8GlobalStateManager.is_fp8_block_scaling_available,
+            "mxfp8": FP8GlobalStateManager.is_mxfp8_available,
+        }.get(settings["fp8_recipe"], FP8GlobalStateManager.is_fp8_available)
+        available, reason = check()
+        if not available:
+            raise UserError(f"{typed}, --fp8-recipe {settings['fp8_recipe']}: {reason}", USAGE)
 
 
 def batches_of_rank(

@@ -273,6 +273,14 @@ DEFAULTS = {
     "pipeline_model_parallel_size": 1,
     "overlap_p2p_comm": True,
     "context_parallel_size": 1,
+    "attention_backend": "auto",
+    "cp_comm_type": "p2p",
+    "fp8_recipe": "delayed",
+    "fp8_amax_history_len": 1,
+    "fp8_amax_compute_algo": "most_recent",
+    "fp8_wgrad": True,
+    "num_layers_at_start_in_bf16": 1,
+    "num_layers_at_end_in_bf16": 1,
     "expert_model_parallel_size": 1,
     "moe_token_dispatcher_type": "allgather",
     "distributed_timeout_minutes": 10,
@@ -429,13 +437,15 @@ def test_flags_as_plain_values():
 
 # Frozen: a new flag is a change to see here.
 TRAIN_OPTIONS = """
-    --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --apply-layernorm-1p --attention-dropout
-    --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size --data-args-path
-    --data-cache-path --data-path --device --disable-bias-linear --distributed-backend
-    --distributed-timeout-minutes --end-weight-decay --eod-mask-loss --eval-interval --eval-iters
-    --exit-duration-in-mins --exit-interval --exit-on-missing-checkpoint
-    --expert-model-parallel-size --export-kd-cfg --export-kd-teacher-load --ffn-hidden-size
-    --finetune --fp16 --global-batch-size --grad-reduce-in-bf16 --group-query-attention --help
+    --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --apply-layernorm-1p --attention-backend
+    --attention-dropout --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size
+    --cp-comm-type --data-args-path --data-cache-path --data-path --device --disable-bias-linear
+    --distributed-backend --distributed-timeout-minutes --end-weight-decay --eod-mask-loss
+    --eval-interval --eval-iters --exit-duration-in-mins --exit-interval
+    --exit-on-missing-checkpoint --expert-model-parallel-size --export-kd-cfg
+    --export-kd-teacher-load --ffn-hidden-size --finetune --first-last-layers-bf16 --fp16
+    --fp8-amax-compute-algo --fp8-amax-history-len --fp8-format --fp8-margin --fp8-param-gather
+    --fp8-recipe --global-batch-size --grad-reduce-in-bf16 --group-query-attention --help
     --hidden-dropout --hidden-size --init-method-std --initial-loss-scale --kd-alpha
     --kd-fused-output --kd-hidden-loss --kd-hidden-states --kd-jsd-beta --kd-lm-loss-weight
     --kd-loss --kd-loss-weight --kd-projection --kd-teacher-store --kd-temperature
@@ -446,9 +456,10 @@ TRAIN_OPTIONS = """
     --merge-file --micro-batch-size --min-lr --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size
     --moe-grouped-gemm --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
     --moe-shared-expert-intermediate-size --moe-token-dispatcher-type --no-bias-gelu-fusion
-    --no-load-optim --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication --no-save-optim
-    --no-save-rng --no-verify-integrity --norm-epsilon --normalization --num-attention-heads
-    --num-experts --num-layers --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --no-fp8-wgrad --no-load-optim --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication
+    --no-save-optim --no-save-rng --no-verify-integrity --norm-epsilon --normalization
+    --num-attention-heads --num-experts --num-layers --num-layers-at-end-in-bf16
+    --num-layers-at-start-in-bf16 --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --optimizer --overlap-grad-reduce
     --overlap-param-gather --override-opt-param-scheduler --override-opt_param-scheduler
     --per-split-data-args-path --persistent-save-interval --pipeline-model-parallel-layout
@@ -456,21 +467,23 @@ TRAIN_OPTIONS = """
     --qk-layernorm --recompute-granularity --recompute-method --recompute-num-layers
     --reset-attention-mask --reset-position-ids --rope-scaling-factor --rotary-base --rotary-percent
     --save --save-interval --save-retain-interval --seed --seq-length --sequence-parallel
-    --sgd-momentum --skip-train --split --squared-relu --start-weight-decay --swiglu --teacher-load
-    --tensor-model-parallel-size --tensorboard-dir --test-data-path --tokenizer-model
-    --tokenizer-type --train-data-path --train-iters --train-samples --transformer-impl
-    --trust-remote-code --untie-embeddings-and-output-weights --use-checkpoint-opt-param-scheduler
-    --use-checkpoint-opt_param-scheduler --use-distributed-optimizer --use-rope-scaling
-    --use-rotary-position-embeddings --valid-data-path --vocab-file --vocab-size --wandb-entity
-    --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay --weight-decay-incr-style
+    --sgd-momentum --skip-train --split --squared-relu --start-weight-decay --swiglu
+    --teacher-fp8-format --teacher-load --tensor-model-parallel-size --tensorboard-dir
+    --test-data-path --tokenizer-model --tokenizer-type --train-data-path --train-iters
+    --train-samples --transformer-impl --trust-remote-code --untie-embeddings-and-output-weights
+    --use-checkpoint-opt-param-scheduler --use-checkpoint-opt_param-scheduler
+    --use-distributed-optimizer --use-rope-scaling --use-rotary-position-embeddings
+    --valid-data-path --vocab-file --vocab-size --wandb-entity --wandb-exp-name --wandb-project
+    --wandb-save-dir --weight-decay --weight-decay-incr-style
 """
 PRUNE_OPTIONS = """
-    --bf16 --calibration-samples --ckpt-step --context-parallel-size --data-args-path
-    --data-cache-path --data-path --depth-block --depth-importance --depth-rescore --device
-    --distributed-backend --distributed-timeout-minutes --expert-model-parallel-size --fp16
-    --head-residual --help --importance --importance-batch --importance-heads --importance-neurons
-    --importance-sequence --load --merge-file --micro-batch-size --mock-data --no-mmap-bin-files
-    --no-overlap-p2p-communication --no-verify-integrity --num-layers-per-virtual-pipeline-stage
+    --attention-backend --bf16 --calibration-samples --ckpt-step --context-parallel-size
+    --cp-comm-type --data-args-path --data-cache-path --data-path --depth-block --depth-importance
+    --depth-rescore --device --distributed-backend --distributed-timeout-minutes
+    --expert-model-parallel-size --fp16 --head-residual --help --importance --importance-batch
+    --importance-heads --importance-neurons --importance-sequence --load --merge-file
+    --micro-batch-size --mock-data --no-mmap-bin-files --no-overlap-p2p-communication
+    --no-verify-integrity --num-layers-per-virtual-pipeline-stage
     --num-virtual-stages-per-pipeline-rank --num-workers --per-split-data-args-path
     --pipeline-model-parallel-layout --pipeline-model-parallel-size --plan --prune-iterations
     --reset-attention-mask --reset-position-ids --save --scores --seed --seq-length

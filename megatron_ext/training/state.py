@@ -23,6 +23,7 @@ from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.errors import CHECKPOINT, UserError, warn
 from megatron_ext.flag_parser import dashed
 from megatron_ext.flags import TrainFlags, flags_as_dict, megatron_command_line
+from megatron_ext.fp8 import keep_exact_weights
 from megatron_ext.model import LanguageModel, model_state_dict
 from megatron_ext.training import phase, torch_adam
 from megatron_ext.training.step import wrap
@@ -99,6 +100,7 @@ def make_run(
         overlap_grad_reduce=flags.parallel.overlap_grad_reduce,
         overlap_param_gather=flags.parallel.overlap_param_gather,
         use_distributed_optimizer=flags.parallel.use_distributed_optimizer,
+        fp8_param_gather=flags.fp8.fp8_param_gather,
     )
     model = wrap(modules, ddp_config, groups, hidden)
     optimizer = get_megatron_optimizer(
@@ -139,6 +141,8 @@ def _optimizer_config(flags: TrainFlags, params_dtype: torch.dtype) -> Optimizer
         bf16=flags.precision.bf16,
         fp16=flags.precision.fp16,
         params_dtype=params_dtype,
+        # Of parameters in FP8.
+        fp8_recipe=flags.fp8.fp8_recipe if flags.fp8.fp8_param_gather else None,
         loss_scale=flags.precision.loss_scale,
         initial_loss_scale=flags.precision.initial_loss_scale,
         use_distributed_optimizer=flags.parallel.use_distributed_optimizer,
@@ -246,6 +250,8 @@ def restore_weights(
         source.folder, model_state_dict(chunks), padded_vocab_size=padded_vocab_size
     )
     _set_weights(chunks, loaded)
+    for index, chunk in enumerate(chunks):
+        keep_exact_weights(chunk.named_parameters(), loaded[_chunk_name(chunks, index)])
 
 
 def restore(run: Run, source: checkpoint.Checkpoint) -> None:
@@ -326,7 +332,11 @@ def _check_optimizer_parts(run: Run, source: checkpoint.Checkpoint) -> None:
 
 def _set_weights(chunks: list[LanguageModel], loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"])
+        chunk.load_state_dict(loaded[_chunk_name(chunks, index)])
+
+
+def _chunk_name(chunks: list[LanguageModel], index: int) -> str:
+    return "model" if len(chunks) == 1 else f"model{index}"
 
 
 def _optimizer_state(run: Run, model_state: ShardedStateDict, *, is_loading: bool) -> Any:
