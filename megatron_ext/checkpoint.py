@@ -2,13 +2,13 @@
 
     <root>/latest_checkpointed_iteration.txt     "100" or "release"
     <root>/iter_0000100/  or  <root>/release/    one torch_dist checkpoint of megatron-core
-        common.pt .metadata metadata.json __*.distcp
+        common.pt .metadata metadata.json __*.distcp      (no common.pt from megatron-core 0.19 on)
         integrity.json         SHA-256 of the files above, in Megatron-LM's schema
         megatron_args.sh       the flags with which Megatron-LM builds this model
         tokenizer/             of a model that was imported, and of what came of it
 
 ``checkpoint_writer`` writes them. Loading compares every tensor's name and shape first, and
-unpickles plain data only.
+unpickles plain data only. Checkpoints of Megatron-LM, Megatron Bridge and NeMo are read too.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,24 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
     ShardedStateDict,
     ShardedTensor,
     ShardedTensorFactory,
 )
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_ext import safe_load
+from megatron_ext import bridge, safe_load
 from megatron_ext.arch import Arch
 from megatron_ext.errors import CHECKPOINT, UserError, warn
-from megatron_ext.together import gather
+from megatron_ext.slices import FIRST_WEIGHT, SliceReader
+from megatron_ext.together import gather, on_all_ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"
 INTEGRITY = "integrity.json"
 RELEASE = "release"
 TOKENIZER = "tokenizer"
+NEMO_FOLDERS = ("weights", "model_weights")
 MAX_ROWS = 10
 # Tensors of a checkpoint that are not weights: a run that does not ask for them may leave them.
 NOT_WEIGHTS = (
@@ -71,6 +74,23 @@ class Checkpoint:
         """Optimizer steps behind it; 0 for a release (pruned or converted weights)."""
         return int(self.common.get("iteration", 0))
 
+    @property
+    def knows_tokens(self) -> bool:
+        """Whether it says how many tokens its tokenizer has.
+
+        Megatron-LM saves what was typed as --vocab-size, if anything; and an imported model that
+        had no tokenizer beside it counts every row.
+        """
+        is_counted = "tokenizer_sha256" in self.args or "tokenizer_type" not in self.args
+        return is_counted and self.args.get("vocab_size") is not None
+
+    def with_tokens(self, vocab_size: int) -> "Checkpoint":
+        """Return it with the number of its tokens, if it does not know; rows behind are padding."""
+        if self.knows_tokens or vocab_size > self.args["padded_vocab_size"]:
+            return self
+        tokens = {"vocab_size": vocab_size, "tokenizer_sha256": None}
+        return replace(self, common={**self.common, "args": Namespace(**{**self.args, **tokens})})
+
     def tokenizer_files(self) -> dict[str, bytes]:
         """Return the files of its ``tokenizer`` folder, by the name under its own folder."""
         paths = sorted((self.folder / TOKENIZER).glob("*"))
@@ -99,16 +119,16 @@ def incomplete_reason(folder: Path) -> str | None:
             return "metadata.json names no format"
     except (OSError, ValueError):
         return "metadata.json is missing or unreadable: the save did not finish"
-    missing = [name for name in (".metadata", "common.pt") if not (folder / name).exists()]
-    return f"{missing[0]} is missing" if missing else None
+    return None if (folder / ".metadata").exists() else ".metadata is missing"
 
 
 def find(root: str, step: int | None = None) -> Path | None:
     """Return the folder of a finished checkpoint, or None if there is none.
 
     Args:
-        root: a checkpoint folder, or the folder above with its tracker file. Where the tracker is
-            missing or wrong, the newest finished iteration counts, with a warning.
+        root: a checkpoint folder, or the folder above with its tracker file, or NeMo's folder
+            above weights/. Where the tracker is missing or wrong, the newest finished iteration
+            counts, with a warning.
         step: take this iteration.
 
     Raises:
@@ -121,8 +141,9 @@ def find(root: str, step: int | None = None) -> Path | None:
         if reason:
             raise UserError(f"--ckpt-step {step}: {folder}: {reason}.", CHECKPOINT)
         return folder
-    if incomplete_reason(top) is None:
-        return top
+    for folder in (top, *(top / name for name in NEMO_FOLDERS)):
+        if incomplete_reason(folder) is None:
+            return folder
     with contextlib.suppress(OSError):
         name = (top / TRACKER).read_text().strip()
         folder = top / (iteration_name(int(name)) if name.isdigit() else name)
@@ -139,22 +160,40 @@ def find(root: str, step: int | None = None) -> Path | None:
 def read(root: str, step: int | None = None) -> Checkpoint:
     """Return the checkpoint under ``root``, its weights still on disk. No collectives.
 
-    Only plain data is unpickled.
+    Only plain data is unpickled (``safe_load``).
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or nothing says the model's sizes.
     """
     folder = find(root, step)
     if folder is None:
         raise UserError(f"{root}: no finished checkpoint (iter_*/ or release/) here.", CHECKPOINT)
     try:
-        common = torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+        common = safe_load.load_common(folder)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder / 'common.pt'} cannot be read: {reason}", CHECKPOINT) from error
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(
+            f"{folder / safe_load.COMMON} cannot be read: {reason}.", CHECKPOINT
+        ) from error
     if not isinstance(common.get("args"), Namespace):
-        raise UserError(f"{folder}: no saved args: the model's sizes are not known.", CHECKPOINT)
+        common = {**common, "args": Namespace(**_args_beside(folder))}
     return Checkpoint(folder, common)
+
+
+def _args_beside(folder: Path) -> dict[str, Any]:
+    """Return the args of a checkpoint that has none, from the files of those who write none."""
+    rows = SliceReader(folder).shapes.get(FIRST_WEIGHT, ((0,), None))[0][0]
+    try:
+        args = bridge.read_args(folder, rows)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{folder}: {error}.", CHECKPOINT) from error
+    if args is None:
+        raise UserError(
+            f"{folder}: no saved args and no {' or '.join(bridge.FILES)}: the model's sizes are "
+            "not known.",
+            CHECKPOINT,
+        )
+    return args
 
 
 def verify_integrity(folder: Path) -> None:
@@ -190,12 +229,48 @@ def load(folder: Path, state: ShardedStateDict) -> dict[str, Any]:
         UserError: on every rank, with a table, if tensors of the checkpoint and of ``state`` are
             not the same, name by name and shape by shape. Nothing is loaded then.
     """
-    _check_tensors(folder, state)
+    reader = on_all_ranks(lambda: SliceReader(folder))
+    _check_tensors(reader, state)
+    if not reader.has_core_names:
+        raise UserError(
+            f"{folder} does not stack its layers, or puts {reader.prefix or 'nothing'} in front of "
+            "its names: only its weights can be taken, with --finetune.",
+            CHECKPOINT,
+        )
     try:
         return dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
         reason = str(error).splitlines()[-1]
         raise UserError(f"{folder} cannot be read: {reason}", CHECKPOINT) from error
+
+
+def has_objects(folder: Path, state: ShardedStateDict) -> bool:
+    """Whether ``load`` finds all that ``state`` asks for beside tensors. Collective.
+
+    Where it does not (other names, no extra states) ``fill`` reads the weights.
+    """
+    reader = on_all_ranks(lambda: SliceReader(folder))
+    wanted = {x.unique_key for x in nested_values(state) if isinstance(x, ShardedObject)}
+    return all(gather(reader.has_core_names and wanted <= reader.objects))
+
+
+@torch.no_grad()
+def fill(folder: Path, state: ShardedStateDict) -> None:
+    """Read the weights ``state``, which share memory with a model's parameters. Collective.
+
+    Layers may be stacked or have tensors of their own, names may have a prefix (``slices``).
+
+    Raises:
+        UserError: as ``load``.
+    """
+    reader = on_all_ranks(lambda: SliceReader(folder))
+    _check_tensors(reader, state)
+
+    def read_all() -> None:
+        for shard in sharded_tensors(state):
+            shard.data.copy_(reader.read_shard(shard))
+
+    on_all_ranks(read_all)
 
 
 def sharded_tensors(state: ShardedStateDict) -> Iterator[ShardedTensor]:
@@ -207,15 +282,11 @@ def sharded_tensors(state: ShardedStateDict) -> Iterator[ShardedTensor]:
             yield value
 
 
-def _check_tensors(folder: Path, state: ShardedStateDict) -> None:
+def _check_tensors(reader: SliceReader, state: ShardedStateDict) -> None:
     wanted = {tensor.key: tuple(tensor.global_shape) for tensor in sharded_tensors(state)}
     for others in gather(wanted):
         wanted |= others
-    try:
-        metadata = dist_checkpointing.load_tensors_metadata(str(folder))
-    except Exception as error:
-        raise UserError(f"{folder} cannot be read: {error}", CHECKPOINT) from error
-    found = {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
+    folder, found = reader.folder, reader.global_shapes
     keys = [*wanted, *(k for k in found if k not in wanted and not k.startswith(NOT_WEIGHTS))]
     differing = [key for key in keys if found.get(key) != wanted.get(key)]
     if not differing:

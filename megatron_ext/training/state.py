@@ -24,6 +24,7 @@ from megatron_ext.errors import CHECKPOINT, UserError, warn
 from megatron_ext.flag_parser import dashed
 from megatron_ext.flags import TrainFlags, flags_as_dict, megatron_command_line
 from megatron_ext.model import LanguageModel, model_state_dict
+from megatron_ext.saved_args import complete
 from megatron_ext.training import phase, torch_adam
 from megatron_ext.training.step import wrap
 
@@ -206,24 +207,21 @@ def save(run: Run) -> None:
 
 def saved_args(run: Run) -> Namespace:
     """Return the flags and sizes of ``run`` under Megatron-LM's names; plain values only."""
-    return Namespace(
-        **{
+    return complete(
+        run.arch,
+        {
             **flags_as_dict(run.flags),
-            **run.arch.to_args(),
             "world_size": torch.distributed.get_world_size(),
             "data_parallel_size": run.groups.dp.size(),
             "params_dtype": run.chunks[0].config.params_dtype,
             "no_save_optim": not run.flags.checkpoint.save_optim,
             "no_save_rng": not run.flags.checkpoint.save_rng,
-            "ckpt_fully_parallel_save": True,
             "consumed_train_samples": run.counters.consumed_train_samples,
             "consumed_data_samples": run.counters.consumed_data_samples,
             "hidden_loss_alpha": run.counters.alpha,
-            "skipped_train_samples": 0,
-            "consumed_valid_samples": 0,
             "tokenizer_sha256": tokenizer_sha256(run.flags.data),
             "hf_config": run.hf_config,
-        }
+        },
     )
 
 
@@ -235,8 +233,11 @@ def _trained_state(run: Run) -> ShardedStateDict:
 
 def restore_weights(chunks: list[LanguageModel], source: checkpoint.Checkpoint) -> None:
     """Fill ``chunks`` with the weights of ``source``, whatever layout wrote them. Collective."""
-    loaded = checkpoint.load(source.folder, model_state_dict(chunks))
-    _set_weights(chunks, loaded)
+    state = model_state_dict(chunks)
+    if checkpoint.has_objects(source.folder, state):
+        _set_weights(chunks, checkpoint.load(source.folder, state))
+    else:
+        checkpoint.fill(source.folder, state)
 
 
 def restore(run: Run, source: checkpoint.Checkpoint) -> None:
