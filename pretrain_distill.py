@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_ext import checkpoint, data, fp8, platform
+from megatron_ext import checkpoint, data, fp8, platform, safe_load
 from megatron_ext.arch import Arch, forward_flops, num_parameters
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.distillation import settings
@@ -64,10 +64,14 @@ class Start:
 def main() -> int:
     """Run the program; returns its exit code."""
     flags = parse_train(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
+    safe_load.trust(flags.checkpoint.trust_checkpoint)
     start = find_start(flags)
     teacher_load = flags.distill.teacher_load
     teacher = checkpoint.read(teacher_load) if teacher_load else None
     tokenizer = data.build_tokenizer(flags.data)
+    if start.source is not None:
+        start = replace(start, source=start.source.with_tokens(tokenizer.vocab_size))
+    teacher = teacher and teacher.with_tokens(tokenizer.vocab_size)
     arch = choose_arch(flags, start, tokenizer.vocab_size)
     for source in filter(None, (start.source, teacher)):
         check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))

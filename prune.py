@@ -9,7 +9,6 @@ Several models from the same scores: --targets FILE.
 
 import os
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext import checkpoint, checkpoint_writer, data, platform
+from megatron_ext import checkpoint, checkpoint_writer, data, platform, safe_load, saved_args
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.errors import USAGE, UserError, run_main
@@ -69,7 +68,10 @@ class Job:
 def main() -> int:
     """Run the program; returns its exit code."""
     flags = parse_prune(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
+    safe_load.trust(flags.checkpoint.trust_checkpoint)
     source = checkpoint.read(flags.checkpoint.load, flags.checkpoint.ckpt_step)
+    if flags.data.tokenizer_type and not source.knows_tokens:
+        source = source.with_tokens(data.build_tokenizer(flags.data).vocab_size)
     check_layout(source.arch, flags.parallel, seq_length=flags.batch.seq_length)
     check_experts([source.arch], flags.parallel)
     jobs = find_jobs(flags, source.arch)
@@ -300,7 +302,8 @@ def trim(source: Checkpoint, plan: Plan, save: str) -> None:
     """Cut the weights of ``source`` and publish them as ``save``/release. Collective."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share = on_all_ranks(lambda: trimmed_share(SliceReader(source.folder), plan, rank, world_size))
-    args = Namespace(**{**source.args, **plan.target.to_args(), "consumed_train_samples": 0})
+    weights_only = {"consumed_train_samples": 0, "no_save_optim": True, "no_save_rng": True}
+    args = saved_args.complete(plan.target, {**source.args, **weights_only})
     checkpoint_writer.save(
         save,
         checkpoint.RELEASE,

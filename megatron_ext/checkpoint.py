@@ -2,13 +2,13 @@
 
     <root>/latest_checkpointed_iteration.txt     "100" or "release"
     <root>/iter_0000100/  or  <root>/release/    one torch_dist checkpoint of megatron-core
-        common.pt .metadata metadata.json __*.distcp
+        common.pt .metadata metadata.json __*.distcp      (no common.pt from megatron-core 0.19 on)
         integrity.json         SHA-256 of the files above, in Megatron-LM's schema
         megatron_args.sh       the flags with which Megatron-LM builds this model
         tokenizer/             of a model that was imported, and of what came of it
 
 ``checkpoint_writer`` writes them. Loading compares every tensor's name and shape first, and
-unpickles plain data only.
+unpickles plain data only. Checkpoints of Megatron-LM, Megatron Bridge and NeMo are read too.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,19 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron_ext import safe_load
+from megatron_ext import bridge, safe_load
 from megatron_ext.arch import Arch
 from megatron_ext.errors import CHECKPOINT, UserError, warn
+from megatron_ext.slices import FIRST_WEIGHT, SliceReader
 from megatron_ext.together import gather, on_all_ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"
 INTEGRITY = "integrity.json"
 RELEASE = "release"
 TOKENIZER = "tokenizer"
+NEMO_FOLDERS = ("weights", "model_weights")
 MAX_ROWS = 10
 # Tensors of a checkpoint that are not weights: a run that does not ask for them may leave them.
 NOT_WEIGHTS = (
@@ -71,6 +73,23 @@ class Checkpoint:
         """Optimizer steps behind it; 0 for a release (pruned or converted weights)."""
         return int(self.common.get("iteration", 0))
 
+    @property
+    def knows_tokens(self) -> bool:
+        """Whether it says how many tokens its tokenizer has.
+
+        Megatron-LM saves what was typed as --vocab-size, if anything; and an imported model that
+        had no tokenizer beside it counts every row.
+        """
+        is_counted = "tokenizer_sha256" in self.args or "tokenizer_type" not in self.args
+        return is_counted and self.args.get("vocab_size") is not None
+
+    def with_tokens(self, vocab_size: int) -> "Checkpoint":
+        """Return it with the number of its tokens, if it does not know; rows behind are padding."""
+        if self.knows_tokens or vocab_size > self.args["padded_vocab_size"]:
+            return self
+        tokens = {"vocab_size": vocab_size, "tokenizer_sha256": None}
+        return replace(self, common={**self.common, "args": Namespace(**{**self.args, **tokens})})
+
     def tokenizer_files(self) -> dict[str, bytes]:
         """Return the files of its ``tokenizer`` folder, by the name under its own folder."""
         paths = sorted((self.folder / TOKENIZER).glob("*"))
@@ -99,16 +118,16 @@ def incomplete_reason(folder: Path) -> str | None:
             return "metadata.json names no format"
     except (OSError, ValueError):
         return "metadata.json is missing or unreadable: the save did not finish"
-    missing = [name for name in (".metadata", "common.pt") if not (folder / name).exists()]
-    return f"{missing[0]} is missing" if missing else None
+    return None if (folder / ".metadata").exists() else ".metadata is missing"
 
 
 def find(root: str, step: int | None = None) -> Path | None:
     """Return the folder of a finished checkpoint, or None if there is none.
 
     Args:
-        root: a checkpoint folder, or the folder above with its tracker file. Where the tracker is
-            missing or wrong, the newest finished iteration counts, with a warning.
+        root: a checkpoint folder, or the folder above with its tracker file, or NeMo's folder
+            above weights/. Where the tracker is missing or wrong, the newest finished iteration
+            counts, with a warning.
         step: take this iteration.
 
     Raises:
@@ -121,8 +140,9 @@ def find(root: str, step: int | None = None) -> Path | None:
         if reason:
             raise UserError(f"--ckpt-step {step}: {folder}: {reason}.", CHECKPOINT)
         return folder
-    if incomplete_reason(top) is None:
-        return top
+    for folder in (top, *(top / name for name in NEMO_FOLDERS)):
+        if incomplete_reason(folder) is None:
+            return folder
     with contextlib.suppress(OSError):
         name = (top / TRACKER).read_text().strip()
         folder = top / (iteration_name(int(name)) if name.isdigit() else name)
@@ -139,22 +159,40 @@ def find(root: str, step: int | None = None) -> Path | None:
 def read(root: str, step: int | None = None) -> Checkpoint:
     """Return the checkpoint under ``root``, its weights still on disk. No collectives.
 
-    Only plain data is unpickled.
+    Only plain data is unpickled (``safe_load``).
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or nothing says the model's sizes.
     """
     folder = find(root, step)
     if folder is None:
         raise UserError(f"{root}: no finished checkpoint (iter_*/ or release/) here.", CHECKPOINT)
     try:
-        common = torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+        common = safe_load.load_common(folder)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder / 'common.pt'} cannot be read: {reason}", CHECKPOINT) from error
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(
+            f"{folder / safe_load.COMMON} cannot be read: {reason}.", CHECKPOINT
+        ) from error
     if not isinstance(common.get("args"), Namespace):
-        raise UserError(f"{folder}: no saved args: the model's sizes are not known.", CHECKPOINT)
+        common = {**common, "args": Namespace(**_args_beside(folder))}
     return Checkpoint(folder, common)
+
+
+def _args_beside(folder: Path) -> dict[str, Any]:
+    """Return the args of a checkpoint that has none, from the files of those who write none."""
+    rows = SliceReader(folder).shapes.get(FIRST_WEIGHT, ((0,), None))[0][0]
+    try:
+        args = bridge.read_args(folder, rows)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{folder}: {error}.", CHECKPOINT) from error
+    if args is None:
+        raise UserError(
+            f"{folder}: no saved args and no {' or '.join(bridge.FILES)}: the model's sizes are "
+            "not known.",
+            CHECKPOINT,
+        )
+    return args
 
 
 def verify_integrity(folder: Path) -> None:
@@ -198,8 +236,15 @@ def load(
         UserError: on every rank, with a table, if tensors of the checkpoint and of ``state`` are
             not the same, name by name and shape by shape. Nothing is loaded then.
     """
-    _check_tensors(folder, state, padded_vocab_size)
-    absent = _take_out_absent_extra_states(folder, state)
+    reader = on_all_ranks(lambda: SliceReader(folder))
+    _check_tensors(reader, state, padded_vocab_size)
+    if not reader.has_core_names:
+        raise UserError(
+            f"{folder} does not stack its layers, or puts {reader.prefix or 'nothing'} in front of "
+            "its names: only its weights can be taken, with --finetune.",
+            CHECKPOINT,
+        )
+    absent = _take_out_absent_extra_states(reader, state)
     try:
         loaded = dist_checkpointing.load(state, str(folder))
         on_all_ranks(lambda: _check_extra_states(loaded))
@@ -217,14 +262,16 @@ def _extra_states(state: dict[str, Any]) -> list[tuple[str, str]]:
     return [(c, key) for c in chunks for key in state[c] if "_extra_state" in key]
 
 
-def _take_out_absent_extra_states(folder: Path, state: ShardedStateDict) -> list[tuple[str, str]]:
+def _take_out_absent_extra_states(
+    reader: SliceReader, state: ShardedStateDict
+) -> list[tuple[str, str]]:
     """Remove the ``_extra_state`` objects that a checkpoint lacks, and return where they were.
 
     Transformer Engine's norms have some that local layers have not. They hold what FP8 remembers;
     None stands for nothing.
     """
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    absent = [(c, key) for c, key in _extra_states(state) if state[c][key].unique_key not in stored]
+    found = _extra_states(state)
+    absent = [(c, key) for c, key in found if state[c][key].unique_key not in reader.objects]
     for chunk, key in absent:
         del state[chunk][key]
     return absent
@@ -233,6 +280,38 @@ def _take_out_absent_extra_states(folder: Path, state: ShardedStateDict) -> list
 def _check_extra_states(loaded: dict[str, Any]) -> None:
     for chunk, key in _extra_states(loaded):
         safe_load.check_extra_state(loaded[chunk][key])
+
+
+def load_weights(
+    folder: Path, state: ShardedStateDict, *, padded_vocab_size: int | None = None
+) -> dict[str, Any] | None:
+    """Read the weights ``state``, whatever names they have (``slices``). Collective.
+
+    Args:
+        folder: a checkpoint's.
+        state: weights that share memory with a model's parameters.
+        padded_vocab_size: as for ``load``.
+
+    Returns:
+        As ``load``; None where names are not megatron-core's, and the parameters are filled.
+
+    Raises:
+        UserError: as ``load``.
+    """
+    reader = on_all_ranks(lambda: SliceReader(folder))
+    if reader.has_core_names:
+        return load(folder, state, padded_vocab_size=padded_vocab_size)
+    _check_tensors(reader, state, padded_vocab_size)
+    on_all_ranks(lambda: _fill(reader, state))
+    return None
+
+
+@torch.no_grad()
+def _fill(reader: SliceReader, state: ShardedStateDict) -> None:
+    for shard in sharded_tensors(state):
+        part = reader.read_shard(shard)
+        shard.data[len(part) :] = 0  # rows of the vocabulary's padding that are only here
+        shard.data[: len(part)].copy_(part)
 
 
 def sharded_tensors(state: ShardedStateDict) -> Iterator[ShardedTensor]:
@@ -244,7 +323,9 @@ def sharded_tensors(state: ShardedStateDict) -> Iterator[ShardedTensor]:
             yield value
 
 
-def _check_tensors(folder: Path, state: ShardedStateDict, padded_vocab_size: int | None) -> None:
+def _check_tensors(
+    reader: SliceReader, state: ShardedStateDict, padded_vocab_size: int | None
+) -> None:
     wanted = {}
     for tensor in sharded_tensors(state):
         rows, *width = tensor.global_shape
@@ -253,11 +334,7 @@ def _check_tensors(folder: Path, state: ShardedStateDict, padded_vocab_size: int
         wanted[tensor.key] = (padded_vocab_size if is_padded else rows, *width)
     for others in gather(wanted):
         wanted |= others
-    try:
-        metadata = dist_checkpointing.load_tensors_metadata(str(folder))
-    except Exception as error:
-        raise UserError(f"{folder} cannot be read: {error}", CHECKPOINT) from error
-    found = {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
+    folder, found = reader.folder, reader.global_shapes
     keys = [*wanted, *(k for k in found if k not in wanted and not k.startswith(NOT_WEIGHTS))]
     differing = [key for key in keys if found.get(key) != wanted.get(key)]
     if not differing:

@@ -6,6 +6,7 @@ program, so that neither offers a flag that it would ignore.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_ext.flag_parser import REQUIRED, flag
 
@@ -280,6 +281,14 @@ class TrainData(Data):
     eod_mask_loss: bool = flag(False, "no loss on end-of-document tokens")
 
 
+def trust_flag() -> Any:
+    """Return the switch of every program that reads a checkpoint."""
+    return flag(
+        False,
+        "not in Megatron-LM; unpickle whatever a checkpoint holds, which runs code that it brings",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """Checkpoints."""
@@ -294,6 +303,7 @@ class Checkpoint:
         "not in Megatron-LM 0.16.1; do not compare files with their recorded SHA-256",
         off="--no-verify-integrity",
     )
+    trust_checkpoint: bool = trust_flag()
 
 
 @dataclass(frozen=True, kw_only=True)

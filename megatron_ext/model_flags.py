@@ -184,7 +184,7 @@ def check_against_checkpoint(sizes: Mapping[str, Any], arch: Arch) -> Arch:
 
 def megatron_command_line(arch: Arch) -> str:
     """Return the flags that tell Megatron-LM this architecture, in one line."""
-    values = arch.to_args() | {"make_vocab_size_divisible_by": _vocab_multiple(arch)}
+    values = arch.to_args() | {"make_vocab_size_divisible_by": vocab_multiple(arch)}
     words = []
     for field in fields(Sizes):
         value = values[field.name]
@@ -199,7 +199,7 @@ def megatron_command_line(arch: Arch) -> str:
     return shlex.join(words)
 
 
-def _vocab_multiple(arch: Arch) -> int:
+def vocab_multiple(arch: Arch) -> int:
     """Return the smallest multiple to which padding gives ``arch.padded_vocab_size``.
 
     The smallest, because Megatron-LM multiplies it by TP: the padded size stays the same as long as

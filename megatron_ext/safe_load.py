@@ -2,19 +2,23 @@
 
 torch reads a checkpoint's ``.metadata`` with ``pickle.load`` and megatron-core reads its objects
 with ``torch.load(weights_only=False)``: both run whatever a file asks for. Here only the classes
-that such a file needs are known.
+that such a file needs are known. ``trust`` (the flag --trust-checkpoint) lifts that.
 """
 
+import functools
 import io
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import _create_read_items
 
 # module: names. torch's dtypes and layouts are allowed on top of these.
 ALLOWED = {
@@ -42,6 +46,82 @@ ALLOWED = {
         "WriteItemType",
     },
 }
+# Where megatron-core keeps what is not sharded: a file up to 0.18, from 0.19 on an object.
+COMMON, COMMON_OBJECT = "common.pt", "common_state/shard_0_1"
+HINT = "--trust-checkpoint reads it all the same, and runs the code that it asks for"
+
+_is_trusted = False
+
+
+def trust(yes: bool = True) -> None:
+    """Unpickle whatever checkpoints hold from now on, in this process."""
+    global _is_trusted
+    _is_trusted = yes
+
+
+class Unknown:
+    """Stands in for an object of a class that this megatron-core does not have; holds nothing."""
+
+    def __init__(self, *args: Any):
+        """Drop what it was made of."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Drop what it held."""
+
+
+class _AnyUnpickler(pickle.Unpickler):
+    """Builds whatever it is asked for, ``Unknown`` where that is not installed."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return super().find_class(module, name)
+        except (ImportError, AttributeError):
+            return Unknown
+
+
+def load_plain(file: Path | io.BytesIO) -> Any:
+    """Return what ``torch.save`` wrote, tensors on the CPU: plain data, and megatron-core's enums.
+
+    A class of a newer Megatron, as args hold them, becomes ``Unknown``: none of its code is there.
+
+    Raises:
+        pickle.UnpicklingError: it asks for something else.
+    """
+    if _is_trusted:
+        module = SimpleNamespace(__name__="pickle", Unpickler=_AnyUnpickler)
+        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=module)
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    for name in names:
+        if not name.startswith("megatron."):
+            raise pickle.UnpicklingError(f"it asks for {name}, which is refused; {HINT}")
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+    with torch.serialization.safe_globals([(Unknown, name) for name in names]):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def load_common(folder: Path) -> dict[str, Any]:
+    """Return the part of a checkpoint that is not sharded: ``args``, ``iteration``, ... (plain).
+
+    Raises:
+        FileNotFoundError: it has none.
+        pickle.UnpicklingError: as ``load_plain``.
+    """
+    if (folder / COMMON).exists():
+        return load_plain(folder / COMMON)
+    reader = FileSystemReader(folder)
+    metadata = reader.read_metadata()
+    entry = metadata.state_dict_metadata.get(COMMON_OBJECT)
+    if entry is None:
+        raise FileNotFoundError(f"neither {COMMON} nor {COMMON_OBJECT} is there")
+    reader.set_up_storage_reader(metadata, is_coordinator=False)
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    planner.state_dict, planner.load_bytes = {}, functools.partial(_load_bytes, planner)
+    # Not torch's load(), which wraps what goes wrong in more than an Exception.
+    items = _create_read_items(COMMON_OBJECT, entry, io.BytesIO())
+    reader.read_data(LoadPlan(items), planner).wait()
+    (common,) = planner.state_dict[COMMON_OBJECT]
+    return common
 
 
 # What Transformer Engine's layers pickle into their ``_extra_state``: a recipe of FP8, and scales.
@@ -71,7 +151,7 @@ class PlainUnpickler(pickle.Unpickler):
             getattr(torch, name, None), torch.dtype | torch.layout
         )
         if not plain and name not in ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused; {HINT}")
         return super().find_class(module, name)
 
 
@@ -82,7 +162,7 @@ def load_metadata(file: BinaryIO) -> Metadata:
         pickle.UnpicklingError: it holds something else than metadata (``PlainUnpickler``); a
             damaged file raises whatever its bytes lead to.
     """
-    metadata = PlainUnpickler(file).load()
+    metadata = (pickle.Unpickler if _is_trusted else PlainUnpickler)(file).load()
     if not isinstance(metadata, Metadata):
         raise pickle.UnpicklingError(f"it holds {type(metadata).__name__}, not metadata")
     return metadata
@@ -97,19 +177,23 @@ def _read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadat
     return metadata
 
 
+def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
+    """Stand in for a planner's ``load_bytes``, which would unpickle anything."""
+    found, key = load_plain(value), read_item.dest_index.fqn
+    if self.flatten_state_dict:
+        set_element(self.original_state_dict, self.mappings[key], found)
+    else:
+        self.state_dict[key] = found
+
+
 def install() -> None:
     """Let every reader of torch_dist checkpoints in this process refuse what is not plain data."""
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
     from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 
     FileSystemReader.read_metadata = _read_metadata
     MCoreLoadPlanner.load_bytes = _load_bytes
-
-
-def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
-    """Stand in for ``MCoreLoadPlanner.load_bytes``: try the object as plain data first."""
-    torch.load(value, map_location="cpu", weights_only=True)
-    value.seek(0)
-    DefaultLoadPlanner.load_bytes(self, read_item, value)
+    TorchCommonLoadStrategy.load_common = lambda self, folder: load_common(Path(folder))
 
 
 class _ExtraStateUnpickler(pickle.Unpickler):
@@ -117,7 +201,7 @@ class _ExtraStateUnpickler(pickle.Unpickler):
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return lambda data: torch.load(io.BytesIO(data), weights_only=True)
         if name not in ALLOWED_IN_EXTRA_STATE.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused; {HINT}")
         return super().find_class(module, name)
 
 
@@ -130,5 +214,5 @@ def check_extra_state(state: Any) -> None:
     Raises:
         pickle.UnpicklingError: it asks for something else than a recipe and tensors.
     """
-    if isinstance(state, torch.Tensor) and state.numel():
+    if not _is_trusted and isinstance(state, torch.Tensor) and state.numel():
         _ExtraStateUnpickler(io.BytesIO(state.cpu().numpy().tobytes())).load()

@@ -3,13 +3,16 @@
 Layers come in two styles, and ``SliceReader.read_layer`` reads both:
     stacked      decoder.layers.mlp.linear_fc1.weight    [L, ...]
     per layer    decoder.layers.0.mlp.linear_fc1.weight  [...]
+NeMo puts ``module.`` or ``model.`` in front of a model's tensors; here all go without.
 """
 
 import pickle
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.metadata import (
@@ -24,6 +27,10 @@ from megatron_ext.arch import LAYER_PREFIX
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.safe_load import load_metadata
 
+FIRST_WEIGHT = "embedding.word_embeddings.weight"
+# Of other tensors whose names end alike.
+NOT_A_MODEL = ("optimizer.", "chained_")
+LAYER_NUMBER = re.compile(rf"{re.escape(LAYER_PREFIX)}\d+\.")
 # What torch raises on files that are missing, cut short or overwritten.
 DAMAGE = (
     OSError,
@@ -57,13 +64,17 @@ class SliceReader:
         try:
             with path.open("rb") as file:
                 metadata = load_metadata(file)
+            entries = metadata.state_dict_metadata
+            self.prefix = model_prefix(entries)
             self._tensors = {
-                key: entry
-                for key, entry in metadata.state_dict_metadata.items()
+                key.removeprefix(self.prefix): entry
+                for key, entry in entries.items()
                 if isinstance(entry, TensorStorageMetadata)
             }
             # Names of what is no tensor: <key>/shard_<place>_<shape>.
-            self.objects = metadata.state_dict_metadata.keys() - self._tensors.keys()
+            objects = [k for k, x in entries.items() if not isinstance(x, TensorStorageMetadata)]
+            self.objects = {key.removeprefix(self.prefix) for key in objects}
+            self._names = {key.removeprefix(self.prefix): key for key in entries}
             self._files = metadata.storage_data
             self.shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
                 key: (tuple(entry.size), entry.properties.dtype)
@@ -94,7 +105,7 @@ class SliceReader:
         if out is None or (out.shape, out.dtype) != (lengths, dtype):
             out = torch.empty(lengths, dtype=dtype)
         items = create_read_items_for_chunk_list(
-            key, entry, [ChunkStorageMetadata(offsets, lengths)]
+            self._names[key], entry, [ChunkStorageMetadata(offsets, lengths)]
         )
         if sum(item.lengths.numel() for item in items) != lengths.numel():
             raise UserError(f"{self.folder}/.metadata lists no data for part of {key}.", CHECKPOINT)
@@ -124,6 +135,41 @@ class SliceReader:
         part = self.read(key, [*(slice(i, i + 1) for i in chosen), *whole], out)
         return part.view(part.shape[len(chosen) :])
 
+    @property
+    def has_core_names(self) -> bool:
+        """Whether names are as megatron-core stacks layers, and without a prefix."""
+        return not self.prefix and not any(map(LAYER_NUMBER.match, self.shapes))
+
+    @property
+    def global_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors by name, layers stacked in either style."""
+        found: dict[str, tuple[int, ...]] = {}
+        for key, (size, _) in self.shapes.items():
+            layer = LAYER_NUMBER.match(key)
+            stacked = LAYER_NUMBER.sub(LAYER_PREFIX, key)
+            count = found[stacked][0] + 1 if stacked in found else 1
+            found[stacked] = (count, *size) if layer else size
+        return found
+
+    def read_shard(self, shard: ShardedTensor) -> Tensor:
+        """Return the part of a global tensor that ``shard`` stands for, in its local shape.
+
+        Shorter where the tensor ends before it, as a vocabulary with less padding.
+        """
+        index = [
+            slice(start, start + length)
+            for start, length in zip(
+                shard.global_offset,
+                (*[1] * shard.prepend_axis_num, *shard.local_shape),
+                strict=True,
+            )
+        ]
+        key, single = shard.key, shard.prepend_axis_num
+        if key not in self.shapes:
+            key, index, single = layer_key(key, shard.global_offset[0]), index[1:], single - 1
+        part = self.read(key, index)
+        return part.view(part.shape[single:])
+
     def _read_chunk(self, item: ReadItem, out: Tensor) -> None:
         path = self.folder / _file_of(item.storage_index, self._files)
         try:
@@ -144,6 +190,14 @@ class _CopyInto(LoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Do nothing: ``resolve_tensor`` gave a view of the result."""
+
+
+def model_prefix(names: Iterable[str]) -> str:
+    """Return what stands in front of the names of a model's tensors: nothing, as a rule."""
+    for name in names:
+        if name.endswith(FIRST_WEIGHT) and not name.startswith(NOT_A_MODEL):
+            return name.removesuffix(FIRST_WEIGHT)
+    return ""
 
 
 def layer_key(key: str, layer: int) -> str:

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ext import checkpoint, platform
+from megatron_ext import checkpoint, platform, safe_load
 from megatron_ext.arch import num_parameters
+from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.convert.exporter import export_folder
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.importer import import_folder
 from megatron_ext.errors import USAGE, UserError, run_main
+from megatron_ext.flag_groups import trust_flag
 from megatron_ext.flag_parser import REQUIRED, flag, parse
 from megatron_ext.together import on_first_rank
 
@@ -52,6 +54,12 @@ class Export:
     tokenizer_model: str | None = flag(
         None, "folder with the tokenizer to add; default the one beside the checkpoint"
     )
+    vocab_size: int | None = flag(
+        None,
+        "tokens, of a checkpoint that does not say how many; default all rows, padding included",
+        at_least=1,
+    )
+    trust_checkpoint: bool = trust_flag()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +106,10 @@ def run_export(argv: Sequence[str]) -> None:
     """Export as ``argv`` says. Collective."""
     options = parse(ExportFlags, argv).options
     max_shard_size = bytes_of(options.max_shard_size)
+    safe_load.trust(options.trust_checkpoint)
     source = checkpoint.read(options.load, options.ckpt_step)
+    if options.vocab_size is not None:
+        source = with_tokens(source, options.vocab_size)
     place = platform.initialize(device="cpu")
     export_folder(
         source,
@@ -115,6 +126,18 @@ def check_free(save: str) -> None:
     """Refuse to import over a checkpoint."""
     if checkpoint.find(save):
         raise UserError(f"--save {save}: a checkpoint is there already.", USAGE)
+
+
+def with_tokens(source: Checkpoint, vocab_size: int) -> Checkpoint:
+    """Return the checkpoint with ``vocab_size`` tokens, the rows behind them padding."""
+    known = source.with_tokens(vocab_size)
+    if known.arch.vocab_size != vocab_size:
+        raise UserError(
+            f"--vocab-size {vocab_size}: {source.folder} has {source.arch.vocab_size} tokens in "
+            f"{source.arch.padded_vocab_size} rows.",
+            USAGE,
+        )
+    return known
 
 
 def bytes_of(size: str) -> int:

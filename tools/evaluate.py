@@ -20,7 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ext import checkpoint, data, platform
+from megatron_ext import checkpoint, data, platform, safe_load
 from megatron_ext import flag_groups as group
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.data_check import check_token_ids
@@ -68,6 +68,7 @@ class Evaluation:
     )
     num_workers: int = flag(2, "processes that read data", at_least=0)
     json: str | None = flag(None, "file for the figures; default none")
+    trust_checkpoint: bool = group.trust_flag()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +105,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures of a checkpoint."""
     flags = parse_evaluate(argv)
     options = flags.evaluation
+    safe_load.trust(options.trust_checkpoint)
     source = checkpoint.read(options.load, options.ckpt_step)
     teacher = checkpoint.read(options.teacher_load) if options.teacher_load else None
     tokenizer = data.build_tokenizer(flags.tokenizer)
+    source = source.with_tokens(tokenizer.vocab_size)
+    teacher = teacher and teacher.with_tokens(tokenizer.vocab_size)
     for model in filter(None, (source, teacher)):
         check_tokenizer(model, tokenizer.vocab_size, data.tokenizer_sha256(flags.tokenizer))
     own = others = flags.parallel

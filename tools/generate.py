@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ext import checkpoint, data, platform
+from megatron_ext import checkpoint, data, platform, safe_load
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.errors import USAGE, UserError, run_main
-from megatron_ext.flag_groups import NeededTokenizer
+from megatron_ext.flag_groups import NeededTokenizer, trust_flag
 from megatron_ext.flag_parser import REQUIRED, flag
 from megatron_ext.flag_parser import parse as parse_flags
 from megatron_ext.model import ModelOptions, build_model, choose_transformer_impl
@@ -42,6 +42,7 @@ class Generation:
     top_k: int | None = flag(None, "sample from the K likeliest tokens; default all", at_least=1)
     seed: int = flag(1234, "of sampling; each prompt begins with it", at_least=0)
     device: str | None = flag(None, "default cuda where there is one", choices=("cpu", "cuda"))
+    trust_checkpoint: bool = trust_flag()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print each prompt and its continuation."""
     flags = parse(sys.argv[1:] if argv is None else argv)
     options = flags.generation
+    safe_load.trust(options.trust_checkpoint)
     source = checkpoint.read(options.load, options.ckpt_step)
     tokenizer = data.build_tokenizer(flags.tokenizer)
+    source = source.with_tokens(tokenizer.vocab_size)
     check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.tokenizer))
     prompts = [tokens_of(text, tokenizer) for text in options.prompt]
     for text, ids in zip(options.prompt, prompts, strict=True):

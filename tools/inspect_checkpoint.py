@@ -10,10 +10,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_ext import checkpoint
+from megatron_ext import checkpoint, safe_load
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.errors import run_main
+from megatron_ext.flag_groups import trust_flag
 from megatron_ext.flag_parser import REQUIRED, flag, parse
 from megatron_ext.pruning.plan import PRUNABLE, Plan, load_plan
 from megatron_ext.slices import SliceReader
@@ -29,6 +30,7 @@ class Inspection:
     ckpt_step: int | None = flag(None, "iteration to read; default the latest", at_least=0)
     tensors: bool = flag(False, "list every tensor with its shape and dtype")
     json: bool = flag(False, "print one JSON object instead of text")
+    trust_checkpoint: bool = trust_flag()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class InspectFlags:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print what the checkpoint holds."""
     options = parse(InspectFlags, argv).inspection
+    safe_load.trust(options.trust_checkpoint)
     source = checkpoint.read(options.load, options.ckpt_step)
     reader = SliceReader(source.folder)
     plan_file = source.folder / "plan.json"

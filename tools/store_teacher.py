@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from megatron_ext import checkpoint, data, platform
+from megatron_ext import checkpoint, data, platform, safe_load
 from megatron_ext import flag_groups as group
 from megatron_ext.data_args import with_data_args
 from megatron_ext.distillation import stored
@@ -64,6 +64,7 @@ class Storing:
     kd_top_k: int = flag(REQUIRED, "tokens to keep of each position", at_least=1)
     kd_temperature: float = flag(1.0, "softmax temperature; the training run's", above=0)
     train_iters: int = flag(REQUIRED, "steps of the training run", at_least=1)
+    trust_checkpoint: bool = group.trust_flag()
     global_batch_size: int = flag(REQUIRED, "samples of a step of the training run", at_least=1)
 
 
@@ -82,8 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Store what is not there yet."""
     flags = parse_store(argv)
     options, batch = flags.storing, flags.batch
+    safe_load.trust(options.trust_checkpoint)
     teacher = checkpoint.read(options.teacher_load)
     tokenizer = data.build_tokenizer(flags.data)
+    teacher = teacher.with_tokens(tokenizer.vocab_size)
     check_tokenizer(teacher, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
     if options.kd_top_k > teacher.arch.vocab_size:
         raise UserError(

@@ -1,7 +1,6 @@
 """A Hugging Face folder as a Megatron checkpoint, read tensor by tensor, a share on each rank."""
 
 import re
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from megatron_ext.data import build_tokenizer
 from megatron_ext.errors import CHECKPOINT, UserError, warn
 from megatron_ext.model_flags import megatron_command_line
 from megatron_ext.pruning import trim
+from megatron_ext.saved_args import complete
 from megatron_ext.together import on_all_ranks, on_first_rank
 
 LM_HEAD, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
@@ -68,7 +68,10 @@ def import_folder(
         checkpoint.RELEASE,
         {
             "model": share,
-            "args": saved_args(arch, source, config, family),
+            "args": complete(
+                arch,
+                args_of(arch, source, config, family, has_tokenizer=vocab_size is not None),
+            ),
             "checkpoint_version": 3.0,
             "iteration": 0,
         },
@@ -80,23 +83,18 @@ def import_folder(
     return arch
 
 
-def saved_args(arch: Arch, source: HfFolder, config: dict[str, Any], family: Family) -> Namespace:
-    """Return the checkpoint's args: Megatron-LM's names, and the origin for an export."""
+def args_of(
+    arch: Arch, source: HfFolder, config: dict[str, Any], family: Family, *, has_tokenizer: bool
+) -> dict[str, Any]:
+    """Return the checkpoint's args beside its sizes: precision, tokenizer, origin for an export."""
     (embedding,) = family.rows[EMBEDDING].names
-    return Namespace(
-        **arch.to_args(),
-        params_dtype=getattr(torch, source.dtypes[name_in(source, family, embedding)]),
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        world_size=torch.distributed.get_world_size(),
-        data_parallel_size=1,
-        no_save_optim=True,
-        no_save_rng=True,
-        consumed_train_samples=0,
-        skipped_train_samples=0,
-        consumed_valid_samples=0,
-        hf_config=config,
-    )
+    counted = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_sha256": None}
+    return {
+        "params_dtype": getattr(torch, source.dtypes[name_in(source, family, embedding)]),
+        "world_size": torch.distributed.get_world_size(),
+        "hf_config": config,
+        **(counted if has_tokenizer else {}),
+    }
 
 
 def tokenizer_size(source: HfFolder) -> int | None:

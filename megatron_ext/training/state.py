@@ -25,6 +25,7 @@ from megatron_ext.flag_parser import dashed
 from megatron_ext.flags import TrainFlags, flags_as_dict, megatron_command_line
 from megatron_ext.fp8 import keep_exact_weights
 from megatron_ext.model import LanguageModel, model_state_dict
+from megatron_ext.saved_args import complete
 from megatron_ext.training import phase, torch_adam
 from megatron_ext.training.step import wrap
 
@@ -211,24 +212,21 @@ def save(run: Run) -> None:
 
 def saved_args(run: Run) -> Namespace:
     """Return the flags and sizes of ``run`` under Megatron-LM's names; plain values only."""
-    return Namespace(
-        **{
+    return complete(
+        run.arch,
+        {
             **flags_as_dict(run.flags),
-            **run.arch.to_args(),
             "world_size": torch.distributed.get_world_size(),
             "data_parallel_size": run.groups.dp.size(),
             "params_dtype": run.chunks[0].config.params_dtype,
             "no_save_optim": not run.flags.checkpoint.save_optim,
             "no_save_rng": not run.flags.checkpoint.save_rng,
-            "ckpt_fully_parallel_save": True,
             "consumed_train_samples": run.counters.consumed_train_samples,
             "consumed_data_samples": run.counters.consumed_data_samples,
             "hidden_loss_alpha": run.counters.alpha,
-            "skipped_train_samples": 0,
-            "consumed_valid_samples": 0,
             "tokenizer_sha256": tokenizer_sha256(run.flags.data),
             "hf_config": run.hf_config,
-        }
+        },
     )
 
 
@@ -245,10 +243,11 @@ def restore_weights(
 
     ``repad``: the vocabulary may be padded to another size here than there.
     """
+    state = model_state_dict(chunks)
     padded_vocab_size = source.arch.padded_vocab_size if repad else None
-    loaded = checkpoint.load(
-        source.folder, model_state_dict(chunks), padded_vocab_size=padded_vocab_size
-    )
+    loaded = checkpoint.load_weights(source.folder, state, padded_vocab_size=padded_vocab_size)
+    if loaded is None:
+        return
     _set_weights(chunks, loaded)
     for index, chunk in enumerate(chunks):
         keep_exact_weights(chunk.named_parameters(), loaded[_chunk_name(chunks, index)])

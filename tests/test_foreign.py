@@ -1,0 +1,379 @@
+"""Checkpoints of Megatron-LM, Megatron Bridge and NeMo: every form is read, no code is run."""
+
+import enum
+import json
+import os
+import pickle
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.transformer import enums
+from safetensors.torch import load_file
+
+from megatron_ext import checkpoint, checkpoint_writer, platform, saved_args
+from megatron_ext.bridge import args_of
+from megatron_ext.errors import CHECKPOINT, USAGE
+from megatron_ext.model import ModelOptions, build_model
+from megatron_ext.slices import layer_key
+from megatron_ext.training.state import restore_weights
+from tests.models import GPT2, LLAMA, MOE, random_batch
+from tests.programs import (
+    assert_same_bytes,
+    data_flags,
+    fail,
+    read_tensors,
+    succeed,
+    write_corpus,
+    write_model,
+)
+from tests.ranks import run_ranks
+
+STACKED, PER_LAYER = False, True
+# name: in front of tensors, whether each layer has its own, whether common.pt is an object instead
+FORMS = {
+    "core 0.16": ("", STACKED, False),
+    "core 0.19": ("", PER_LAYER, True),
+    "stacked, as an object": ("", STACKED, True),
+    "NeMo": ("module.", STACKED, False),
+    "model.": ("model.", PER_LAYER, False),
+}
+RANDOM = ["--importance", "random", "--seq-length", "16", "--micro-batch-size", "1"]
+
+
+def rewrite_all(root, args):
+    for form in FORMS:
+        rewrite(str(root / "own"), root / form, form, args)
+
+
+def rewrite(source, root, form, args, name="iter_0000005", objects=()):
+    """Write the tensors of ``source`` in another form under root/name, iteration 5."""
+    prefix, per_layer, is_object = FORMS[form]
+    state = {}
+    for key, tensor in read_tensors(source).items():
+        is_split = per_layer and key.startswith("decoder.layers.")
+        parts = enumerate(tensor) if is_split else [(None, tensor)]
+        for layer, part in parts:
+            named = prefix + (key if layer is None else layer_key(key, layer))
+            state[named] = ShardedTensor.from_rank_offsets(named, part.contiguous())
+    empty = prefix + "decoder.layers.self_attention.linear_qkv._extra_state"
+    state["extra"] = ShardedObject(empty, None, (1,), (0,))
+    for key, content in objects:
+        state[key] = ShardedObject(key, content, (1,), (0,))
+    common = {"iteration": 5, "checkpoint_version": 3.0}
+    if args is not None:
+        # A class that the reader's megatron-core does not have.
+        scope = enum.Enum("NewerScope", "attn mlp", module=enums.__name__)
+        enums.NewerScope = scope
+        common["args"] = Namespace(**args, scopes=[scope.attn], backend=enums.AttnBackend.auto)
+    folder = root / name
+    folder.mkdir(parents=True)
+    if is_object:
+        state["common"] = ShardedObject("common_state", common, (1,), (0,))
+    else:
+        state |= common
+    writer = checkpoint_writer._WriteInProcess("torch_dist", 1, thread_count=1)
+    dist_checkpointing.save(state, str(folder), writer)
+    if is_object:
+        (folder / "common.pt").unlink()
+        (folder / "metadata.json").write_text(
+            json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+        )
+    (root / checkpoint.TRACKER).write_text(name.removeprefix("iter_"))
+
+
+def logits_of(folders, tp=1, pp=1):
+    """Logits [s, b, v / tp] of each, on the last stage; None before it."""
+    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    groups, found = platform.initialize(**layout).groups, []
+    for folder in folders:
+        source = checkpoint.read(folder)
+        options = ModelOptions(sequence_parallel=tp > 1 and source.arch.num_experts is not None)
+        (model,) = build_model(source.arch, options, groups)
+        restore_weights([model], source)
+        batch = random_batch(replace(source.arch, vocab_size=80), num_samples=2, seq_length=12)
+        if pp > 1:
+            found.append({name: p.clone() for name, p in model.named_parameters()})
+            continue
+        with torch.no_grad():
+            found.append(model.eval()(batch["tokens"], batch["position_ids"], None))
+    return found
+
+
+@pytest.fixture(scope="module", params=[LLAMA, MOE], ids=["llama", "moe"])
+def forms(request, tmp_path_factory):
+    """Return a folder with one model in every form, and in ours as ``own``."""
+    root = tmp_path_factory.mktemp("forms")
+    write_model(str(root / "own"), request.param)
+    args = request.param.to_args() | {"vocab_size": None, "tokenizer_type": "GPT2BPETokenizer"}
+    run_ranks(1, rewrite_all, root, args)
+    return root
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_every_form_is_the_same_model(forms, tp, pp):
+    folders = [str(forms / name) for name in ("own", *FORMS)]
+    for rank in run_ranks(tp * pp, logits_of, folders, tp, pp):
+        for form, found in zip(FORMS, rank[1:], strict=True):
+            for name in found if pp > 1 else [...]:
+                assert torch.equal(found[name], rank[0][name]), f"{form} {name}"
+
+
+def test_every_form_is_pruned_and_leaves(forms, tmp_path):
+    """The extra states of Megatron-LM aside, pruned forms have the same bytes."""
+    is_dense = checkpoint.read(str(forms / "own")).arch.num_experts is None
+    targets, pruned = ["--target-hidden-size", "16", "--target-num-layers", "3"], {}
+    for name in ("own", *FORMS) if is_dense else ("own", "core 0.19"):
+        where = ["--load", str(forms / name), "--save", str(tmp_path / name)]
+        succeed("prune", [*where, *RANDOM, *targets])
+        pruned[name] = read_tensors(str(tmp_path / name))
+        assert_same_bytes(pruned[name], pruned["own"])
+    if is_dense:
+        for name in ("own", "core 0.19"):
+            out = ["--hf", str(tmp_path / f"hf {name}"), "--model-type", "mistral"]
+            tokens = ["--vocab-size", str(LLAMA.vocab_size)]
+            flags = ["export", "--load", str(forms / name), *out]
+            succeed("tools.convert", [*flags, *tokens])
+        own, foreign = (
+            load_file(tmp_path / f"hf {name}" / "model.safetensors")
+            for name in ("own", "core 0.19")
+        )
+        assert_same_bytes(own, foreign)
+
+
+def test_a_tokenizer_says_how_many_tokens_there_are(forms, tmp_path):
+    """Megatron-LM saves the padded size alone."""
+    own, foreign = (checkpoint.read(str(forms / name)) for name in ("own", "core 0.19"))
+    arch = own.arch
+    assert (own.knows_tokens, foreign.knows_tokens) == (True, False)
+    assert foreign.arch.vocab_size == arch.padded_vocab_size
+    assert foreign.with_tokens(arch.vocab_size).arch == arch
+    assert own.with_tokens(7) is own
+    corpus = write_corpus(tmp_path / "corpus", arch.vocab_size)
+    flags = [*data_flags(arch, corpus), "--calibration-samples", "4"]
+    targets = ["--target-hidden-size", "16"]
+    for name in ("own", "core 0.19"):
+        where = ["--load", str(forms / name), "--save", str(tmp_path / name)]
+        succeed("prune", [*where, *flags, *targets])
+    pruned = [checkpoint.read(str(tmp_path / name)) for name in ("own", "core 0.19")]
+    assert pruned[0].arch == pruned[1].arch
+    assert pruned[1].knows_tokens
+    out = ["export", "--load", str(forms / "core 0.19"), "--hf", str(tmp_path / "hf")]
+    kind = "mixtral" if arch.num_experts else "llama"
+    code, line = fail("tools.convert", [*out, "--model-type", kind, "--vocab-size", "200"])
+    assert (code, "--vocab-size 200" in line) == (USAGE, True)
+
+
+def test_optimizer_state_of_another_form_is_refused(forms, tmp_path):
+    arch = checkpoint.read(str(forms / "own")).arch
+    corpus = write_corpus(tmp_path / "corpus", arch.vocab_size)
+    save = ["--save", str(tmp_path / "out"), "--save-interval", "9"]
+    train = [*save, *["--train-iters", "6", "--lr", "1e-3", "--eval-iters", "0"]]
+    flags = ["--load", str(forms / "core 0.19"), *data_flags(arch, corpus), *train]
+    code, _ = fail("pretrain_distill", flags)
+    assert code == CHECKPOINT
+    succeed("pretrain_distill", [*flags, "--finetune", "--train-iters", "1"])
+
+
+def bridge_yaml(arch):
+    """Return a model section as Megatron Bridge writes it."""
+    silu = {"_target_": "torch.nn.functional.silu", "_call_": False}
+    return {
+        "_target_": "os.system",
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "kv_channels": arch.kv_channels,
+        "seq_length": arch.max_position_embeddings,
+        "vocab_size": arch.vocab_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": 1e-5,
+        "gated_linear_unit": True,
+        "activation_func": silu,
+        "add_bias_linear": False,
+        "position_embedding_type": "rope",
+        "rotary_base": 10000.0,
+        "share_embeddings_and_output_weights": False,
+        "num_moe_experts": None,
+        "moe_ffn_hidden_size": None,
+        "moe_router_topk": 2,
+        "bias_activation_fusion": True,
+        "init_method_std": arch.init_method_std,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+
+
+def test_sizes_of_bridge_and_nemo(tmp_path):
+    own = str(tmp_path / "own")
+    write_model(own, LLAMA)
+    bridge, nemo = tmp_path / "bridge", tmp_path / "nemo"
+    run_ranks(1, rewrite, own, bridge, "core 0.16", None)
+    run_ranks(1, rewrite, own, nemo, "NeMo", None, "weights")
+    code, line = fail("tools.inspect_checkpoint", ["--load", str(bridge)])
+    assert (code, "no saved args and no run_config.yaml" in line) == (CHECKPOINT, True)
+    config = {"model": bridge_yaml(LLAMA), "tokenizer": {"_target_": "os.system"}}
+    (bridge / "iter_0000005/run_config.yaml").write_text(yaml.safe_dump(config))
+    (nemo / "context").mkdir()
+    model = {"_target_": "os.system", "config": bridge_yaml(LLAMA)}
+    (nemo / "context/model.yaml").write_text(yaml.safe_dump(model))
+    for folder in (bridge, nemo):
+        assert checkpoint.read(str(folder)).with_tokens(LLAMA.vocab_size).arch == LLAMA
+    logits = run_ranks(1, logits_of, [own, str(bridge), str(nemo)])[0]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    config["model"]["window_size"] = [4095, 0]
+    (bridge / "iter_0000005/run_config.yaml").write_text(yaml.safe_dump(config))
+    code, line = fail("tools.inspect_checkpoint", ["--load", str(bridge)])
+    assert (code, "window_size is [4095, 0]" in line) == (CHECKPOINT, True)
+    for text in ("model: !!python/object/apply:os.mkdir [x]", "{", "[]"):
+        (bridge / "iter_0000005/run_config.yaml").write_text(text)
+        code, line = fail("tools.inspect_checkpoint", ["--load", str(bridge)])
+        assert (code, "run_config.yaml cannot be read" in line) == (CHECKPOINT, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"scale_factor": 32.0}, {"use_rope_scaling": True, "rope_scaling_factor": 32.0}),
+        ({"rope_scaling": False, "rope_scaling_factor": 8.0}, {"use_rope_scaling": False}),
+        (
+            {"gated_linear_unit": False, "activation_func": {"_target_": "a.squared_relu"}},
+            {"squared_relu": True, "swiglu": False},
+        ),
+        (
+            {
+                "gated_linear_unit": False,
+                "activation_func": {"_target_": "torch.nn.functional.gelu"},
+                "add_bias_linear": True,
+            },
+            {"bias_gelu_fusion": True, "swiglu": False},
+        ),
+        ({"kv_channels": None, "num_query_groups": None}, {"kv_channels": 12}),
+        ({"num_moe_experts": 4, "moe_ffn_hidden_size": 8}, {"num_experts": 4}),
+    ],
+)
+def test_what_bridge_calls_otherwise(change, found):
+    args = args_of(bridge_yaml(LLAMA) | change, 104)
+    assert {name: args[name] for name in found} == found
+    assert args["padded_vocab_size"] == 104
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.makedirs, (self.path, 0o777, True))
+
+
+def rewrite_with_code(source, root, form, place, mark):
+    code = Malicious(mark)
+    args = LLAMA.to_args() | ({"code": code} if place == "args" else {})
+    objects = [("decoder.layers.mlp.linear_fc1._extra_state", code)] if place == "object" else []
+    rewrite(source, root, form, args, "release", objects)
+    if place == ".metadata":
+        spoil_metadata(root / "release", code)
+
+
+def spoil_metadata(folder, code):
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.planner_data = code
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    ("form", "place"),
+    [("core 0.16", "args"), ("core 0.16", ".metadata"), ("core 0.19", "args")],
+)
+def test_code_runs_only_where_it_is_trusted(form, place, tmp_path):
+    own, root, mark = str(tmp_path / "own"), tmp_path / "foreign", tmp_path / "executed"
+    write_model(own, LLAMA)
+    run_ranks(1, rewrite_with_code, own, root, form, place, str(mark))
+    out = ["--hf", str(tmp_path / "hf"), "--model-type", "mistral"]
+    for program, flags in (
+        ("tools.inspect_checkpoint", []),
+        ("tools.convert", out),
+        ("prune", ["--save", str(tmp_path / "p"), "--target-num-layers", "3", *RANDOM]),
+    ):
+        command = ["export"] * (program == "tools.convert") + ["--load", str(root), *flags]
+        code, line = fail(program, command, 2 if program == "prune" else 1)
+        assert code == CHECKPOINT
+        assert "os.makedirs, which is refused; --trust-checkpoint" in line
+        assert not mark.exists()
+        succeed(program, [*command, "--trust-checkpoint"])
+        assert mark.exists()
+        mark.rmdir()
+
+
+def test_objects_among_the_tensors_are_plain_or_refused(tmp_path):
+    """Extra states are not read from other forms at all; where core reads them, they are plain."""
+    own, mark = str(tmp_path / "own"), tmp_path / "executed"
+    write_model(own, LLAMA)
+    run_ranks(1, rewrite_with_code, own, tmp_path / "b", "core 0.16", "object", str(mark))
+    run_ranks(1, logits_of, [str(tmp_path / "b")])
+    where = ["--load", str(tmp_path / "b"), "--save", str(tmp_path / "pruned")]
+    succeed("prune", [*where, *RANDOM, "--target-num-layers", "3"])
+    assert not mark.exists()
+
+
+# What Megatron-LM (check_checkpoint_args, load_args_from_checkpoint) and Megatron Bridge
+# (its reader of Megatron-LM's checkpoints) read, most of it by plain attribute access.
+READ = """
+num_layers hidden_size num_attention_heads add_position_embedding max_position_embeddings
+make_vocab_size_divisible_by tokenizer_type consumed_train_samples skipped_train_samples
+consumed_valid_samples tensor_model_parallel_size pipeline_model_parallel_size world_size
+data_parallel_size no_save_optim no_save_rng ckpt_fully_parallel_save ffn_hidden_size seq_length
+num_query_groups group_query_attention kv_channels position_embedding_type rotary_base
+rotary_percent rotary_interleaved add_bias_linear add_qkv_bias squared_relu swiglu
+untie_embeddings_and_output_weights apply_layernorm_1p normalization attention_dropout
+hidden_dropout num_experts tokenizer_model padded_vocab_size ckpt_format
+heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json moe_layer_freq
+moe_router_topk moe_router_pre_softmax moe_grouped_gemm moe_ffn_hidden_size
+moe_shared_expert_intermediate_size moe_token_dispatcher_type multi_latent_attention
+no_persist_layer_norm norm_epsilon params_dtype overlap_p2p_comm decoder_first_pipeline_num_layers
+decoder_last_pipeline_num_layers fp8_param_gather bias_swiglu_fusion bias_gelu_fusion
+init_method_xavier_uniform config_logger_dir cp_comm_type is_hybrid_model transformer_impl
+qk_layernorm qk_l2_norm mtp_num_layers fp16 bf16 fp16_lm_cross_entropy use_rope_scaling
+init_model_with_meta_device
+"""
+
+
+@pytest.mark.parametrize("arch", [LLAMA, GPT2, MOE], ids=["llama", "gpt2", "moe"])
+def test_saved_args_have_what_others_read(arch, tmp_path):
+    """A checkpoint of this package, trained, and one that was pruned from Megatron-LM's."""
+    own, foreign, pruned, student = (str(tmp_path / x) for x in ("own", "b", "pruned", "student"))
+    write_model(own, arch)
+    run_ranks(1, rewrite, own, tmp_path / "b", "core 0.16", arch.to_args())
+    succeed("prune", ["--load", foreign, "--save", pruned, *RANDOM, "--target-num-layers", "3"])
+    corpus = write_corpus(tmp_path / "corpus", arch.vocab_size)
+    save = ["--save", student, "--save-interval", "1", "--load", pruned]
+    train = [*save, *["--train-iters", "1", "--lr", "1e-3", "--eval-iters", "0", "--finetune"]]
+    succeed("pretrain_distill", [*data_flags(arch, corpus), *train])
+    for folder in (pruned, student):
+        source = checkpoint.read(folder)
+        args = source.args
+        assert not [name for name in READ.split() if name not in args]
+        loaded = torch.load(source.folder / "common.pt", weights_only=True)["args"]
+        assert all(type(x) in (*saved_args.PLAIN, list, dict) for x in vars(loaded).values())
+        assert args["num_layers"] == 3
+        assert args["padded_vocab_size"] == arch.padded_vocab_size
+        assert args["make_vocab_size_divisible_by"] <= arch.padded_vocab_size
+        assert args["transformer_impl"] in ("local", "transformer_engine")
+        assert (source.folder / "megatron_args.sh").exists()
+        assert source.arch == replace(arch, num_layers=3)
+
+
+def test_precision_in_saved_args_is_that_of_the_weights():
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        args = saved_args.complete(LLAMA, {"params_dtype": dtype, "bf16": False})
+        assert getattr(args, name)
+        assert args.bf16 + args.fp16 == 1
+    args = saved_args.complete(LLAMA, {"scope": enums.AttnBackend.auto, "x": [print], "y": {1: 2}})
+    assert not {"scope", "x", "y"} & vars(args).keys()
