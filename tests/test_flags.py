@@ -470,11 +470,11 @@ TRAIN_OPTIONS = """
     --sgd-momentum --skip-train --split --squared-relu --start-weight-decay --swiglu
     --teacher-fp8-format --teacher-load --tensor-model-parallel-size --tensorboard-dir
     --test-data-path --tokenizer-model --tokenizer-type --train-data-path --train-iters
-    --train-samples --transformer-impl --trust-remote-code --untie-embeddings-and-output-weights
-    --use-checkpoint-opt-param-scheduler --use-checkpoint-opt_param-scheduler
-    --use-distributed-optimizer --use-rope-scaling --use-rotary-position-embeddings
-    --valid-data-path --vocab-file --vocab-size --wandb-entity --wandb-exp-name --wandb-project
-    --wandb-save-dir --weight-decay --weight-decay-incr-style
+    --train-samples --transformer-impl --trust-checkpoint --trust-remote-code
+    --untie-embeddings-and-output-weights --use-checkpoint-opt-param-scheduler
+    --use-checkpoint-opt_param-scheduler --use-distributed-optimizer --use-rope-scaling
+    --use-rotary-position-embeddings --valid-data-path --vocab-file --vocab-size --wandb-entity
+    --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay --weight-decay-incr-style
 """
 PRUNE_OPTIONS = """
     --attention-backend --bf16 --calibration-samples --ckpt-step --context-parallel-size
@@ -491,7 +491,7 @@ PRUNE_OPTIONS = """
     --target-moe-ffn-hidden-size --target-moe-shared-expert-intermediate-size
     --target-num-attention-heads --target-num-experts --target-num-layers --target-num-query-groups
     --targets --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path
-    --transformer-impl --trust-remote-code --vocab-file --vocab-size
+    --transformer-impl --trust-checkpoint --trust-remote-code --vocab-file --vocab-size
 """
 
 
