@@ -11,26 +11,23 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_ext import checkpoint, data, platform
+from megatron_ext import checkpoint, data, dry_run, platform
 from megatron_ext.arch import Arch, forward_flops, num_parameters
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.distillation import settings
 from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
-from megatron_ext.distillation.placement import layouts_of_both
 from megatron_ext.distillation.stored import (
     StoredDistillationModel,
     WithStoredTeacher,
     check_store,
     read_index,
 )
-from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
+from megatron_ext.errors import CHECKPOINT, UserError, run_main
 from megatron_ext.flag_groups import Parallel
 from megatron_ext.flags import (
     TrainFlags,
     check_against_checkpoint,
-    check_experts,
-    check_layout,
     new_arch,
     parse_train,
 )
@@ -38,7 +35,6 @@ from megatron_ext.model import build_model
 from megatron_ext.platform import Platform
 from megatron_ext.startup import (
     batches_of_rank,
-    check_padded_vocab,
     check_tokenizer,
     join_ranks,
     model_options,
@@ -62,7 +58,10 @@ class Start:
 
 def main() -> int:
     """Run the program; returns its exit code."""
-    flags = parse_train(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    flags = parse_train(sys.argv[1:], world_size)
+    if flags.dry.dry_run:
+        return dry_run.train(flags, flags.dry.world_size or world_size)
     start = find_start(flags)
     teacher_load = flags.distill.teacher_load
     teacher = checkpoint.read(teacher_load) if teacher_load else None
@@ -72,11 +71,7 @@ def main() -> int:
         check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
     if flags.distill.kd_teacher_store is not None:
         check_stored_teacher(flags, tokenizer.vocab_size)
-    flags, teacher_parallel = place_layers(flags, arch, teacher)
-    check_layout(arch, flags.parallel, seq_length=flags.batch.seq_length)
-    if teacher is not None:
-        check_teacher(arch, teacher, flags, teacher_parallel)
-    check_experts([arch, *([teacher.arch] if teacher else [])], flags.parallel)
+    flags, teacher_parallel = settings.check_models(flags, arch, teacher.arch if teacher else None)
     place = join_ranks(flags, arch.num_layers)
     if flags.checkpoint.verify_integrity:
         for source in filter(None, (start.source, teacher)):
@@ -121,27 +116,6 @@ def choose_arch(flags: TrainFlags, start: Start, vocab_size: int) -> Arch:
     if start.source is None:
         return new_arch(flags.sizes, vocab_size)
     return check_against_checkpoint(flags.sizes, start.source.arch)
-
-
-def place_layers(
-    flags: TrainFlags, arch: Arch, teacher: Checkpoint | None
-) -> tuple[TrainFlags, Parallel]:
-    """Return the flags with the layout of the model, and the layout of its teacher."""
-    if teacher is None:
-        return flags, flags.parallel
-    pairs = settings.pairs(flags, arch, teacher.arch)
-    depths = arch.num_layers, teacher.arch.num_layers
-    own, teachers = layouts_of_both(flags.parallel, *depths, pairs)
-    return replace(flags, parallel=own), teachers
-
-
-def check_teacher(arch: Arch, teacher: Checkpoint, flags: TrainFlags, parallel: Parallel) -> None:
-    """Refuse a teacher that this layout cannot hold, or these losses compare, with the student."""
-    top_k = flags.distill.kd_top_k
-    if top_k is not None and top_k > arch.vocab_size:
-        raise UserError(f"--kd-top-k {top_k}: the vocabulary has {arch.vocab_size} tokens.", USAGE)
-    check_layout(teacher.arch, parallel, seq_length=flags.batch.seq_length)
-    check_padded_vocab(arch, teacher.arch, flags.parallel.tensor_model_parallel_size)
 
 
 def check_stored_teacher(flags: TrainFlags, vocab_size: int) -> None:

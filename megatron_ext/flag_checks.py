@@ -261,6 +261,13 @@ def distill_problems(distill: group.Distill, precision: group.Precision) -> Iter
         yield f"--kd-alpha {distill.kd_alpha}: dynamic, or a number above 0."
 
 
+def dry_run_problems(dry: Any) -> Iterator[str]:
+    """What only a dry run asks; ``dry``: a ``flag_groups.DryRun`` or the like."""
+    for field in fields(dry):
+        if not dry.dry_run and getattr(dry, field.name) != field.default:
+            yield f"{dashed(field.name)} needs --dry-run."
+
+
 def data_problems(data: group.Data, *, needed: bool = True) -> Iterator[str]:
     """Exactly one source (at most one where no data is ``needed``), and its tokenizer."""
     per_split = any((data.train_data_path, data.valid_data_path, data.test_data_path))

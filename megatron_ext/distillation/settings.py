@@ -1,13 +1,47 @@
 """What the flags ask of distillation, checked against the two models."""
 
+from dataclasses import replace
+
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.distillation.hidden import HiddenStates, Pair, parse_pairs
 from megatron_ext.distillation.losses import LogitLoss
+from megatron_ext.distillation.placement import layouts_of_both
 from megatron_ext.errors import USAGE, UserError
-from megatron_ext.flag_groups import Distill
-from megatron_ext.flags import TrainFlags
+from megatron_ext.flag_groups import Distill, Parallel
+from megatron_ext.flags import TrainFlags, check_experts, check_layout
 from megatron_ext.pruning.plan import load_plan
+from megatron_ext.startup import check_padded_vocab
+
+
+def check_models(
+    flags: TrainFlags, arch: Arch, teacher: Arch | None
+) -> tuple[TrainFlags, Parallel]:
+    """Return the flags with the layout of the model, and the layout of its teacher.
+
+    Raises:
+        UserError: this layout cannot hold them, or these losses not compare them.
+    """
+    parallel = flags.parallel
+    if teacher is not None:
+        named = pairs(flags, arch, teacher)
+        depths = arch.num_layers, teacher.num_layers
+        own, parallel = layouts_of_both(flags.parallel, *depths, named)
+        flags = replace(flags, parallel=own)
+    check_layout(arch, flags.parallel, seq_length=flags.batch.seq_length)
+    if teacher is not None:
+        check_teacher(arch, teacher, flags, parallel)
+    check_experts([arch, *([teacher] if teacher else [])], flags.parallel)
+    return flags, parallel
+
+
+def check_teacher(arch: Arch, teacher: Arch, flags: TrainFlags, parallel: Parallel) -> None:
+    """Refuse a teacher that this layout cannot hold, or these losses compare, with the student."""
+    top_k = flags.distill.kd_top_k
+    if top_k is not None and top_k > arch.vocab_size:
+        raise UserError(f"--kd-top-k {top_k}: the vocabulary has {arch.vocab_size} tokens.", USAGE)
+    check_layout(teacher, parallel, seq_length=flags.batch.seq_length)
+    check_padded_vocab(arch, teacher, flags.parallel.tensor_model_parallel_size)
 
 
 def logit_loss(distill: Distill) -> LogitLoss:
