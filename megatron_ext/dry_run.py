@@ -97,8 +97,17 @@ def student_of(flags: TrainFlags) -> Named:
         return new_arch(flags.sizes, tokenizer.vocab_size), "the flags"
     flag = "--pretrained-checkpoint" if options.load is None else "--load"
     arch, where = arch_at(flag, options.load or options.pretrained_checkpoint, None, config)
-    cut = {name: flags.sizes[name] for name in PRUNABLE if name in flags.sizes}
-    return check_against_checkpoint(flags.sizes, target_arch(arch, **cut)), where
+    return with_sizes(arch, flags.sizes, may_cut=True), where
+
+
+def with_sizes(arch: Arch, sizes: Mapping[str, Any], *, may_cut: bool) -> Arch:
+    """Return ``arch`` checked against the typed sizes.
+
+    ``may_cut``: it is that of the model before pruning, and typed sizes that pruning cuts win.
+    """
+    if may_cut:
+        arch = target_arch(arch, **{name: sizes[name] for name in PRUNABLE if name in sizes})
+    return check_against_checkpoint(sizes, arch)
 
 
 def teacher_of(flags: TrainFlags) -> Named | None:

@@ -56,7 +56,7 @@ def test_llama_8b_to_4b_on_one_gpu():
     assert needs["teacher weights"] == 2 * teacher
     assert needs["logits"] == 2 * tokens * 128256 * 2
     assert needs["gradient of logits"] == tokens * 128256 * 2
-    # Norms 4 x 3072, queries, keys and values 6144, attention 4096, gate and up 18432, product 9216.
+    # Norms 4 x 3072; queries, keys, values 6144; attention 4096; gate and up 18432; product 9216.
     layer = 2 * tokens * (4 * 3072 + 6144 + 4096 + 18432 + 9216)
     assert needs["activations"] == 32 * layer + 2 * tokens * 2 * 3072
     assert needs["teacher activations"] == 2 * tokens * (4 * 4096 + 6144 + 4096 + 28672 + 14336)

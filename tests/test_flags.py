@@ -57,6 +57,8 @@ REFUSED = [
     ("--min-lr", 1, "--min-lr: expected one argument"),
     ("--lr nan", 1, "--lr nan: must be a finite number"),
     ("--clip-grad inf", 1, "--clip-grad inf: must be a finite number"),
+    ("--world-size 4", 1, "--world-size needs --dry-run."),
+    ("--gpu H200", 1, "--gpu needs --dry-run."),
     ("--lr 0", 1, "--lr 0.0: must be > 0"),
     ("--micro-batch-size 0", 1, "--micro-batch-size 0: must be >= 1"),
     ("--eval-iters -1", 1, "--eval-iters -1: must be >= 0"),
@@ -309,6 +311,8 @@ OUR_DEFAULTS = {
     "depth_block": 1,
     "prune_iterations": 1,
     "head_residual": "none",
+    "gpu": "H100",
+    "mfu": 0.4,
 }
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 from megatron_ext import checkpoint, platform
 from megatron_ext.arch import Arch, num_parameters
@@ -21,11 +22,12 @@ from megatron_ext.convert.exporter import export_folder
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.hf_folder import CONFIG
 from megatron_ext.convert.importer import import_folder
-from megatron_ext.dry_run import arch_at, config_arch, read_config
+from megatron_ext.dry_run import arch_at, config_arch, read_config, with_sizes
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
 from megatron_ext.estimate_report import model_line
 from megatron_ext.flag_checks import dry_run_problems, refuse
 from megatron_ext.flag_parser import REQUIRED, flag, parse
+from megatron_ext.model_flags import Sizes, check_against_checkpoint
 from megatron_ext.together import on_first_rank
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "": 1}
@@ -89,6 +91,8 @@ class ExportFlags:
     """Write a Megatron checkpoint as a Hugging Face model."""
 
     options: Export
+    sizes: Annotated[dict[str, Any], Sizes]
+    """Compared with the checkpoint's."""
     dry: Dry
 
 
@@ -130,9 +134,10 @@ def run_export(argv: Sequence[str]) -> None:
     refuse(dry_run_problems(flags.dry))
     max_shard_size = bytes_of(options.max_shard_size)
     if flags.dry.dry_run:
-        rehearse_export(options, flags.dry)
+        rehearse_export(options, flags.sizes, flags.dry)
         return
     source = checkpoint.read(options.load, options.ckpt_step)
+    check_against_checkpoint(flags.sizes, source.arch)
     place = platform.initialize(device="cpu")
     export_folder(
         source,
@@ -159,11 +164,12 @@ def rehearse_import(options: Import, dry: Dry) -> None:
     finish(f"{model_line('model', arch, path)}\n{share_line(arch, dry)}")
 
 
-def rehearse_export(options: Export, dry: Dry) -> None:
+def rehearse_export(options: Export, sizes: dict[str, Any], dry: Dry) -> None:
     """Print what an export takes, if the family has such models."""
     if Path(options.hf).exists():
         raise UserError(f"--hf {options.hf}: is there already.", USAGE)
     arch, where = arch_at("--load", options.load, options.ckpt_step, dry.load_config)
+    arch = with_sizes(arch, sizes, may_cut=where == dry.load_config)
     if dry.load_config is not None:
         origin = read_config("--load-config", dry.load_config)
     else:

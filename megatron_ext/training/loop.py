@@ -190,7 +190,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _catch(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
+        now = time.perf_counter()
         if self.caught and now - self.caught_at > ECHO_SECONDS:
             signal.signal(number, self.previous[number])
             signal.raise_signal(number)
