@@ -44,8 +44,9 @@ def warn(message: str) -> None:
 def run_main(main: Callable[[], int | None]) -> None:
     """Call ``main`` and exit: with its return value, or with a ``UserError``'s code and one line.
 
-    The first rank of a node also writes the code into the file that EXIT_CODE_FILE names: torchrun
-    ends with 1 whatever its ranks return. Any other exception is a bug and keeps its traceback.
+    The code, which is the same on all ranks, also goes into the file that EXIT_CODE_FILE names, if
+    it does: torchrun ends with 1 whatever its ranks return. Any other exception is a bug and keeps
+    its traceback.
     """
     try:
         _take_rank_of_slurm()
@@ -54,8 +55,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         if is_first_rank():
             print(f"ERROR: {error}", file=sys.stderr, flush=True)
         code = error.code
-    path = os.environ.get("EXIT_CODE_FILE")
-    if path and os.environ.get("LOCAL_RANK", "0") == "0":
+    if path := os.environ.get("EXIT_CODE_FILE"):
+        # Every rank: torchrun ends the others as soon as it sees one that failed.
         Path(path).write_text(f"{code}\n")
     sys.exit(code)
 

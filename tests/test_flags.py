@@ -391,53 +391,53 @@ TRAIN_OPTIONS = """
     --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --apply-layernorm-1p --attention-dropout
     --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size --data-cache-path
     --data-path --device --disable-bias-linear --distributed-backend --distributed-timeout-minutes
-    --end-weight-decay --eod-mask-loss --eval-interval --eval-iters --exit-duration-in-mins
-    --exit-interval --exit-on-missing-checkpoint --expert-model-parallel-size
-    --export-kd-cfg --export-kd-teacher-load --ffn-hidden-size --finetune --fp16 --global-batch-size
-    --grad-reduce-in-bf16 --group-query-attention --help --hidden-dropout --hidden-size
-    --init-method-std --initial-loss-scale --kd-alpha --kd-fused-output --kd-hidden-loss
-    --kd-hidden-states --kd-jsd-beta --kd-lm-loss-weight --kd-loss --kd-loss-weight --kd-projection
-    --kd-teacher-store --kd-temperature --kd-temperature-squared --kd-top-k --kd-top-k-rest
-    --kv-channels --load --log-interval --loss-scale --lr --lr-decay-iters --lr-decay-style
-    --lr-warmup-fraction --lr-warmup-init --lr-warmup-iters --lr-wsd-decay-iters
-    --lr-wsd-decay-style --make-vocab-size-divisible-by --max-position-embeddings --merge-file
-    --micro-batch-size --min-lr --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size
-    --moe-grouped-gemm --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
+    --dry-run --end-weight-decay --eod-mask-loss --eval-interval --eval-iters
+    --exit-duration-in-mins --exit-interval --exit-on-missing-checkpoint
+    --expert-model-parallel-size --export-kd-cfg --export-kd-teacher-load --ffn-hidden-size
+    --finetune --fp16 --global-batch-size --gpu --grad-reduce-in-bf16 --group-query-attention --help
+    --hidden-dropout --hidden-size --init-method-std --initial-loss-scale --kd-alpha
+    --kd-fused-output --kd-hidden-loss --kd-hidden-states --kd-jsd-beta --kd-lm-loss-weight
+    --kd-loss --kd-loss-weight --kd-projection --kd-teacher-store --kd-temperature
+    --kd-temperature-squared --kd-top-k --kd-top-k-rest --kv-channels --load --load-config
+    --log-interval --loss-scale --lr --lr-decay-iters --lr-decay-style --lr-warmup-fraction
+    --lr-warmup-init --lr-warmup-iters --lr-wsd-decay-iters --lr-wsd-decay-style
+    --make-vocab-size-divisible-by --max-position-embeddings --merge-file --mfu --micro-batch-size
+    --min-lr --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-grouped-gemm
+    --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
     --moe-shared-expert-intermediate-size --moe-token-dispatcher-type --no-bias-gelu-fusion
     --no-load-optim --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication --no-save-optim
-    --no-save-rng --no-verify-integrity --norm-epsilon --normalization
-    --num-attention-heads --num-experts
-    --num-layers --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --no-save-rng --no-verify-integrity --norm-epsilon --normalization --num-attention-heads
+    --num-experts --num-layers --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --optimizer --overlap-grad-reduce
     --overlap-param-gather --override-opt-param-scheduler --override-opt_param-scheduler
     --persistent-save-interval --pipeline-model-parallel-layout --pipeline-model-parallel-size
     --position-embedding-type --pretrained-checkpoint --progress --qk-layernorm
     --recompute-granularity --recompute-method --recompute-num-layers --reset-attention-mask
-    --reset-position-ids --rope-scaling-factor --rotary-base --rotary-percent --save
-    --save-interval --save-retain-interval --seed --seq-length --sequence-parallel --sgd-momentum
-    --skip-train --split --squared-relu --start-weight-decay --swiglu --teacher-load
+    --reset-position-ids --rope-scaling-factor --rotary-base --rotary-percent --save --save-interval
+    --save-retain-interval --seed --seq-length --sequence-parallel --sgd-momentum --skip-train
+    --split --squared-relu --start-weight-decay --swiglu --teacher-config --teacher-load
     --tensor-model-parallel-size --tensorboard-dir --test-data-path --tokenizer-model
     --tokenizer-type --train-data-path --train-iters --transformer-impl --trust-remote-code
     --untie-embeddings-and-output-weights --use-checkpoint-opt-param-scheduler
     --use-checkpoint-opt_param-scheduler --use-distributed-optimizer --use-rope-scaling
     --use-rotary-position-embeddings --valid-data-path --vocab-file --vocab-size --weight-decay
-    --weight-decay-incr-style
+    --weight-decay-incr-style --world-size
 """
 PRUNE_OPTIONS = """
     --bf16 --calibration-samples --ckpt-step --context-parallel-size --data-cache-path --data-path
     --depth-block --depth-importance --depth-rescore --device --distributed-backend
-    --distributed-timeout-minutes --expert-model-parallel-size --fp16 --head-residual --help
-    --importance --importance-batch --importance-heads --importance-neurons --importance-sequence
-    --load --merge-file --micro-batch-size --mock-data --no-mmap-bin-files
-    --no-overlap-p2p-communication --no-verify-integrity --num-layers-per-virtual-pipeline-stage
-    --num-virtual-stages-per-pipeline-rank --num-workers --pipeline-model-parallel-layout
-    --pipeline-model-parallel-size --plan --prune-iterations --reset-attention-mask
-    --reset-position-ids --save --scores --seed --seq-length --sequence-parallel --split
-    --target-ffn-hidden-size --target-hidden-size --target-moe-ffn-hidden-size
-    --target-moe-shared-expert-intermediate-size --target-num-attention-heads --target-num-experts
-    --target-num-layers --target-num-query-groups --targets
-    --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path
-    --transformer-impl --trust-remote-code --vocab-file --vocab-size
+    --distributed-timeout-minutes --dry-run --expert-model-parallel-size --fp16 --gpu
+    --head-residual --help --importance --importance-batch --importance-heads --importance-neurons
+    --importance-sequence --load --load-config --merge-file --mfu --micro-batch-size --mock-data
+    --no-mmap-bin-files --no-overlap-p2p-communication --no-verify-integrity
+    --num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank --num-workers
+    --pipeline-model-parallel-layout --pipeline-model-parallel-size --plan --prune-iterations
+    --reset-attention-mask --reset-position-ids --save --scores --seed --seq-length
+    --sequence-parallel --split --target-ffn-hidden-size --target-hidden-size
+    --target-moe-ffn-hidden-size --target-moe-shared-expert-intermediate-size
+    --target-num-attention-heads --target-num-experts --target-num-layers --target-num-query-groups
+    --targets --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path
+    --transformer-impl --trust-remote-code --vocab-file --vocab-size --world-size
 """
 
 
