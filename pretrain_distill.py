@@ -11,26 +11,23 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_ext import checkpoint, data, fp8, platform, safe_load
+from megatron_ext import checkpoint, data, dry_run, fp8, platform, safe_load
 from megatron_ext.arch import Arch, forward_flops, num_parameters
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.distillation import settings
 from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
-from megatron_ext.distillation.placement import layouts_of_both
 from megatron_ext.distillation.stored import (
     StoredDistillationModel,
     WithStoredTeacher,
     check_store,
     read_index,
 )
-from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
+from megatron_ext.errors import CHECKPOINT, UserError, run_main
 from megatron_ext.flag_groups import Parallel
 from megatron_ext.flags import (
     TrainFlags,
     check_against_checkpoint,
-    check_experts,
-    check_layout,
     new_arch,
     parse_train,
 )
@@ -63,8 +60,11 @@ class Start:
 
 def main() -> int:
     """Run the program; returns its exit code."""
-    flags = parse_train(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    flags = parse_train(sys.argv[1:], world_size)
     safe_load.trust(flags.checkpoint.trust_checkpoint)
+    if flags.dry.dry_run:
+        return dry_run.train(flags, flags.dry.world_size or world_size)
     start = find_start(flags)
     teacher_load = flags.distill.teacher_load
     teacher = checkpoint.read(teacher_load) if teacher_load else None
@@ -77,18 +77,8 @@ def main() -> int:
         check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
     if flags.distill.kd_teacher_store is not None:
         check_stored_teacher(flags, tokenizer.vocab_size)
-    flags, teacher_parallel = place_layers(flags, arch, teacher)
-    check_layout(arch, flags.parallel, seq_length=flags.batch.seq_length)
-    if teacher is not None:
-        check_teacher(arch, teacher, flags, teacher_parallel)
-    check_experts([arch, *([teacher.arch] if teacher else [])], flags.parallel)
-    fp8.check_models(
-        flags.fp8,
-        arch,
-        teacher and teacher.arch,
-        flags.parallel,
-        tokens=flags.batch.micro_batch_size * flags.batch.seq_length,
-        has_weights=start.source is not None,
+    flags, teacher_parallel = settings.check_models(
+        flags, arch, teacher and teacher.arch, has_weights=start.source is not None
     )
     place = join_ranks(flags, arch.num_layers)
     if flags.checkpoint.verify_integrity:
@@ -134,27 +124,6 @@ def choose_arch(flags: TrainFlags, start: Start, vocab_size: int) -> Arch:
     if start.source is None:
         return new_arch(flags.sizes, vocab_size)
     return check_against_checkpoint(flags.sizes, start.source.arch)
-
-
-def place_layers(
-    flags: TrainFlags, arch: Arch, teacher: Checkpoint | None
-) -> tuple[TrainFlags, Parallel]:
-    """Return the flags with the layout of the model, and the layout of its teacher."""
-    if teacher is None:
-        return flags, flags.parallel
-    pairs = settings.pairs(flags, arch, teacher.arch)
-    depths = arch.num_layers, teacher.arch.num_layers
-    own, teachers = layouts_of_both(flags.parallel, *depths, pairs)
-    return replace(flags, parallel=own), teachers
-
-
-def check_teacher(arch: Arch, teacher: Checkpoint, flags: TrainFlags, parallel: Parallel) -> None:
-    """Refuse a teacher that this layout cannot hold, or these losses compare, with the student."""
-    top_k = flags.distill.kd_top_k
-    if top_k is not None and top_k > arch.vocab_size:
-        raise UserError(f"--kd-top-k {top_k}: the vocabulary has {arch.vocab_size} tokens.", USAGE)
-    teacher_arch = padded_alike(teacher.arch, arch)
-    check_layout(teacher_arch, parallel, seq_length=flags.batch.seq_length)
 
 
 def check_stored_teacher(flags: TrainFlags, vocab_size: int) -> None:

@@ -17,10 +17,20 @@ from typing import Any
 
 import torch
 
-from megatron_ext import checkpoint, checkpoint_writer, data, platform, safe_load, saved_args
+from megatron_ext import (
+    checkpoint,
+    checkpoint_writer,
+    data,
+    dry_run,
+    platform,
+    safe_load,
+    saved_args,
+)
+from megatron_ext import estimate_report as report
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.errors import USAGE, UserError, run_main
+from megatron_ext.flag_checks import model_parallel_size
 from megatron_ext.flags import (
     PruneFlags,
     check_experts,
@@ -67,15 +77,15 @@ class Job:
 
 def main() -> int:
     """Run the program; returns its exit code."""
-    flags = parse_prune(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    flags = parse_prune(sys.argv[1:], world_size)
     safe_load.trust(flags.checkpoint.trust_checkpoint)
+    if flags.dry.dry_run:
+        return rehearse(flags, flags.dry.world_size or world_size)
     source = checkpoint.read(flags.checkpoint.load, flags.checkpoint.ckpt_step)
     if flags.data.tokenizer_type and not source.knows_tokens:
         source = source.with_tokens(data.build_tokenizer(flags.data).vocab_size)
-    check_layout(source.arch, flags.parallel, seq_length=flags.batch.seq_length)
-    check_experts([source.arch], flags.parallel)
-    jobs = find_jobs(flags, source.arch)
-    check_targets(source.arch, [job.target for job in jobs], flags.prune)
+    jobs = check_jobs(flags, source.arch)
     place = join_ranks(flags, source.arch.num_layers)
     on_first_rank(lambda: check_outputs(flags.prune.scores, jobs))
     say(format_flags(flags))
@@ -90,6 +100,54 @@ def main() -> int:
         say(f"{job.save or job.plan or flags.prune.scores}\n{summary(plan)}")
     platform.shut_down()
     return 0
+
+
+def rehearse(flags: PruneFlags, world_size: int) -> int:
+    """Check what can be checked without ranks and weights, and print what the run needs."""
+    options = flags.checkpoint
+    source, where = dry_run.arch_at(
+        "--load", options.load, options.ckpt_step, flags.dry.load_config
+    )
+    jobs = check_jobs(flags, source)
+    check_outputs(flags.prune.scores, jobs)
+    measures = flags.prune.importance == "activation"
+    num_samples = flags.prune.calibration_samples if measures else 0
+    if measures:
+        check_passes(flags, source.num_layers, world_size // model_parallel_size(flags.parallel))
+    absent = dry_run.check_data_there(flags, source, (num_samples, 0, 0))
+    targets = [(job.target, job.save or job.plan or "the flags") for job in jobs]
+    text, needs = report.of_pruning(flags, (source, where), targets, world_size)
+    return dry_run.finish(text, needs, absent, flags.dry.gpu)
+
+
+def check_jobs(flags: PruneFlags, source: Arch) -> list[Job]:
+    """Return what to prune to, checked against the model, the layout and the method."""
+    check_layout(source, flags.parallel, seq_length=flags.batch.seq_length)
+    check_experts([source], flags.parallel)
+    jobs = find_jobs(flags, source)
+    check_targets(source, [job.target for job in jobs], flags.prune)
+    return jobs
+
+
+def check_passes(flags: PruneFlags, num_layers: int, data_parallel_size: int) -> None:
+    """Refuse a number of samples that the ranks do not share evenly."""
+    num_samples, micro_batch_size = flags.prune.calibration_samples, flags.batch.micro_batch_size
+    per_pass, pp = (
+        micro_batch_size * data_parallel_size,
+        flags.parallel.pipeline_model_parallel_size,
+    )
+    if num_samples % per_pass:
+        raise UserError(
+            f"--calibration-samples {num_samples} is not a multiple of --micro-batch-size "
+            f"{micro_batch_size} x {data_parallel_size} data-parallel ranks.",
+            USAGE,
+        )
+    if virtual_pipeline_size(flags.parallel, num_layers) and num_samples // per_pass % pp:
+        raise UserError(
+            f"--calibration-samples {num_samples} are {num_samples // per_pass} micro-batches of a "
+            f"rank: virtual stages need a multiple of --pipeline-model-parallel-size {pp}.",
+            USAGE,
+        )
 
 
 def find_jobs(flags: PruneFlags, source: Arch) -> list[Job]:
@@ -250,21 +308,8 @@ def passes_over(
     flags: PruneFlags, source: Checkpoint, place: Platform, plan: Plan | None = None
 ) -> Passes:
     """Return the source, or what ``plan`` leaves of it, as a model beside its data. Collective."""
-    num_samples, micro_batch_size = flags.prune.calibration_samples, flags.batch.micro_batch_size
-    per_pass = micro_batch_size * place.groups.dp.size()
-    if num_samples % per_pass:
-        raise UserError(
-            f"--calibration-samples {num_samples} is not a multiple of --micro-batch-size "
-            f"{micro_batch_size} x {place.groups.dp.size()} data-parallel ranks.",
-            USAGE,
-        )
-    pieces, pp = virtual_pipeline_size(flags.parallel, source.arch.num_layers), place.groups.pp
-    if pieces and num_samples // per_pass % pp.size():
-        raise UserError(
-            f"--calibration-samples {num_samples} are {num_samples // per_pass} micro-batches of a "
-            f"rank: virtual stages need a multiple of --pipeline-model-parallel-size {pp.size()}.",
-            USAGE,
-        )
+    num_samples = flags.prune.calibration_samples
+    check_passes(flags, source.arch.num_layers, place.groups.dp.size())
     tokenizer = data.build_tokenizer(flags.data)
     check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
     arch = plan.target if plan else source.arch
@@ -287,7 +332,7 @@ def passes_over(
         dataset=dataset,
         place=place,
         num_samples=num_samples,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=flags.batch.micro_batch_size,
         seq_length=flags.batch.seq_length,
         num_workers=flags.data.num_workers,
     )

@@ -9,6 +9,9 @@ Exit codes:
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+from megatron_ext.slurm import rank_variables
 
 RUNTIME, USAGE, CHECKPOINT, DATA, INTERRUPTED = 1, 2, 3, 4, 75
 
@@ -27,21 +30,39 @@ class UserError(Exception):
         self.code = code
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks to the user; before and after process groups too."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
 def warn(message: str) -> None:
     """Print a warning on rank 0."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_rank():
         print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Call ``main`` and exit: with its return value, or with a ``UserError``'s code and one line.
 
-    Any other exception is a bug and keeps its traceback.
+    The code, which is the same on all ranks, also goes into the file that EXIT_CODE_FILE names, if
+    it does: torchrun ends with 1 whatever its ranks return. Any other exception is a bug and keeps
+    its traceback.
     """
     try:
+        _take_rank_of_slurm()
         code = main() or 0
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first_rank():
             print(f"ERROR: {error}", file=sys.stderr, flush=True)
         code = error.code
+    if path := os.environ.get("EXIT_CODE_FILE"):
+        # Every rank: torchrun ends the others as soon as it sees one that failed.
+        Path(path).write_text(f"{code}\n")
     sys.exit(code)
+
+
+def _take_rank_of_slurm() -> None:
+    try:
+        os.environ.update(rank_variables(os.environ))
+    except ValueError as error:
+        raise UserError(str(error), USAGE) from error

@@ -1,41 +1,86 @@
 """What a run of given sizes and layout needs: bytes on the fullest rank, seconds of a step.
 
-Arithmetic on sizes, before anything is built. What is not counted: fragmentation, buffers of
-collectives, the CUDA context (a few GiB together).
+Arithmetic on sizes, before anything is built. Not counted: fragmentation, buffers of collectives
+and of FP8, the CUDA context, maps between hidden states.
 
-Letters: s positions and b samples of a micro-batch, t tensor, p pipeline, c context and d data
-parallel ranks, h hidden size.
+Letters: t tensor, p pipeline, c context, d data parallel ranks; v model pieces of a pipeline rank;
+m micro-batches of a rank in a step. A rank here is a pipeline rank: those of a stage are alike.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil, prod
 
-from megatron_ext.arch import Arch, Weight, dim_sizes, forward_flops, is_of_experts, shape, weights
+from megatron_ext.arch import Arch, dim_sizes, forward_flops, is_of_experts, shape, weights
 
-GIB = 2**30
+WIDE = 4
+"""Bytes of float32."""
+# Output layers and losses of --kd-fused-output: fused.CHUNK_TOKENS on a GPU.
+FUSED_TOKENS = 1024
+# Dims of which a tensor-parallel rank holds a share.
+SPLIT_DIMS = {"vocab", "fc1", "ffn", "heads", "qkv", "shared_fc1", "shared_ffn"}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What one GPU can do at best."""
+
+    memory: int
+    """Bytes: the vendor's GB as 10^9. torch finds some 5 % more, which is left for what is not
+    counted here."""
+    bf16: float
+    """Dense TFLOP/s."""
+    fp8: float | None
+    """Dense TFLOP/s; None where there is no FP8."""
+
+
+# NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (an eighth). They print twice
+# the dense figures, for sparse matrices, but for A100's.
+GPUS = {
+    "A100": Gpu(80 * 10**9, 312, None),
+    "H100": Gpu(80 * 10**9, 989, 1979),
+    "H200": Gpu(141 * 10**9, 989, 1979),
+    "B200": Gpu(180 * 10**9, 2250, 4500),
+}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A model, and how many of its layers each pipeline stage holds, virtual stages too."""
+
+    arch: Arch
+    stages: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a run is spread over ranks and what it holds."""
+    """How a run is spread over ranks and what it holds. Names are the flags'."""
 
     world_size: int
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
-    recompute: str | None = None
-    """Megatron's recompute_granularity: None, "selective" or "full"."""
+    recompute_granularity: str | None = None
+    """None and "selective" are the same: attention scores are never kept."""
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
     param_bytes: int = 2
     """Of a weight and an activation: 2 for bf16 and fp16, 4 for float32."""
+    grad_bytes: int = 4
+    """Of a gradient in its buffer."""
+    moments: int = 2
+    """Float32 numbers that the optimizer keeps of a weight, beside its float32 copy."""
     micro_batch_size: int = 1
     global_batch_size: int = 1
     seq_length: int
     fused_output: bool = False
     """Logits exist in chunks only (--kd-fused-output)."""
+    lm_loss: bool = False
+    """The language-model loss is computed beside that of distillation."""
+    fp8: bool = False
+    """The linear layers compute in FP8; the output layer and attention do not."""
 
     @property
     def data_parallel_size(self) -> int:
@@ -43,57 +88,145 @@ class Layout:
         model_ranks = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
         return self.world_size // (model_ranks * self.context_parallel_size)
 
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of a rank in a step."""
+        return max(1, self.global_batch_size // (self.micro_batch_size * self.data_parallel_size))
 
-def rank_parameters(arch: Arch, layout: Layout) -> int:
-    """Return the weights of the fullest rank: the first or the last pipeline stage."""
-    t, p = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    sizes: dict[str, int] = {"layer": 0, "first": 0, "last": 0}
-    for weight in weights(arch):
-        numel = _rank_numel(weight, arch, t, layout.expert_model_parallel_size)
-        if weight.per_layer:
-            sizes["layer"] += numel
-        else:
-            sizes["first" if weight.key.startswith("embedding.") else "last"] += numel
-    if not arch.untie_embeddings_and_output_weights and p > 1:  # the last stage has a copy
-        sizes["last"] += arch.padded_vocab_size // t * arch.hidden_size
-    layers = -(-arch.num_layers // p) * sizes["layer"]
-    return layers + (
-        sizes["first"] + sizes["last"] if p == 1 else max(sizes["first"], sizes["last"])
+    @property
+    def tokens(self) -> int:
+        """Positions of a micro-batch on a rank."""
+        return self.seq_length // self.context_parallel_size * self.micro_batch_size
+
+
+def rank_parameters(model: Placed, layout: Layout, rank: int) -> tuple[int, int]:
+    """Return how many weights pipeline rank ``rank`` holds: (those of experts, all others)."""
+    arch, t, p = (
+        model.arch,
+        layout.tensor_model_parallel_size,
+        layout.pipeline_model_parallel_size,
     )
+    is_first, is_last = rank == 0, rank == p - 1
+    experts = others = 0
+    for weight in weights(arch):
+        numel = prod(shape(weight, arch))
+        at_start = weight.key.startswith("embedding.")
+        here = is_first if at_start else is_last
+        times = sum(model.stages[rank::p]) if weight.per_layer else int(here)
+        if is_of_experts(weight):
+            experts += times * numel // (t * layout.expert_model_parallel_size)
+        else:
+            others += times * (numel // t if SPLIT_DIMS & set(weight.dims) else numel)
+    if not arch.untie_embeddings_and_output_weights and is_last and not is_first:
+        others += arch.padded_vocab_size // t * arch.hidden_size  # a copy of the embedding
+    return experts, others
 
 
-def _rank_numel(weight: Weight, arch: Arch, t: int, ep: int) -> int:
-    numel = 1
-    for length in shape(weight, arch):
-        numel *= length
-    if is_of_experts(weight):
-        return numel // (t * ep)
-    split = {"vocab", "fc1", "ffn", "heads", "qkv", "shared_fc1", "shared_ffn"}
-    return numel // t if split & set(weight.dims) else numel
-
-
-def activation_bytes(arch: Arch, layout: Layout) -> int:
+def layer_bytes(arch: Arch, layout: Layout) -> float:
     """Return what one layer keeps of one micro-batch for backward.
 
-    Inputs of the norms and matrices, of attention (whose scores are computed again, as flash
-    attention does) and of the activation function. With full recomputation, the layer's input.
+    Inputs of norms and matrices, of attention (not its scores) and of the activation function, and
+    masks of dropout. For GPT with an MLP of 4 hidden sizes that is Table 2 of arXiv:2205.05198:
+    34 s b h / t with sequence parallelism and selective recomputation, s b h (10 + 24 / t) without.
+    Tokens are taken to spread evenly over experts.
     """
     t, sizes = layout.tensor_model_parallel_size, dim_sizes(arch)
     between = t if layout.sequence_parallel else 1
-    tokens = layout.seq_length // layout.context_parallel_size * layout.micro_batch_size
-    if layout.recompute == "full":
-        return tokens * arch.hidden_size // between * layout.param_bytes
+    whole = 4 * arch.hidden_size / between  # both norms' inputs and outputs
     if arch.num_experts is None:
         mlp = sizes["fc1"] + sizes["ffn"]
     else:
-        mlp = arch.moe_router_topk * (sizes["moe_fc1"] + sizes["moe_ffn"] + 2 * arch.hidden_size)
+        mlp = arch.moe_router_topk * (sizes["moe_fc1"] + sizes["moe_ffn"])
         mlp += sizes.get("shared_fc1", 0) + sizes.get("shared_ffn", 0)
-    # Both norms' inputs and outputs; queries, keys, values and the attention's output.
-    per_token = 4 * arch.hidden_size / between + (sizes["qkv"] + sizes["heads"] + mlp) / t
-    return int(tokens * per_token * layout.param_bytes)
+        whole += arch.moe_router_topk * 2 * arch.hidden_size  # in front of experts and behind
+    # Queries, keys, values and the attention's output.
+    elements = whole + (sizes["qkv"] + sizes["heads"] + mlp) / t
+    masks = 2 * arch.hidden_size / between if arch.hidden_dropout else 0  # a byte each
+    return layout.tokens * (elements * layout.param_bytes + masks)
 
 
-def memory(student: Arch, teacher: Arch | None, layout: Layout) -> dict[str, int]:
+def kept_bytes(arch: Arch, layout: Layout, num_layers: float) -> tuple[float, float]:
+    """Return what ``num_layers`` layers keep of one micro-batch, and what backward makes again.
+
+    The second is there once, whatever is kept.
+    """
+    each = layer_bytes(arch, layout)
+    if layout.recompute_granularity != "full":
+        return num_layers * each, 0
+    between = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+    only_input = layout.tokens * arch.hidden_size / between * layout.param_bytes
+    group = min(layout.recompute_num_layers, num_layers)
+    if layout.recompute_method == "uniform":
+        return ceil(num_layers / group) * only_input, group * each
+    return group * only_input + (num_layers - group) * each, each
+
+
+def in_flight(layout: Layout, pieces: int, rank: int) -> int:
+    """Return how many micro-batches of a model piece wait for backward at most on ``rank``.
+
+    1F1B: p - rank; interleaved: megatron-core's warm-up of 2 (p - rank - 1) + (v - 1) p and one.
+    """
+    p = layout.pipeline_model_parallel_size
+    waiting = 2 * (p - rank - 1) + (pieces - 1) * p + 1 if pieces > 1 else p - rank
+    return min(waiting, pieces * layout.num_microbatches)
+
+
+def logits_bytes(student: Arch, teacher: Arch | None, layout: Layout) -> dict[str, int]:
+    """Return what the last stage holds of logits and their gradients, one micro-batch.
+
+    Without a teacher the loss is megatron-core's cross entropy: a float32 copy, which becomes the
+    gradient, beside half-precision logits or their gradient.
+    """
+    width, t = layout.param_bytes, layout.tensor_model_parallel_size
+    columns = student.padded_vocab_size // t
+    extra = WIDE if layout.lm_loss else 0
+    if layout.fused_output:
+        rows = min(FUSED_TOKENS, layout.tokens)
+        grads = (layout.tokens + columns) * student.hidden_size * WIDE
+        return {"logits": rows * columns * (3 * width + extra), "gradients of outputs": grads}
+    elements = layout.tokens * columns
+    if teacher is None:
+        return {"logits": elements * (WIDE + (width if width < WIDE else 0))}
+    both = 2 * width + extra
+    return {"logits": elements * both, "gradient of logits": elements * width}
+
+
+def rank_memory(
+    student: Placed, teacher: Placed | None, layout: Layout, rank: int
+) -> dict[str, int]:
+    """Return bytes on pipeline rank ``rank`` by what they are for; see ``memory``."""
+    p, width = layout.pipeline_model_parallel_size, layout.param_bytes
+    between = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+    experts, others = rank_parameters(student, layout, rank)
+    replicas, per_weight = 1, WIDE * layout.moments + (WIDE if width < WIDE else 0)
+    if layout.use_distributed_optimizer:
+        replicas = layout.data_parallel_size * layout.context_parallel_size
+    expert_replicas = max(1, replicas // layout.expert_model_parallel_size)
+    held = student.stages[rank::p]
+    waiting = in_flight(layout, len(held), rank)
+    kept, again = kept_bytes(student.arch, layout, sum(held) / len(held))
+    activations = waiting * kept + again
+    last = rank == p - 1
+    if last:  # input and output of the last norm
+        activations += layout.tokens * 2 * student.arch.hidden_size / between * width
+    needs = {
+        "weights": (experts + others) * width,
+        "gradients": (experts + others) * layout.grad_bytes,
+        "optimizer": ceil(others / replicas + experts / expert_replicas) * per_weight,
+        "activations": int(activations),
+    }
+    if last:
+        needs |= logits_bytes(student.arch, teacher and teacher.arch, layout)
+    if teacher is not None:
+        passing = layer_bytes(teacher.arch, layout)
+        if p > 1:  # what came from the stage before stays with the student's part of it
+            passing += waiting * layout.tokens * teacher.arch.hidden_size / between * width
+        needs["teacher weights"] = sum(rank_parameters(teacher, layout, rank)) * width
+        needs["teacher activations"] = int(passing)
+    return needs
+
+
+def memory(student: Placed, teacher: Placed | None, layout: Layout) -> dict[str, int]:
     """Return bytes on the fullest rank, by what they are for.
 
     Args:
@@ -101,64 +234,96 @@ def memory(student: Arch, teacher: Arch | None, layout: Layout) -> dict[str, int
         teacher: the model beside it, if there is one.
         layout: of both.
     """
-    t, p, wide = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, 4
-    own = rank_parameters(student, layout)
-    state = own * wide * (3 if layout.param_bytes < wide else 2)  # master weights, Adam's moments
-    if layout.use_distributed_optimizer:
-        state //= layout.data_parallel_size * layout.context_parallel_size
-    # 1F1B: the first stage has p micro-batches in flight; virtual stages add a fraction.
-    pieces = layout.virtual_pipeline_model_parallel_size
-    in_flight = p * (1 + (p - 1) / (p * pieces)) if pieces > 1 else p
-    layers = -(-student.num_layers // p)
-    tokens = layout.seq_length // layout.context_parallel_size * layout.micro_batch_size
-    logits = tokens * student.padded_vocab_size // t * layout.param_bytes
-    copies = 0 if layout.fused_output else 3 if teacher else 2  # student, its gradient, teacher
+    ranks = range(layout.pipeline_model_parallel_size)
+    each = [rank_memory(student, teacher, layout, rank) for rank in ranks]
+    return max(each, key=lambda needs: sum(needs.values()))
+
+
+def forward_memory(model: Placed, layout: Layout, *, logits: bool) -> dict[str, int]:
+    """Return bytes on the fullest rank of forward passes alone, as ``memory``.
+
+    Args:
+        model: whose weights are used.
+        layout: of it.
+        logits: whether they are computed and compared with those of another pass.
+    """
+    p = layout.pipeline_model_parallel_size
+    columns = model.arch.padded_vocab_size // layout.tensor_model_parallel_size
     needs = {
-        "weights": own * layout.param_bytes,
-        "gradients": own * wide,
-        "optimizer": state,
-        "activations": int(activation_bytes(student, layout) * layers * in_flight),
-        "logits": logits * copies,
+        "weights": max(sum(rank_parameters(model, layout, rank)) for rank in range(p))
+        * layout.param_bytes,
+        "activations": int(layer_bytes(model.arch, layout)),
     }
-    if teacher is not None:
-        needs["teacher weights"] = rank_parameters(teacher, layout) * layout.param_bytes
-        needs["teacher activations"] = activation_bytes(teacher, layout)
-    return needs
+    return needs | ({"logits": 2 * layout.tokens * columns * layout.param_bytes} if logits else {})
+
+
+def token_seconds(
+    model: Placed, layout: Layout, gpu: Gpu, rank: int, passes: int, again: float = 0
+) -> float:
+    """Return the seconds of one token on the tensor-parallel ranks of ``rank`` at peak speed.
+
+    Args:
+        model: what computes it.
+        layout: of the run.
+        gpu: every rank's.
+        rank: the pipeline rank.
+        passes: forward passes that it costs.
+        again: and how many more its layers cost.
+    """
+    arch, p = model.arch, layout.pipeline_model_parallel_size
+    output = 2 * arch.padded_vocab_size * arch.hidden_size
+    per_layer = (forward_flops(arch, layout.seq_length) - output) / arch.num_layers
+    attention = 2 * dim_sizes(arch)["heads"] * layout.seq_length
+    linear_peak = gpu.fp8 if layout.fp8 and gpu.fp8 else gpu.bf16
+    one_layer = (per_layer - attention) / linear_peak + attention / gpu.bf16
+    seconds = sum(model.stages[rank::p]) * one_layer * (passes + again)
+    seconds += passes * output / gpu.bf16 if rank == p - 1 else 0
+    return seconds / (1e12 * layout.tensor_model_parallel_size)
 
 
 def step_seconds(
-    student: Arch, teacher: Arch | None, layout: Layout, *, peak_tflops: float, mfu: float
+    student: Placed, teacher: Placed | None, layout: Layout, gpu: Gpu, mfu: float
 ) -> float:
     """Return the seconds of an optimizer step, pipeline bubble included.
 
+    The slowest pipeline rank sets the pace. A student costs three forward passes, recomputed layers
+    one more; a teacher one.
+
     Args:
-        student: a step costs three times its forward pass, four with full recomputation.
-        teacher: a forward pass beside it.
+        student: the model that is trained.
+        teacher: the model beside it, if there is one.
         layout: of both.
-        peak_tflops: of one GPU, dense, TFLOP/s.
-        mfu: the share of it that is reached, 0 to 1.
+        gpu: every rank's.
+        mfu: the share of its peak that is reached while it computes, 0 to 1. Communication and
+            everything but matrices is in it.
     """
-    passes = 4 if layout.recompute == "full" else 3
-    flops = passes * forward_flops(student, layout.seq_length)
-    flops += forward_flops(teacher, layout.seq_length) if teacher else 0
-    tokens = layout.global_batch_size * layout.seq_length
-    busy = flops * tokens / (layout.world_size * peak_tflops * 1e12 * mfu)
-    return busy * (1 + bubble(layout))
+    seconds = []
+    for rank in range(layout.pipeline_model_parallel_size):
+        again = recomputed_share(student, layout, rank)
+        once = token_seconds(student, layout, gpu, rank, 3, again)
+        once += token_seconds(teacher, layout, gpu, rank, 1) if teacher else 0
+        seconds.append(layout.tokens * once / mfu)
+    return max(seconds) * layout.num_microbatches * (1 + bubble(layout, len(student.stages)))
 
 
-def bubble(layout: Layout) -> float:
+def forward_seconds(model: Placed, layout: Layout, gpu: Gpu, mfu: float) -> float:
+    """Return the seconds of forward passes over a global batch; see ``step_seconds``."""
+    ranks = range(layout.pipeline_model_parallel_size)
+    once = max(token_seconds(model, layout, gpu, rank, 1) for rank in ranks) * layout.tokens / mfu
+    return once * layout.num_microbatches * (1 + bubble(layout, len(model.stages)))
+
+
+def recomputed_share(model: Placed, layout: Layout, rank: int) -> float:
+    """Return which share of the layers of ``rank`` runs twice."""
+    if layout.recompute_granularity != "full":
+        return 0
+    held = model.stages[rank :: layout.pipeline_model_parallel_size]
+    if layout.recompute_method == "uniform":
+        return 1
+    return sum(min(layout.recompute_num_layers, n) for n in held) / max(1, sum(held))
+
+
+def bubble(layout: Layout, num_stages: int) -> float:
     """Return the idle share of the pipeline over its busy time: (p - 1) / (v m)."""
-    samples = layout.global_batch_size // layout.data_parallel_size
-    micro_batches = max(1, samples // layout.micro_batch_size)
-    stages = layout.pipeline_model_parallel_size
-    return (stages - 1) / (layout.virtual_pipeline_model_parallel_size * micro_batches)
-
-
-def table(needs: Mapping[str, int], step: float, layout: Layout) -> str:
-    """Return an estimate as lines of text; memory in GiB."""
-    tokens = layout.global_batch_size * layout.seq_length
-    rows = [(name, f"{value / GIB:9.2f} GiB") for name, value in needs.items()]
-    rows += [("memory of the fullest rank", f"{sum(needs.values()) / GIB:9.2f} GiB")]
-    rows += [("pipeline bubble", f"{bubble(layout):9.1%}"), ("step", f"{step:9.2f} s")]
-    rows += [("throughput", f"{tokens / step:9,.0f} tokens/s")]
-    return "\n".join(f"{name:28}{value}" for name, value in rows)
+    p = layout.pipeline_model_parallel_size
+    return (p - 1) / (num_stages // p * layout.num_microbatches)

@@ -304,6 +304,13 @@ def data_args_problems(data: group.Data) -> Iterator[str]:
             yield f"{dashed(name)} and the paths on the command line: give one of them."
 
 
+def dry_run_problems(dry: Any) -> Iterator[str]:
+    """What only a dry run asks; ``dry``: a ``flag_groups.DryRun`` or the like."""
+    for field in fields(dry):
+        if not dry.dry_run and getattr(dry, field.name) != field.default:
+            yield f"{dashed(field.name)} needs --dry-run."
+
+
 def data_problems(data: group.Data, *, needed: bool = True) -> Iterator[str]:
     """Exactly one source (at most one where no data is ``needed``), and its tokenizer."""
     per_split = any((data.train_data_path, data.valid_data_path, data.test_data_path))

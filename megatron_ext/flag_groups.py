@@ -8,6 +8,7 @@ program, so that neither offers a flag that it would ignore.
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ext.estimate import GPUS
 from megatron_ext.flag_parser import REQUIRED, flag
 
 
@@ -481,6 +482,43 @@ class Prune:
     )
     scores: str | None = flag(None, "scores file: read if it exists, written otherwise")
     plan: str | None = flag(None, "plan file: read if it exists, written otherwise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """Dry run (not in Megatron-LM)."""
+
+    dry_run: bool = flag(
+        False,
+        "check flags, sizes, layout and data, estimate memory and time, print them and OK; no "
+        "weights, ranks or GPU",
+    )
+    world_size: int | None = flag(
+        None,
+        "of --dry-run: ranks of the run; default WORLD_SIZE of the environment, or 1",
+        at_least=1,
+    )
+    load_config: str | None = flag(
+        None,
+        "of --dry-run: Hugging Face config.json of --load, where no checkpoint is there yet, or of "
+        "the model it was pruned from, with the sizes that differ typed",
+    )
+    gpu: str = flag("H100", "of --dry-run: of every rank", choices=tuple(GPUS))
+    mfu: float = flag(
+        0.4, "of --dry-run: share of the GPU's peak reached while it computes", above=0, at_most=1
+    )
+
+    # Not of the run: not printed or saved with its flags.
+    about_run = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDryRun(DryRun):
+    """Dry run (not in Megatron-LM)."""
+
+    teacher_config: str | None = flag(
+        None, "of --dry-run: config.json of --teacher-load, where no checkpoint is there yet"
+    )
 
 
 # Flags of everyone's Megatron-LM scripts that have no effect here: number of values, reason.

@@ -156,10 +156,15 @@ def parse(program: type[Program], argv: Sequence[str] | None) -> Program:
 
 
 def flags_as_dict(flags: Any) -> dict[str, Any]:
-    """Return every flag of a parsed program by name, in plain values that JSON can hold."""
+    """Return every flag of a parsed program by name, in plain values that JSON can hold.
+
+    Groups that say ``about_run = False`` are left out.
+    """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(flags):
         group = getattr(flags, field.name)
+        if not getattr(group, "about_run", True):
+            continue
         values |= group if isinstance(group, dict) else dataclasses.asdict(group)
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 

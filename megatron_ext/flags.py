@@ -60,6 +60,7 @@ class TrainFlags:
     checkpoint: group.TrainCheckpoint
     log: group.Log
     distill: group.Distill
+    dry: group.TrainDryRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +73,14 @@ class PruneFlags:
     data: group.Data
     checkpoint: group.Checkpoint
     prune: group.Prune
+    dry: group.DryRun
 
 
 def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
-    """Return the checked flags of ``pretrain_distill.py``.
+    """Return the checked flags of ``pretrain_distill.py`` on ``world_size`` ranks.
 
-    As in Megatron-LM, a global batch size that was not typed is filled in, and sequence parallelism
-    without tensor parallelism is off.
+    A dry run is of --world-size ranks. As in Megatron-LM, a global batch size that was not typed is
+    filled in, and sequence parallelism without tensor parallelism is off.
 
     Raises:
         UserError: with code ``USAGE``, for the first problem; missing flags all at once.
@@ -91,12 +93,13 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
     if training:
         length = "train_samples" if "train_samples" in typed else "train_iters"
         needed += [dashed(name) for name in (length, "lr") if name not in typed]
-    if not {"load", "pretrained_checkpoint"} & typed.keys():
+    if not {"load", "pretrained_checkpoint", "load_config"} & typed.keys():
         needed += missing_sizes(typed)
     check.refuse(_missing(needed))
 
     flags = build(TrainFlags, typed)
-    check.refuse(check.data_args_problems(flags.data))
+    check.refuse(check.dry_run_problems(flags.dry), check.data_args_problems(flags.data))
+    world_size = flags.dry.world_size or world_size
     parallel, batch, data = flags.parallel, flags.batch, with_data_args(flags.data)
     check.refuse(
         check.layout_problems(parallel, batch.seq_length, world_size),
@@ -131,7 +134,7 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
 
 
 def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
-    """Return the checked flags of ``prune.py``.
+    """Return the checked flags of ``prune.py`` on ``world_size`` ranks, or a dry run's own.
 
     Raises:
         UserError: with code ``USAGE``, for the first problem; missing flags all at once.
@@ -139,6 +142,8 @@ def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
     typed = read(PruneFlags, argv, group.IGNORED)
     check.refuse(_missing(missing(PruneFlags, typed) + ["--load"] * ("load" not in typed)))
     flags = build(PruneFlags, typed)
+    check.refuse(check.dry_run_problems(flags.dry))
+    world_size = flags.dry.world_size or world_size
     # No data are read where a plan is given, or scores that are not measured again, or scores need
     # none.
     given = [flags.prune.plan] + [flags.prune.scores] * (flags.prune.prune_iterations == 1)

@@ -24,6 +24,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 
 from megatron_ext.errors import USAGE, UserError
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TENSOR_FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
 
 
@@ -52,8 +53,8 @@ def initialize(
 ) -> Platform:
     """Join the other ranks, build megatron-core's groups and seed every generator. Collective.
 
-    Ranks come from torchrun's environment; without it, this process is the only one. A process
-    group that is already initialised is used as it is.
+    Ranks come from torchrun's environment (``slurm`` fills it in for srun); without it, this
+    process is the only one. A process group that is already initialised is used as it is.
 
     Args:
         tensor_model_parallel_size: ranks that share each layer.
@@ -68,7 +69,8 @@ def initialize(
         timeout_minutes: of every collective, before it raises instead of waiting.
 
     Raises:
-        UserError: CUDA or NCCL was asked for and is not there.
+        UserError: CUDA or NCCL was asked for and is not there; the environment names a part of a
+            rank only.
     """
     target = choose_device(device)
     if backend == "nccl" and target.type == "cpu":
@@ -108,7 +110,8 @@ def choose_device(device: str | None) -> torch.device:
         raise UserError("--device cuda: this machine has no usable GPU; use --device cpu.", USAGE)
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    # srun may show each task its own GPU only.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def set_seed(seed: int, groups: ProcessGroupCollection) -> None:
@@ -127,7 +130,11 @@ def set_seed(seed: int, groups: ProcessGroupCollection) -> None:
 
 
 def shut_down() -> None:
-    """Leave the process groups. Call it on every rank at the end of a run."""
+    """Leave the process groups, all ranks at once. Call it on every rank at the end of a run.
+
+    torchrun ends the others as soon as one rank has ended with a code that is not 0.
+    """
+    torch.distributed.barrier()
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 
@@ -136,7 +143,15 @@ def _init_process_group(backend: str, timeout_minutes: float) -> None:
     if torch.distributed.is_initialized():
         return
     timeout = timedelta(minutes=timeout_minutes)
-    if "WORLD_SIZE" in os.environ:
+    given = [name for name in RANK_VARIABLES if name in os.environ]
+    if given:
+        for name in RANK_VARIABLES:
+            if name not in os.environ:
+                raise UserError(
+                    f"{name} is not set, but {', '.join(given)}: start with torchrun or srun, or "
+                    "set all of them, or none for one process.",
+                    USAGE,
+                )
         torch.distributed.init_process_group(backend, timeout=timeout)
     else:
         store = torch.distributed.HashStore()

@@ -57,6 +57,8 @@ REFUSED = [
     ("--min-lr", 1, "--min-lr: expected one argument"),
     ("--lr nan", 1, "--lr nan: must be a finite number"),
     ("--clip-grad inf", 1, "--clip-grad inf: must be a finite number"),
+    ("--world-size 4", 1, "--world-size needs --dry-run."),
+    ("--gpu H200", 1, "--gpu needs --dry-run."),
     ("--lr 0", 1, "--lr 0.0: must be > 0"),
     ("--micro-batch-size 0", 1, "--micro-batch-size 0: must be >= 1"),
     ("--eval-iters -1", 1, "--eval-iters -1: must be >= 0"),
@@ -327,6 +329,8 @@ OUR_DEFAULTS = {
     "depth_block": 1,
     "prune_iterations": 1,
     "head_residual": "none",
+    "gpu": "H100",
+    "mfu": 0.4,
 }
 
 
@@ -440,26 +444,27 @@ TRAIN_OPTIONS = """
     --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --apply-layernorm-1p --attention-backend
     --attention-dropout --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size
     --cp-comm-type --data-args-path --data-cache-path --data-path --device --disable-bias-linear
-    --distributed-backend --distributed-timeout-minutes --end-weight-decay --eod-mask-loss
+    --distributed-backend --distributed-timeout-minutes --dry-run --end-weight-decay --eod-mask-loss
     --eval-interval --eval-iters --exit-duration-in-mins --exit-interval
     --exit-on-missing-checkpoint --expert-model-parallel-size --export-kd-cfg
     --export-kd-teacher-load --ffn-hidden-size --finetune --first-last-layers-bf16 --fp16
     --fp8-amax-compute-algo --fp8-amax-history-len --fp8-format --fp8-margin --fp8-param-gather
-    --fp8-recipe --global-batch-size --grad-reduce-in-bf16 --group-query-attention --help
+    --fp8-recipe --global-batch-size --gpu --grad-reduce-in-bf16 --group-query-attention --help
     --hidden-dropout --hidden-size --init-method-std --initial-loss-scale --kd-alpha
     --kd-fused-output --kd-hidden-loss --kd-hidden-states --kd-jsd-beta --kd-lm-loss-weight
     --kd-loss --kd-loss-weight --kd-projection --kd-teacher-store --kd-temperature
-    --kd-temperature-squared --kd-top-k --kd-top-k-rest --kv-channels --load --log-interval
-    --loss-scale --lr --lr-decay-iters --lr-decay-samples --lr-decay-style --lr-warmup-fraction
-    --lr-warmup-init --lr-warmup-iters --lr-warmup-samples --lr-wsd-decay-iters --lr-wsd-decay-style
-    --make-vocab-size-divisible-by --manual-gc --manual-gc-interval --max-position-embeddings
-    --merge-file --micro-batch-size --min-lr --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size
-    --moe-grouped-gemm --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
-    --moe-shared-expert-intermediate-size --moe-token-dispatcher-type --no-bias-gelu-fusion
-    --no-fp8-wgrad --no-load-optim --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication
-    --no-save-optim --no-save-rng --no-verify-integrity --norm-epsilon --normalization
-    --num-attention-heads --num-experts --num-layers --num-layers-at-end-in-bf16
-    --num-layers-at-start-in-bf16 --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --kd-temperature-squared --kd-top-k --kd-top-k-rest --kv-channels --load --load-config
+    --log-interval --loss-scale --lr --lr-decay-iters --lr-decay-samples --lr-decay-style
+    --lr-warmup-fraction --lr-warmup-init --lr-warmup-iters --lr-warmup-samples --lr-wsd-decay-iters
+    --lr-wsd-decay-style --make-vocab-size-divisible-by --manual-gc --manual-gc-interval
+    --max-position-embeddings --merge-file --mfu --micro-batch-size --min-lr --mock-data
+    --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-grouped-gemm --moe-router-load-balancing-type
+    --moe-router-pre-softmax --moe-router-topk --moe-shared-expert-intermediate-size
+    --moe-token-dispatcher-type --no-bias-gelu-fusion --no-fp8-wgrad --no-load-optim --no-load-rng
+    --no-mmap-bin-files --no-overlap-p2p-communication --no-save-optim --no-save-rng
+    --no-verify-integrity --norm-epsilon --normalization --num-attention-heads --num-experts
+    --num-layers --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16
+    --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --optimizer --overlap-grad-reduce
     --overlap-param-gather --override-opt-param-scheduler --override-opt_param-scheduler
     --per-split-data-args-path --persistent-save-interval --pipeline-model-parallel-layout
@@ -468,21 +473,22 @@ TRAIN_OPTIONS = """
     --reset-attention-mask --reset-position-ids --rope-scaling-factor --rotary-base --rotary-percent
     --save --save-interval --save-retain-interval --seed --seq-length --sequence-parallel
     --sgd-momentum --skip-train --split --squared-relu --start-weight-decay --swiglu
-    --teacher-fp8-format --teacher-load --tensor-model-parallel-size --tensorboard-dir
-    --test-data-path --tokenizer-model --tokenizer-type --train-data-path --train-iters
-    --train-samples --transformer-impl --trust-checkpoint --trust-remote-code
+    --teacher-config --teacher-fp8-format --teacher-load --tensor-model-parallel-size
+    --tensorboard-dir --test-data-path --tokenizer-model --tokenizer-type --train-data-path
+    --train-iters --train-samples --transformer-impl --trust-checkpoint --trust-remote-code
     --untie-embeddings-and-output-weights --use-checkpoint-opt-param-scheduler
     --use-checkpoint-opt_param-scheduler --use-distributed-optimizer --use-rope-scaling
     --use-rotary-position-embeddings --valid-data-path --vocab-file --vocab-size --wandb-entity
     --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay --weight-decay-incr-style
+    --world-size
 """
 PRUNE_OPTIONS = """
     --attention-backend --bf16 --calibration-samples --ckpt-step --context-parallel-size
     --cp-comm-type --data-args-path --data-cache-path --data-path --depth-block --depth-importance
-    --depth-rescore --device --distributed-backend --distributed-timeout-minutes
-    --expert-model-parallel-size --fp16 --head-residual --help --importance --importance-batch
-    --importance-heads --importance-neurons --importance-sequence --load --merge-file
-    --micro-batch-size --mock-data --no-mmap-bin-files --no-overlap-p2p-communication
+    --depth-rescore --device --distributed-backend --distributed-timeout-minutes --dry-run
+    --expert-model-parallel-size --fp16 --gpu --head-residual --help --importance --importance-batch
+    --importance-heads --importance-neurons --importance-sequence --load --load-config --merge-file
+    --mfu --micro-batch-size --mock-data --no-mmap-bin-files --no-overlap-p2p-communication
     --no-verify-integrity --num-layers-per-virtual-pipeline-stage
     --num-virtual-stages-per-pipeline-rank --num-workers --per-split-data-args-path
     --pipeline-model-parallel-layout --pipeline-model-parallel-size --plan --prune-iterations
@@ -491,7 +497,7 @@ PRUNE_OPTIONS = """
     --target-moe-ffn-hidden-size --target-moe-shared-expert-intermediate-size
     --target-num-attention-heads --target-num-experts --target-num-layers --target-num-query-groups
     --targets --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path
-    --transformer-impl --trust-checkpoint --trust-remote-code --vocab-file --vocab-size
+    --transformer-impl --trust-checkpoint --trust-remote-code --vocab-file --vocab-size --world-size
 """
 
 

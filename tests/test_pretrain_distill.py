@@ -260,12 +260,24 @@ def test_sigterm_to_one_rank_or_all(ranks, place, whole, tmp_path):
     assert_same_run(save, whole)
 
 
+def signal_twice_in_step(iteration, echo_seconds):
+    loop.ECHO_SECONDS = echo_seconds
+    signal_in_step(iteration, 0, times=2)
+
+
 def test_a_second_signal_ends_the_run_at_once(place, tmp_path):
     save = str(tmp_path / "save")
-    before = partial(signal_in_step, 3, 0, times=2)
     with pytest.raises(AssertionError, match="died"):
-        run_program(NAME, place.flags(save, ALONE), 1, before)
+        run_program(NAME, place.flags(save, ALONE), 1, partial(signal_twice_in_step, 3, 0))
     assert latest(save) == 2
+
+
+def test_the_echo_of_a_signal_does_not(place, tmp_path):
+    """Ctrl-C reaches torchrun too, which passes it on."""
+    save = str(tmp_path / "save")
+    before = partial(signal_twice_in_step, 3, loop.ECHO_SECONDS)
+    (outcome,) = run_program(NAME, place.flags(save, ALONE), 1, before)
+    assert (outcome.code, latest(save)) == (INTERRUPTED, 3)
 
 
 def test_sigterm_to_a_process(place, tmp_path):

@@ -7,23 +7,47 @@ One process, or several with torchrun, which share the reading and writing. No m
 GPU used. Weights are read from safetensors only.
 """
 
+import os
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 from megatron_ext import checkpoint, platform, safe_load
-from megatron_ext.arch import num_parameters
+from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.convert.config import config_of
 from megatron_ext.convert.exporter import export_folder
 from megatron_ext.convert.families import FAMILIES
+from megatron_ext.convert.hf_folder import CONFIG
 from megatron_ext.convert.importer import import_folder
-from megatron_ext.errors import USAGE, UserError, run_main
+from megatron_ext.dry_run import arch_at, config_arch, read_config, with_sizes
+from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
+from megatron_ext.estimate_report import model_line
+from megatron_ext.flag_checks import dry_run_problems, refuse
 from megatron_ext.flag_groups import trust_flag
 from megatron_ext.flag_parser import REQUIRED, flag, parse
+from megatron_ext.model_flags import Sizes, check_against_checkpoint
 from megatron_ext.together import on_first_rank
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dry:
+    """Dry run."""
+
+    dry_run: bool = flag(
+        False, "check flags and sizes, print what it takes and OK; read and write no weights"
+    )
+    world_size: int | None = flag(
+        None, "of --dry-run: processes; default WORLD_SIZE of the environment, or 1", at_least=1
+    )
+    load_config: str | None = flag(
+        None, "of --dry-run: config.json of what is to be read, where it is not there yet"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +91,7 @@ class ImportFlags:
     """Write a Hugging Face model as a Megatron checkpoint."""
 
     options: Import
+    dry: Dry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +99,9 @@ class ExportFlags:
     """Write a Megatron checkpoint as a Hugging Face model."""
 
     options: Export
+    sizes: Annotated[dict[str, Any], Sizes]
+    """Compared with the checkpoint's."""
+    dry: Dry
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,12 +112,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         said = argv[0] if argv else "nothing"
         raise UserError(f"{said}: the first word is one of {', '.join(commands)}.", USAGE)
     commands[argv[0]](argv[1:])
-    platform.shut_down()
 
 
 def run_import(argv: Sequence[str]) -> None:
     """Import as ``argv`` says. Collective."""
-    options = parse(ImportFlags, argv).options
+    flags = parse(ImportFlags, argv)
+    options = flags.options
+    refuse(dry_run_problems(flags.dry))
+    if flags.dry.dry_run:
+        rehearse_import(options, flags.dry)
+        return
     place = platform.initialize(device="cpu")
     on_first_rank(lambda: check_free(options.save))
     arch = import_folder(
@@ -100,16 +132,23 @@ def run_import(argv: Sequence[str]) -> None:
     )
     if place.rank == 0:
         print(f"{options.save}: {num_parameters(arch):,} parameters")
+    platform.shut_down()
 
 
 def run_export(argv: Sequence[str]) -> None:
     """Export as ``argv`` says. Collective."""
-    options = parse(ExportFlags, argv).options
+    flags = parse(ExportFlags, argv)
+    options = flags.options
+    refuse(dry_run_problems(flags.dry))
     max_shard_size = bytes_of(options.max_shard_size)
     safe_load.trust(options.trust_checkpoint)
+    if flags.dry.dry_run:
+        rehearse_export(options, flags.sizes, flags.dry)
+        return
     source = checkpoint.read(options.load, options.ckpt_step)
     if options.vocab_size is not None:
         source = with_tokens(source, options.vocab_size)
+    check_against_checkpoint(flags.sizes, source.arch)
     place = platform.initialize(device="cpu")
     export_folder(
         source,
@@ -120,6 +159,55 @@ def run_export(argv: Sequence[str]) -> None:
     )
     if place.rank == 0:
         print(f"{options.hf}: {num_parameters(source.arch):,} parameters")
+    platform.shut_down()
+
+
+def rehearse_import(options: Import, dry: Dry) -> None:
+    """Print what an import takes, from the folder's config.json, or --load-config before."""
+    check_free(options.save)
+    own = Path(options.hf) / CONFIG
+    path = str(own) if own.exists() else dry.load_config
+    if path is None:
+        raise UserError(f"--hf {own}: not there; --load-config can say the sizes.", CHECKPOINT)
+    arch = config_arch(
+        "--hf" if own.exists() else "--load-config", path, options.make_vocab_size_divisible_by
+    )
+    finish(f"{model_line('model', arch, path)}\n{share_line(arch, dry)}")
+
+
+def rehearse_export(options: Export, sizes: dict[str, Any], dry: Dry) -> None:
+    """Print what an export takes, if the family has such models."""
+    if Path(options.hf).exists():
+        raise UserError(f"--hf {options.hf}: is there already.", USAGE)
+    arch, where = arch_at("--load", options.load, options.ckpt_step, dry.load_config)
+    arch = with_sizes(arch, sizes, may_cut=where == dry.load_config)
+    if dry.load_config is not None:
+        origin = read_config("--load-config", dry.load_config)
+    else:
+        origin = checkpoint.read(where).args.get("hf_config") or {}
+    name = options.model_type or origin.get("model_type")
+    if name not in FAMILIES:
+        raise UserError(f"--model-type: choose one of {', '.join(FAMILIES)}.", USAGE)
+    try:
+        config_of(arch, FAMILIES[name], origin, "bfloat16")
+    except ValueError as error:
+        raise UserError(f"--model-type {name}: {error}.", USAGE) from None
+    finish(f"{model_line('model', arch, where)}\n{share_line(arch, dry)}")
+
+
+def share_line(arch: Arch, dry: Dry) -> str:
+    """Return what a process holds, and the folder, of bfloat16 weights."""
+    ranks = dry.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    size = 2 * num_parameters(arch) / 1e9
+    return (
+        f"{'bfloat16':12}{size:.2f} GB on disk; {size / ranks:.2f} GB of host memory in each of "
+        f"{ranks} processes"
+    )
+
+
+def finish(text: str) -> None:
+    """Print a report and OK."""
+    print(f"{text}\nOK")
 
 
 def check_free(save: str) -> None:

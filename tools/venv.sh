@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launchers: make .venv if it is missing, install this project into it if the pins
 # have changed, and activate it.   source tools/venv.sh [EXTRA]
 # Linux wheels of torch on PyPI bring CUDA; PIP_EXTRA_INDEX_URL may name an index of CPU builds.
@@ -9,6 +10,7 @@ if [ ! -d "$_root/.venv" ]; then
         { echo "ERROR: Python 3.11 or newer is needed; PYTHON=/path/to/python3.11 names one." >&2; exit 1; }
     "${PYTHON:-python3}" -m venv "$_root/.venv"
 fi
+# shellcheck disable=SC1091 # made above
 source "$_root/.venv/bin/activate"
 if ! cmp -s "$_root/pyproject.toml" "$_stamp"; then
     echo "installing into .venv (pinned versions of pyproject.toml)"

@@ -1,13 +1,61 @@
 """What the flags ask of distillation, checked against the two models."""
 
+from dataclasses import replace
+
+from megatron_ext import fp8
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.distillation.hidden import HiddenStates, Pair, parse_pairs
 from megatron_ext.distillation.losses import LogitLoss
+from megatron_ext.distillation.placement import layouts_of_both
 from megatron_ext.errors import USAGE, UserError
-from megatron_ext.flag_groups import Distill
-from megatron_ext.flags import TrainFlags
+from megatron_ext.flag_groups import Distill, Parallel
+from megatron_ext.flags import TrainFlags, check_experts, check_layout
 from megatron_ext.pruning.plan import load_plan
+from megatron_ext.startup import padded_alike
+
+
+def check_models(
+    flags: TrainFlags, arch: Arch, teacher: Arch | None, *, has_weights: bool
+) -> tuple[TrainFlags, Parallel]:
+    """Return the flags with the layout of the model, and the layout of its teacher.
+
+    Args:
+        flags: of the run.
+        arch: sizes of the model that is trained.
+        teacher: sizes of the other, if there is one.
+        has_weights: the model begins with those of a checkpoint.
+
+    Raises:
+        UserError: this layout cannot hold them, FP8 not run them, or these losses not compare them.
+    """
+    parallel = flags.parallel
+    if teacher is not None:
+        named = pairs(flags, arch, teacher)
+        depths = arch.num_layers, teacher.num_layers
+        own, parallel = layouts_of_both(flags.parallel, *depths, named)
+        flags = replace(flags, parallel=own)
+    check_layout(arch, flags.parallel, seq_length=flags.batch.seq_length)
+    if teacher is not None:
+        check_teacher(arch, teacher, flags, parallel)
+    check_experts([arch, *([teacher] if teacher else [])], flags.parallel)
+    fp8.check_models(
+        flags.fp8,
+        arch,
+        teacher and padded_alike(teacher, arch),
+        flags.parallel,
+        tokens=flags.batch.micro_batch_size * flags.batch.seq_length,
+        has_weights=has_weights,
+    )
+    return flags, parallel
+
+
+def check_teacher(arch: Arch, teacher: Arch, flags: TrainFlags, parallel: Parallel) -> None:
+    """Refuse a teacher that this layout cannot hold, or these losses compare, with the student."""
+    top_k = flags.distill.kd_top_k
+    if top_k is not None and top_k > arch.vocab_size:
+        raise UserError(f"--kd-top-k {top_k}: the vocabulary has {arch.vocab_size} tokens.", USAGE)
+    check_layout(padded_alike(teacher, arch), parallel, seq_length=flags.batch.seq_length)
 
 
 def logit_loss(distill: Distill) -> LogitLoss:

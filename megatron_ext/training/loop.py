@@ -17,6 +17,7 @@ from megatron_ext.training.log import Log
 from megatron_ext.training.state import Run
 from megatron_ext.training.step import HIDDEN_LOSS, Batch, StepShape, evaluate, train_step
 
+ECHO_SECONDS = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # Returns one iterator of micro-batches, from the given number of consumed samples on.
@@ -186,11 +187,13 @@ def collecting_by_hand(is_on: bool) -> Iterator[None]:
 class StopSignals:
     """Catches the signals that ask a run to stop, so that it can finish its step and save.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once, unless it is an echo: Ctrl-C and SLURM reach every
+    process, torchrun among them, which passes on what it gets.
     """
 
     def __init__(self) -> None:
         self.caught: int = 0
+        self.caught_at = 0.0
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -203,8 +206,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _catch(self, number: int, frame: Any) -> None:
-        self.caught = number
-        signal.signal(number, self.previous[number])
+        now = time.perf_counter()
+        if self.caught and now - self.caught_at > ECHO_SECONDS:
+            signal.signal(number, self.previous[number])
+            signal.raise_signal(number)
+        elif not self.caught:
+            self.caught, self.caught_at = number, now
 
 
 def _save(run: Run, log: Log) -> None:

@@ -1,0 +1,186 @@
+"""--dry-run: what can be known of a run before its ranks, weights and GPUs are there.
+
+Checks that a program makes anyway stay in the program; here is what takes the place of files that
+do not exist yet, and the report.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ext import checkpoint, data, data_check
+from megatron_ext import estimate_report as report
+from megatron_ext.arch import Arch
+from megatron_ext.convert.config import arch_of
+from megatron_ext.distillation.settings import check_models
+from megatron_ext.errors import CHECKPOINT, UserError
+from megatron_ext.estimate_report import Named
+from megatron_ext.flags import TrainFlags, check_against_checkpoint, new_arch
+from megatron_ext.pruning.plan import PRUNABLE
+from megatron_ext.pruning.planner import target_arch
+
+# Import pads the vocabulary to a multiple of this by default.
+VOCAB_MULTIPLE = 128
+
+
+def found_arch(folder: str | None, step: int | None = None) -> Arch | None:
+    """Return the sizes of the model in ``folder``, or None if no checkpoint is there yet."""
+    if folder is None or not Path(folder).exists():
+        return None
+    found = checkpoint.find(folder, step)
+    return checkpoint.read(str(found)).arch if found else None
+
+
+def arch_at(flag: str, folder: str | None, step: int | None, config: str | None) -> Named:
+    """Return the model that ``folder`` holds or will hold.
+
+    Args:
+        flag: that names the folder, for messages.
+        folder: of a checkpoint.
+        step: its iteration; None for the latest.
+        config: a Hugging Face config.json, used where there is no checkpoint.
+
+    Raises:
+        UserError: neither is there, or it cannot be read.
+    """
+    arch = found_arch(folder, step)
+    if arch is not None:
+        return arch, str(folder)
+    option = "--teacher-config" if flag == "--teacher-load" else "--load-config"
+    if config is None:
+        raise UserError(
+            f"{flag} {folder}: no checkpoint there yet; {option} can say the sizes.", CHECKPOINT
+        )
+    return config_arch(option, config), config
+
+
+def config_arch(flag: str, path: str, multiple: int = VOCAB_MULTIPLE) -> Arch:
+    """Return the sizes in a config.json, its vocabulary padded to ``multiple`` as import does."""
+    config = read_config(flag, path)
+    try:
+        return arch_of(config, make_vocab_size_divisible_by=multiple)
+    except ValueError as error:
+        raise UserError(f"{flag} {path}: {error}.", CHECKPOINT) from None
+
+
+def read_config(flag: str, path: str) -> dict[str, Any]:
+    """Return what a config.json holds."""
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{flag} {path} cannot be read: {reason}.", CHECKPOINT) from error
+    if not isinstance(config, dict):
+        raise UserError(f"{flag} {path}: holds no table of settings.", CHECKPOINT)
+    return config
+
+
+def student_of(flags: TrainFlags) -> Named:
+    """Return the model that ``pretrain_distill.py`` would train.
+
+    As there: of --save, else --load, else --pretrained-checkpoint, else a new one. Before the last
+    comes --load-config: of what it says, sizes that pruning cuts may be typed otherwise.
+    """
+    options, config = flags.checkpoint, flags.dry.load_config
+    for folder, step in (
+        (options.save, None),
+        (options.load, options.ckpt_step),
+        (options.pretrained_checkpoint, None),
+    ):
+        arch = found_arch(folder, step)
+        if arch is not None:
+            return check_against_checkpoint(flags.sizes, arch), str(folder)
+    may_be_new = options.load in (None, options.save) and not options.pretrained_checkpoint
+    if config is None and may_be_new:
+        tokenizer = data.build_tokenizer(flags.data)
+        return new_arch(flags.sizes, tokenizer.vocab_size), "the flags"
+    flag = "--pretrained-checkpoint" if options.load is None else "--load"
+    arch, where = arch_at(flag, options.load or options.pretrained_checkpoint, None, config)
+    return with_sizes(arch, flags.sizes, may_cut=True), where
+
+
+def with_sizes(arch: Arch, sizes: Mapping[str, Any], *, may_cut: bool) -> Arch:
+    """Return ``arch`` checked against the typed sizes.
+
+    ``may_cut``: it is that of the model before pruning, and typed sizes that pruning cuts win.
+    """
+    if may_cut:
+        arch = target_arch(arch, **{name: sizes[name] for name in PRUNABLE if name in sizes})
+    return check_against_checkpoint(sizes, arch)
+
+
+def teacher_of(flags: TrainFlags) -> Named | None:
+    """Return the teacher, if there is to be one."""
+    folder, config = flags.distill.teacher_load, flags.dry.teacher_config
+    return arch_at("--teacher-load", folder, None, config) if folder or config else None
+
+
+def train(flags: TrainFlags, world_size: int) -> int:
+    """Rehearse ``pretrain_distill.py``; returns the exit code."""
+    student, teacher = student_of(flags), teacher_of(flags)
+    options = flags.checkpoint
+    has_weights = bool(options.load or options.pretrained_checkpoint)
+    flags, teacher_parallel = check_models(
+        flags, student[0], teacher and teacher[0], has_weights=has_weights
+    )
+    batch, log = flags.batch, flags.log
+    num_train = 0 if batch.skip_train else batch.global_batch_size * batch.train_iters
+    evaluates = log.eval_iters and (log.eval_interval or batch.skip_train)
+    num_valid = batch.global_batch_size * log.eval_iters if evaluates else 0
+    absent = check_data_there(flags, student[0], (num_train, num_valid, num_valid))
+    text, needs = report.of_training(flags, student, teacher, teacher_parallel, world_size)
+    return finish(text, needs, absent, flags.dry.gpu)
+
+
+def finish(text: str, needs: Mapping[str, int], absent: Sequence[str], gpu: str) -> int:
+    """Print a report, refuse what does not fit ``gpu``, and say OK; returns the exit code."""
+    print(text)
+    for what in absent:
+        print(f"{'not checked':12}{what}: not there")
+    report.check_memory(needs, gpu)
+    print("OK")
+    return 0
+
+
+def check_data_there(flags: Any, arch: Arch, num_samples: tuple[int, int, int]) -> list[str]:
+    """Check tokenizer and data as far as they are there; return what is not.
+
+    Args:
+        flags: of a program, with data flags.
+        arch: of the model that reads them.
+        num_samples: requested of train, valid and test.
+
+    Raises:
+        UserError: as ``data.build_tokenizer`` and ``data_check.check_data``; or the tokenizer is
+            not the model's.
+    """
+    options, vocab_size, absent = flags.data, arch.vocab_size, []
+    files = [f for f in (options.tokenizer_model, options.vocab_file, options.merge_file) if f]
+    missing = [name for name in files if not Path(name).exists()]
+    if missing:
+        absent += [f"tokenizer {name}" for name in missing]
+    elif options.tokenizer_type:
+        vocab_size = data.build_tokenizer(options).vocab_size
+        if vocab_size > arch.padded_vocab_size:
+            raise UserError(
+                f"--tokenizer-type {options.tokenizer_type}: {vocab_size} tokens, the model has "
+                f"{arch.padded_vocab_size}: give the model's own tokenizer.",
+                CHECKPOINT,
+            )
+    if options.mock_data or not any(num_samples):
+        return absent
+    prefixes = data_check.all_prefixes(data_check.sources(options, num_samples))
+    for prefix in prefixes:
+        if any(Path(f"{prefix}.{end}").exists() for end in ("idx", "bin")):
+            data_check.check_token_ids(prefix, vocab_size)
+        else:
+            absent.append(f"data {prefix}")
+    if not absent:
+        data_check.check_data(
+            options,
+            seq_length=flags.batch.seq_length,
+            num_samples=num_samples,
+            vocab_size=vocab_size,
+        )
+    return absent

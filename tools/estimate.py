@@ -1,0 +1,48 @@
+r"""Memory and time of a training run by arithmetic on its sizes: no weights, ranks or GPU.
+
+    python tools/estimate.py --load-config student.json --teacher-config teacher.json \
+        --world-size 256 --gpu H100 --tensor-model-parallel-size 2 --sequence-parallel \
+        --seq-length 8192 --micro-batch-size 1 --global-batch-size 1152 --train-iters 9961 --bf16
+
+Flags are those of pretrain_distill.py, which says the same with --dry-run and checks data and
+tokenizer too. Sizes come from checkpoints (--load, --teacher-load), from config.json files or from
+size flags. Nothing is refused for want of memory: the table says what is missing.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_ext import dry_run
+from megatron_ext import estimate_report as report
+from megatron_ext.distillation.settings import check_models
+from megatron_ext.errors import run_main
+from megatron_ext.estimate import GPUS
+from megatron_ext.flags import parse_train
+
+# What a run needs and an estimate does not.
+UNASKED = {"--lr": "1", "--train-iters": "1", "--tokenizer-type": "NullTokenizer"}
+DATA = ("--data-path", "--train-data-path", "--mock-data")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the estimate of what ``argv`` describes."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    typed = {word.partition("=")[0] for word in argv}
+    iters_given = "--train-iters" in typed
+    added = [f"{name}={value}" for name, value in UNASKED.items() if name not in typed]
+    added += [] if typed & set(DATA) else ["--mock-data"]
+    if "--tokenizer-type" not in typed and "--vocab-size" not in typed:
+        added.append("--vocab-size=1")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    flags = parse_train([*argv, "--dry-run", *added], world_size)
+    world_size = flags.dry.world_size or world_size
+    student, teacher = dry_run.student_of(flags), dry_run.teacher_of(flags)
+    flags, teacher_parallel = check_models(flags, student[0], teacher[0] if teacher else None)
+    text, needs = report.of_training(flags, student, teacher, teacher_parallel, world_size)
+    print(text if iters_given else text.rpartition("\n")[0])
+    print(report.fit_line(needs, GPUS))
+
+
+if __name__ == "__main__":
+    run_main(main)
