@@ -4,14 +4,15 @@ r"""Prune a checkpoint: calibration data -> scores -> plan -> pruned checkpoint.
         --tensor-model-parallel-size 2 --data-path corpus --calibration-samples 1024 ...
 
 --scores and --plan name files: one that exists replaces the steps before it, or else is written.
-Several models from the same scores: --targets FILE.
+Several models from the same scores: --targets FILE, or --target-params N --search-space FILE for
+every model of a search space that has about N parameters.
 """
 
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_ext import checkpoint, checkpoint_writer, data, platform
-from megatron_ext.arch import Arch, num_parameters
+from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.errors import USAGE, UserError, run_main
 from megatron_ext.flags import (
@@ -39,8 +40,16 @@ from megatron_ext.pruning.baselines import magnitude_scores, random_scores
 from megatron_ext.pruning.calibrate import Passes, calibrate
 from megatron_ext.pruning.depth import score_depth
 from megatron_ext.pruning.iterate import compose, iteration_targets
-from megatron_ext.pruning.plan import PRUNABLE, Plan, check_plan, load_plan, save_plan
-from megatron_ext.pruning.planner import make_plan, read_targets, target_arch
+from megatron_ext.pruning.jobs import (
+    Found,
+    Job,
+    check_outputs,
+    find_jobs,
+    save_targets,
+    search,
+)
+from megatron_ext.pruning.plan import Plan, check_plan, load_plan, save_plan
+from megatron_ext.pruning.planner import make_plan, summary
 from megatron_ext.pruning.scores import (
     Scores,
     check_scores,
@@ -55,31 +64,27 @@ from megatron_ext.together import on_all_ranks, on_first_rank
 from megatron_ext.training.state import restore_weights
 
 
-@dataclass(frozen=True)
-class Job:
-    """One model to prune to."""
-
-    target: Arch
-    save: str | None
-    """Folder of the pruned checkpoint."""
-    plan: str | None
-    """The plan's file."""
-
-
 def main() -> int:
     """Run the program; returns its exit code."""
     flags = parse_prune(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
     source = checkpoint.read(flags.checkpoint.load, flags.checkpoint.ckpt_step)
     check_layout(source.arch, flags.parallel, seq_length=flags.batch.seq_length)
     check_experts([source.arch], flags.parallel)
-    jobs = find_jobs(flags, source.arch)
+    found = search(flags, source.arch)
+    jobs = find_jobs(flags, source.arch, found)
     check_targets(source.arch, [job.target for job in jobs], flags.prune)
     place = join_ranks(flags, source.arch.num_layers)
-    on_first_rank(lambda: check_outputs(flags.prune.scores, jobs))
+    on_first_rank(lambda: check_outputs(flags, jobs, found))
     say(format_flags(flags))
+    if found is not None:
+        publish(found, flags.prune.targets)
+    elif flags.prune.target_params is not None:
+        say(f"NOTE: --targets {flags.prune.targets} exists and holds, not --target-params.")
+    if not (flags.checkpoint.save or flags.prune.scores or flags.prune.plan):
+        jobs = []  # the candidates were all that was asked for
     if flags.checkpoint.verify_integrity:
         checkpoint.verify_integrity(source.folder)
-    num_layers = min(job.target.num_layers for job in jobs)
+    num_layers = min((job.target.num_layers for job in jobs), default=source.arch.num_layers)
     scores = cache(lambda: get_scores(flags, source, place, num_layers))
     for job in jobs:
         plan = get_plan(flags, source, place, job, scores)
@@ -90,34 +95,11 @@ def main() -> int:
     return 0
 
 
-def find_jobs(flags: PruneFlags, source: Arch) -> list[Job]:
-    """Return what to prune to: the --target sizes, or each entry of --targets."""
-    options, save = flags.prune, flags.checkpoint.save
-    if options.targets is None:
-        sizes = {size: getattr(options, f"target_{size}") for size in PRUNABLE}
-        return [Job(target_arch(source, **sizes), save, options.plan)]
-    return [
-        Job(
-            target,
-            save and str(Path(save) / name),
-            options.plan and str(Path(options.plan) / f"{name}.json"),
-        )
-        for name, target in read_targets(options.targets, source).items()
-    ]
-
-
-def check_outputs(scores: str | None, jobs: list[Job]) -> None:
-    """Refuse now what could not be written after hours of calibration. On one rank."""
-    for job in jobs:
-        if job.save and checkpoint.find(job.save):
-            raise UserError(f"--save {job.save}: a checkpoint is there already.", USAGE)
-    files = [("--scores", scores), *(("--plan", job.plan) for job in jobs)]
-    folders = [(flag, Path(path).parent) for flag, path in files if path]
-    folders += [("--save", Path(job.save)) for job in jobs if job.save]
-    for flag, folder in folders:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"{flag}: {there} is no folder that can be written to.", USAGE)
+def publish(found: Found, path: str | None) -> None:
+    """Print the candidates of a search and write them to --targets. Collective."""
+    say(found.table)
+    if path:
+        on_first_rank(lambda: save_targets(path, found))
 
 
 def get_plan(
@@ -311,23 +293,6 @@ def trim(source: Checkpoint, plan: Plan, save: str) -> None:
             **source.tokenizer_files(),
         },
     )
-
-
-def summary(plan: Plan) -> str:
-    """Return a table of what was cut."""
-    rows = [("", "source", "pruned", "kept")]
-    unused = "ffn_hidden_size" if plan.source.num_experts else None
-    for name in PRUNABLE:
-        before, after = getattr(plan.source, name), getattr(plan.target, name)
-        if name == unused or before is None:
-            continue
-        rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
-    for name, embeddings in (("parameters", True), ("without embeddings", False)):
-        before, after = (
-            num_parameters(arch, embeddings=embeddings) for arch in (plan.source, plan.target)
-        )
-        rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
-    return "\n".join(f"{a:36}{b:>18}{c:>18}{d:>8}" for a, b, c, d in rows)
 
 
 def say(text: str) -> None:
