@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
-from megatron_ext import checkpoint, checkpoint_writer, data, platform
+from megatron_ext import checkpoint, checkpoint_writer, data, data_check, platform
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.errors import USAGE, UserError, run_main
@@ -84,6 +85,8 @@ def main() -> int:
         jobs = []  # the candidates were all that was asked for
     if flags.checkpoint.verify_integrity:
         checkpoint.verify_integrity(source.folder)
+    for reason in sorted({r for job in jobs if (r := layout_problem(flags, job.target))}):
+        say(f"NOTE: what is pruned will not load under this layout: {reason}")
     num_layers = min((job.target.num_layers for job in jobs), default=source.arch.num_layers)
     scores = cache(lambda: get_scores(flags, source, place, num_layers))
     for job in jobs:
@@ -93,6 +96,19 @@ def main() -> int:
         say(f"{job.save or job.plan or flags.prune.scores}\n{summary(plan)}")
     platform.shut_down()
     return 0
+
+
+def layout_problem(flags: PruneFlags, target: Arch) -> str | None:
+    """Return why ``target`` cannot be run under the layout that the source is scored in, or None.
+
+    No error: a plan is the same for any number of ranks, and the student may get a layout of its
+    own.
+    """
+    try:
+        check_layout(target, flags.parallel, seq_length=flags.batch.seq_length)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def publish(found: Found, path: str | None) -> None:
@@ -230,6 +246,33 @@ def passes_over(
     flags: PruneFlags, source: Checkpoint, place: Platform, plan: Plan | None = None
 ) -> Passes:
     """Return the source, or what ``plan`` leaves of it, as a model beside its data. Collective."""
+    dataset = calibration_data(flags, source, place)
+    arch = plan.target if plan else source.arch
+    chunks = build_model(arch, model_options(flags, place, arch.num_layers), place.groups)
+    if plan:
+        state = model_state_dict(chunks)
+        on_all_ranks(lambda: fill_trimmed(state, SliceReader(source.folder), plan))
+    else:
+        restore_weights(chunks, source)
+    return Passes(
+        chunks=chunks,
+        arch=arch,
+        dataset=dataset,
+        place=place,
+        num_samples=flags.prune.calibration_samples,
+        micro_batch_size=flags.batch.micro_batch_size,
+        seq_length=flags.batch.seq_length,
+        num_workers=flags.data.num_workers,
+    )
+
+
+def calibration_data(flags: PruneFlags, source: Checkpoint, place: Platform) -> Dataset:
+    """Return the calibration samples, checked: as many as asked for, and dealt evenly. Collective.
+
+    Raises:
+        UserError: on every rank; a number that cannot be dealt to the ranks, too little data, or
+            what ``data.build_datasets`` finds.
+    """
     num_samples, micro_batch_size = flags.prune.calibration_samples, flags.batch.micro_batch_size
     per_pass = micro_batch_size * place.groups.dp.size()
     if num_samples % per_pass:
@@ -247,13 +290,6 @@ def passes_over(
         )
     tokenizer = data.build_tokenizer(flags.data)
     check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
-    arch = plan.target if plan else source.arch
-    chunks = build_model(arch, model_options(flags, place, arch.num_layers), place.groups)
-    if plan:
-        state = model_state_dict(chunks)
-        on_all_ranks(lambda: fill_trimmed(state, SliceReader(source.folder), plan))
-    else:
-        restore_weights(chunks, source)
     dataset, _, _ = data.build_datasets(
         flags.data,
         seq_length=flags.batch.seq_length,
@@ -261,16 +297,15 @@ def passes_over(
         tokenizer=tokenizer,
         seed=flags.batch.seed,
     )
-    return Passes(
-        chunks=chunks,
-        arch=arch,
-        dataset=dataset,
-        place=place,
-        num_samples=num_samples,
-        micro_batch_size=micro_batch_size,
-        seq_length=flags.batch.seq_length,
-        num_workers=flags.data.num_workers,
+    on_first_rank(
+        lambda: data_check.check_distinct(
+            "--calibration-samples",
+            flags.data,
+            seq_length=flags.batch.seq_length,
+            num_samples=num_samples,
+        )
     )
+    return dataset
 
 
 def _exists(path: str | None) -> bool:
