@@ -4,42 +4,40 @@ r"""Prune a checkpoint: calibration data -> scores -> plan -> pruned checkpoint.
         --tensor-model-parallel-size 2 --data-path corpus --calibration-samples 1024 ...
 
 --scores and --plan name files: one that exists replaces the steps before it, or else is written.
-Several models from the same scores: --targets FILE.
+Several models from the same scores: --targets FILE, or --target-params N --search-space FILE for
+every model of a search space that has about N parameters.
 """
 
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from megatron_ext import (
     checkpoint,
     checkpoint_writer,
     data,
+    data_check,
     dry_run,
     platform,
     safe_load,
     saved_args,
 )
-from megatron_ext import estimate_report as report
-from megatron_ext.arch import Arch, num_parameters
+from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.errors import USAGE, UserError, run_main
-from megatron_ext.flag_checks import model_parallel_size
 from megatron_ext.flags import (
     PruneFlags,
-    check_experts,
     check_layout,
-    check_targets,
     format_flags,
     megatron_command_line,
     parse_prune,
-    virtual_pipeline_size,
 )
 from megatron_ext.model import build_model, model_state_dict
 from megatron_ext.platform import Platform
@@ -48,8 +46,16 @@ from megatron_ext.pruning.baselines import magnitude_scores, random_scores
 from megatron_ext.pruning.calibrate import Passes, calibrate
 from megatron_ext.pruning.depth import score_depth
 from megatron_ext.pruning.iterate import compose, iteration_targets
-from megatron_ext.pruning.plan import PRUNABLE, Plan, check_plan, load_plan, save_plan
-from megatron_ext.pruning.planner import make_plan, read_targets, target_arch
+from megatron_ext.pruning.jobs import (
+    Found,
+    Job,
+    check_jobs,
+    check_outputs,
+    check_passes,
+    save_targets,
+)
+from megatron_ext.pruning.plan import Plan, check_plan, load_plan, save_plan
+from megatron_ext.pruning.planner import make_plan, summary
 from megatron_ext.pruning.scores import (
     Scores,
     check_scores,
@@ -64,34 +70,31 @@ from megatron_ext.together import on_all_ranks, on_first_rank
 from megatron_ext.training.state import restore_weights
 
 
-@dataclass(frozen=True)
-class Job:
-    """One model to prune to."""
-
-    target: Arch
-    save: str | None
-    """Folder of the pruned checkpoint."""
-    plan: str | None
-    """The plan's file."""
-
-
 def main() -> int:
     """Run the program; returns its exit code."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     flags = parse_prune(sys.argv[1:], world_size)
     safe_load.trust(flags.checkpoint.trust_checkpoint)
     if flags.dry.dry_run:
-        return rehearse(flags, flags.dry.world_size or world_size)
+        return dry_run.prune(flags, flags.dry.world_size or world_size)
     source = checkpoint.read(flags.checkpoint.load, flags.checkpoint.ckpt_step)
     if flags.data.tokenizer_type and not source.knows_tokens:
         source = source.with_tokens(data.build_tokenizer(flags.data).vocab_size)
-    jobs = check_jobs(flags, source.arch)
+    jobs, found = check_jobs(flags, source.arch)
     place = join_ranks(flags, source.arch.num_layers)
-    on_first_rank(lambda: check_outputs(flags.prune.scores, jobs))
+    on_first_rank(lambda: check_outputs(flags, jobs, found))
     say(format_flags(flags))
+    if found is not None:
+        publish(found, flags.prune.targets)
+    elif flags.prune.target_params is not None:
+        say(f"NOTE: --targets {flags.prune.targets} exists and holds, not --target-params.")
+    if not (flags.checkpoint.save or flags.prune.scores or flags.prune.plan):
+        jobs = []  # the candidates were all that was asked for
     if flags.checkpoint.verify_integrity:
         checkpoint.verify_integrity(source.folder)
-    num_layers = min(job.target.num_layers for job in jobs)
+    for reason in sorted({r for job in jobs if (r := layout_problem(flags, job.target))}):
+        say(f"NOTE: what is pruned will not load under this layout: {reason}")
+    num_layers = min((job.target.num_layers for job in jobs), default=source.arch.num_layers)
     scores = cache(lambda: get_scores(flags, source, place, num_layers))
     for job in jobs:
         plan = get_plan(flags, source, place, job, scores)
@@ -102,82 +105,24 @@ def main() -> int:
     return 0
 
 
-def rehearse(flags: PruneFlags, world_size: int) -> int:
-    """Check what can be checked without ranks and weights, and print what the run needs."""
-    options = flags.checkpoint
-    source, where = dry_run.arch_at(
-        "--load", options.load, options.ckpt_step, flags.dry.load_config
-    )
-    jobs = check_jobs(flags, source)
-    check_outputs(flags.prune.scores, jobs)
-    measures = flags.prune.importance == "activation"
-    num_samples = flags.prune.calibration_samples if measures else 0
-    if measures:
-        check_passes(flags, source.num_layers, world_size // model_parallel_size(flags.parallel))
-    absent = dry_run.check_data_there(flags, source, (num_samples, 0, 0))
-    targets = [(job.target, job.save or job.plan or "the flags") for job in jobs]
-    text, needs = report.of_pruning(flags, (source, where), targets, world_size)
-    return dry_run.finish(text, needs, absent, flags.dry.gpu)
+def layout_problem(flags: PruneFlags, target: Arch) -> str | None:
+    """Return why ``target`` cannot be run under the layout that the source is scored in, or None.
+
+    No error: a plan is the same for any number of ranks, and the student may get a layout of its
+    own.
+    """
+    try:
+        check_layout(target, flags.parallel, seq_length=flags.batch.seq_length)
+    except UserError as error:
+        return str(error)
+    return None
 
 
-def check_jobs(flags: PruneFlags, source: Arch) -> list[Job]:
-    """Return what to prune to, checked against the model, the layout and the method."""
-    check_layout(source, flags.parallel, seq_length=flags.batch.seq_length)
-    check_experts([source], flags.parallel)
-    jobs = find_jobs(flags, source)
-    check_targets(source, [job.target for job in jobs], flags.prune)
-    return jobs
-
-
-def check_passes(flags: PruneFlags, num_layers: int, data_parallel_size: int) -> None:
-    """Refuse a number of samples that the ranks do not share evenly."""
-    num_samples, micro_batch_size = flags.prune.calibration_samples, flags.batch.micro_batch_size
-    per_pass, pp = (
-        micro_batch_size * data_parallel_size,
-        flags.parallel.pipeline_model_parallel_size,
-    )
-    if num_samples % per_pass:
-        raise UserError(
-            f"--calibration-samples {num_samples} is not a multiple of --micro-batch-size "
-            f"{micro_batch_size} x {data_parallel_size} data-parallel ranks.",
-            USAGE,
-        )
-    if virtual_pipeline_size(flags.parallel, num_layers) and num_samples // per_pass % pp:
-        raise UserError(
-            f"--calibration-samples {num_samples} are {num_samples // per_pass} micro-batches of a "
-            f"rank: virtual stages need a multiple of --pipeline-model-parallel-size {pp}.",
-            USAGE,
-        )
-
-
-def find_jobs(flags: PruneFlags, source: Arch) -> list[Job]:
-    """Return what to prune to: the --target sizes, or each entry of --targets."""
-    options, save = flags.prune, flags.checkpoint.save
-    if options.targets is None:
-        sizes = {size: getattr(options, f"target_{size}") for size in PRUNABLE}
-        return [Job(target_arch(source, **sizes), save, options.plan)]
-    return [
-        Job(
-            target,
-            save and str(Path(save) / name),
-            options.plan and str(Path(options.plan) / f"{name}.json"),
-        )
-        for name, target in read_targets(options.targets, source).items()
-    ]
-
-
-def check_outputs(scores: str | None, jobs: list[Job]) -> None:
-    """Refuse now what could not be written after hours of calibration. On one rank."""
-    for job in jobs:
-        if job.save and checkpoint.find(job.save):
-            raise UserError(f"--save {job.save}: a checkpoint is there already.", USAGE)
-    files = [("--scores", scores), *(("--plan", job.plan) for job in jobs)]
-    folders = [(flag, Path(path).parent) for flag, path in files if path]
-    folders += [("--save", Path(job.save)) for job in jobs if job.save]
-    for flag, folder in folders:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"{flag}: {there} is no folder that can be written to.", USAGE)
+def publish(found: Found, path: str | None) -> None:
+    """Print the candidates of a search and write them to --targets. Collective."""
+    say(found.table)
+    if path:
+        on_first_rank(lambda: save_targets(path, found))
 
 
 def get_plan(
@@ -308,10 +253,7 @@ def passes_over(
     flags: PruneFlags, source: Checkpoint, place: Platform, plan: Plan | None = None
 ) -> Passes:
     """Return the source, or what ``plan`` leaves of it, as a model beside its data. Collective."""
-    num_samples = flags.prune.calibration_samples
-    check_passes(flags, source.arch.num_layers, place.groups.dp.size())
-    tokenizer = data.build_tokenizer(flags.data)
-    check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
+    dataset = calibration_data(flags, source, place)
     arch = plan.target if plan else source.arch
     chunks = build_model(arch, model_options(flags, place, arch.num_layers), place.groups)
     if plan:
@@ -319,6 +261,29 @@ def passes_over(
         on_all_ranks(lambda: fill_trimmed(state, SliceReader(source.folder), plan))
     else:
         restore_weights(chunks, source)
+    return Passes(
+        chunks=chunks,
+        arch=arch,
+        dataset=dataset,
+        place=place,
+        num_samples=flags.prune.calibration_samples,
+        micro_batch_size=flags.batch.micro_batch_size,
+        seq_length=flags.batch.seq_length,
+        num_workers=flags.data.num_workers,
+    )
+
+
+def calibration_data(flags: PruneFlags, source: Checkpoint, place: Platform) -> Dataset:
+    """Return the calibration samples, checked: as many as asked for, and dealt evenly. Collective.
+
+    Raises:
+        UserError: on every rank; a number that cannot be dealt to the ranks, too little data, or
+            what ``data.build_datasets`` finds.
+    """
+    num_samples = flags.prune.calibration_samples
+    check_passes(flags, source.arch.num_layers, place.groups.dp.size())
+    tokenizer = data.build_tokenizer(flags.data)
+    check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
     dataset, _, _ = data.build_datasets(
         flags.data,
         seq_length=flags.batch.seq_length,
@@ -326,16 +291,15 @@ def passes_over(
         tokenizer=tokenizer,
         seed=flags.batch.seed,
     )
-    return Passes(
-        chunks=chunks,
-        arch=arch,
-        dataset=dataset,
-        place=place,
-        num_samples=num_samples,
-        micro_batch_size=flags.batch.micro_batch_size,
-        seq_length=flags.batch.seq_length,
-        num_workers=flags.data.num_workers,
+    on_first_rank(
+        lambda: data_check.check_distinct(
+            "--calibration-samples",
+            flags.data,
+            seq_length=flags.batch.seq_length,
+            num_samples=num_samples,
+        )
     )
+    return dataset
 
 
 def _exists(path: str | None) -> bool:
@@ -359,23 +323,6 @@ def trim(source: Checkpoint, plan: Plan, save: str) -> None:
             **source.tokenizer_files(),
         },
     )
-
-
-def summary(plan: Plan) -> str:
-    """Return a table of what was cut."""
-    rows = [("", "source", "pruned", "kept")]
-    unused = "ffn_hidden_size" if plan.source.num_experts else None
-    for name in PRUNABLE:
-        before, after = getattr(plan.source, name), getattr(plan.target, name)
-        if name == unused or before is None:
-            continue
-        rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
-    for name, embeddings in (("parameters", True), ("without embeddings", False)):
-        before, after = (
-            num_parameters(arch, embeddings=embeddings) for arch in (plan.source, plan.target)
-        )
-        rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
-    return "\n".join(f"{a:36}{b:>18}{c:>18}{d:>8}" for a, b, c, d in rows)
 
 
 def say(text: str) -> None:

@@ -144,18 +144,46 @@ def _prefix(path: str) -> str:
     return path.strip().removesuffix(".bin").removesuffix(".idx")
 
 
+def check_distinct(flag: str, data: Any, *, seq_length: int, num_samples: int) -> None:
+    """Raise if the train split has fewer samples than that before it repeats. Not a collective.
+
+    Args:
+        flag: what asks for so many, for the message.
+        data: a ``flag_groups.Data``, checked by ``check_data``.
+        seq_length: tokens of a sample.
+        num_samples: how many.
+    """
+    if data.mock_data:
+        return
+    source = sources(data, (num_samples, 0, 0))[0]
+    assert source is not None, "check_data lets no empty split pass"
+    tokens = [_documents(prefix, source)[2] for prefix in source.prefixes]
+    found = sum((n - 1) // seq_length for n in tokens)
+    if found < num_samples:
+        raise UserError(
+            f"{flag} {num_samples}: the train split of {' '.join(source.prefixes)} has only "
+            f"{found} samples of {seq_length} tokens; ask for fewer or give more data.",
+            DATA,
+        )
+
+
+def _documents(prefix: str, source: Source) -> tuple[int, int, int]:
+    """Return a prefix's documents, those in the split of ``source``, and the tokens of these."""
+    _, lengths, _ = _read_index(prefix)
+    # The rounding of BlendedMegatronDatasetBuilder.
+    first, last = (round(fraction * len(lengths)) for fraction in source.share)
+    return len(lengths), last - first, int(lengths[first:last].sum(dtype=numpy.int64))
+
+
 def _check_amount(name: str, source: Source, seq_length: int, data: Any) -> None:
     """Raise if a split of a prefix has no token, or a blend fewer samples than requested."""
     samples = 0
     for prefix in source.prefixes:
-        _, lengths, _ = _read_index(prefix)
-        # The rounding of BlendedMegatronDatasetBuilder.
-        first, last = (round(fraction * len(lengths)) for fraction in source.share)
-        tokens = int(lengths[first:last].sum(dtype=numpy.int64))
+        documents, in_split, tokens = _documents(prefix, source)
         if tokens == 0:  # megatron-core would repeat it for ever to get its samples
             split = f"--split {data.split or DEFAULT_SPLIT}: " if data.data_path else ""
             raise UserError(
-                f"{split}the {name} split of {prefix} has {last - first} of {len(lengths)} "
+                f"{split}the {name} split of {prefix} has {in_split} of {documents} "
                 f"documents and 0 tokens; give it more data or a larger share.",
                 DATA,
             )

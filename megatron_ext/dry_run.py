@@ -16,7 +16,9 @@ from megatron_ext.convert.config import arch_of
 from megatron_ext.distillation.settings import check_models
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.estimate_report import Named
-from megatron_ext.flags import TrainFlags, check_against_checkpoint, new_arch
+from megatron_ext.flag_checks import model_parallel_size
+from megatron_ext.flags import PruneFlags, TrainFlags, check_against_checkpoint, new_arch
+from megatron_ext.pruning.jobs import check_jobs, check_outputs, check_passes
 from megatron_ext.pruning.plan import PRUNABLE
 from megatron_ext.pruning.planner import target_arch
 
@@ -130,6 +132,21 @@ def train(flags: TrainFlags, world_size: int) -> int:
     num_valid = batch.global_batch_size * log.eval_iters if evaluates else 0
     absent = check_data_there(flags, student[0], (num_train, num_valid, num_valid))
     text, needs = report.of_training(flags, student, teacher, teacher_parallel, world_size)
+    return finish(text, needs, absent, flags.dry.gpu)
+
+
+def prune(flags: PruneFlags, world_size: int) -> int:
+    """Rehearse ``prune.py``; returns the exit code."""
+    options, measures = flags.checkpoint, flags.prune.importance == "activation"
+    source, where = arch_at("--load", options.load, options.ckpt_step, flags.dry.load_config)
+    jobs, found = check_jobs(flags, source)
+    check_outputs(flags, jobs, found)
+    num_samples = flags.prune.calibration_samples if measures else 0
+    if measures:
+        check_passes(flags, source.num_layers, world_size // model_parallel_size(flags.parallel))
+    absent = check_data_there(flags, source, (num_samples, 0, 0))
+    targets = [(job.target, job.save or job.plan or "the flags") for job in jobs]
+    text, needs = report.of_pruning(flags, (source, where), targets, world_size)
     return finish(text, needs, absent, flags.dry.gpu)
 
 

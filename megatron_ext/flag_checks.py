@@ -338,7 +338,8 @@ def data_problems(data: group.Data, *, needed: bool = True) -> Iterator[str]:
 
 def prune_problems(checkpoint: group.Checkpoint, prune: group.Prune) -> Iterator[str]:
     """Something must be written, and not over the source; what needs activations."""
-    if not (checkpoint.save or prune.scores or prune.plan):
+    lists = prune.targets is not None and prune.target_params is not None
+    if not (checkpoint.save or prune.scores or prune.plan or lists):
         yield "nothing to write: give --save, --plan or --scores."
     if checkpoint.save == checkpoint.load:
         yield (
@@ -352,16 +353,21 @@ def prune_problems(checkpoint: group.Checkpoint, prune: group.Prune) -> Iterator
         value = getattr(prune, name)
         if prune.importance != "activation" and value != getattr(default, name):
             yield f"{dashed(name)} {value} needs --importance activation."
+    yield from _search_problems(prune)
+    searched = {"target_params", "target_tolerance"}
     typed = [f.name for f in fields(prune) if f.name.startswith("target_")]
-    typed = [name for name in typed if getattr(prune, name) is not None]
-    if prune.targets is not None and typed:
-        yield f"--targets {prune.targets} and {dashed(typed[0])}: sizes stand in the file or here."
-    if prune.targets is not None and prune.prune_iterations > 1:
+    typed = [name for name in typed if getattr(prune, name) is not None and name not in searched]
+    file = f"--targets {prune.targets}"
+    if prune.targets is None:
+        file = f"--search-space {prune.search_space}"
+    several = prune.targets is not None or prune.target_params is not None
+    if several and typed:
+        yield f"{file} and {dashed(typed[0])}: sizes stand in the file or here."
+    if several and prune.prune_iterations > 1:
         yield (
-            f"--targets {prune.targets} and --prune-iterations {prune.prune_iterations}: several "
+            f"{file} and --prune-iterations {prune.prune_iterations}: several "
             "targets share one set of scores, iterations measure their own; give one target."
         )
-    several = prune.targets is not None
     if prune.depth_rescore and not several and prune.target_num_layers is None:
         yield "--depth-rescore needs --target-num-layers: how many to remove."
     cuts_heads = prune.target_num_attention_heads is not None or several
@@ -372,6 +378,18 @@ def prune_problems(checkpoint: group.Checkpoint, prune: group.Prune) -> Iterator
             f"--head-residual {prune.head_residual} and --prune-iterations "
             f"{prune.prune_iterations}: a head would be folded more than once; give one."
         )
+
+
+def _search_problems(prune: group.Prune) -> Iterator[str]:
+    if prune.target_params is not None and prune.search_space is None:
+        yield (
+            f"--target-params {prune.target_params:g} needs --search-space, a file with the values "
+            "to try of each size."
+        )
+    for name in ("search_space", "target_tolerance"):
+        value = getattr(prune, name)
+        if prune.target_params is None and value != getattr(group.Prune(), name):
+            yield f"{dashed(name)} {value} needs --target-params."
 
 
 def _is_positive(text: str) -> bool:

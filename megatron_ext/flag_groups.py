@@ -439,7 +439,22 @@ class Prune:
     targets: str | None = flag(
         None,
         "YAML file with several targets for one set of scores, name: {hidden_size: N, ...}; each "
-        "is saved to SAVE/name, its plan to PLAN/name.json",
+        "is saved to SAVE/name, its plan to PLAN/name.json; with --target-params it is read if it "
+        "exists and written otherwise",
+    )
+    target_params: float | None = flag(
+        None,
+        "every model of --search-space with about so many parameters, embeddings included, is a "
+        "target, as in --targets; e.g. 4e9",
+        above=0,
+    )
+    target_tolerance: float = flag(
+        0.05, "how far from --target-params, as a share of it", at_least=0, below=1
+    )
+    search_space: str | None = flag(
+        None,
+        "YAML file with the values to try of each size, hidden_size: [2560, 3072]; neurons also as "
+        "multiples of hidden_size, ffn_hidden_size: [2.5x, 3x]",
     )
     calibration_samples: int = flag(1024, "samples that the scores are measured on", at_least=1)
     importance: str = flag(

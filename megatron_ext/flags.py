@@ -148,6 +148,7 @@ def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
     # none.
     given = [flags.prune.plan] + [flags.prune.scores] * (flags.prune.prune_iterations == 1)
     measures = flags.prune.importance == "activation"
+    measures &= any((flags.checkpoint.save, flags.prune.scores, flags.prune.plan))
     measures &= not any(path is not None and Path(path).exists() for path in given)
     check.refuse(check.data_args_problems(flags.data))
     flags = replace(flags, data=with_data_args(flags.data))

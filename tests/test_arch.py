@@ -42,6 +42,10 @@ COUNTS = {
         },
         8_540_135_424,
     ),
+    "width": (
+        {"hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 16384},
+        7_734_829_056,
+    ),
 }
 
 
@@ -49,6 +53,60 @@ COUNTS = {
 def test_parameter_counts_of_the_paper(name):
     sizes, expected = COUNTS[name]
     assert num_parameters(replace(NEMOTRON_15B, **sizes)) == expected
+
+
+# arXiv:2408.11796, Table 3; exact counts from the shapes, without norms.
+LLAMA_8B = replace(
+    NEMOTRON_15B,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    vocab_size=128256,
+    padded_vocab_size=128256,
+    normalization="RMSNorm",
+    squared_relu=False,
+    swiglu=True,
+    apply_layernorm_1p=False,
+)
+NEMO_12B = replace(
+    LLAMA_8B, num_layers=40, hidden_size=5120, vocab_size=131072, padded_vocab_size=131072
+)
+
+
+@pytest.mark.parametrize(
+    ("arch", "sizes", "expected"),
+    [
+        (LLAMA_8B, {"hidden_size": 3072, "ffn_hidden_size": 9216}, 4_512_546_816),
+        (LLAMA_8B, {"num_layers": 16}, 4_540_334_080),
+        (NEMO_12B, {"hidden_size": 4096, "ffn_hidden_size": 11520}, 8_413_773_824),
+    ],
+)
+def test_parameter_counts_of_the_second_paper(arch, sizes, expected):
+    arch = replace(arch, **sizes)
+    norms = (2 * arch.num_layers + 1) * arch.hidden_size
+    assert num_parameters(arch) - norms == expected
+
+
+# arXiv:2407.14679, Table 19: layers, heads, ffn, hidden -> billions of parameters.
+TABLE_19 = """
+32,32,12800,5120,8.494 32,32,13824,4608,7.947 32,48,11520,4608,7.871 32,48,16384,4096,8.272
+31,32,12800,5120,8.311 31,32,16128,4608,8.430 31,48,13824,4608,8.357 31,48,16384,4096,8.079
+30,32,12800,5120,8.127 30,32,16128,4608,8.235 30,48,13824,4608,8.164 30,48,16384,4096,7.886
+29,32,12800,5120,7.944 29,32,16128,4608,8.039 29,48,13824,4608,7.970
+"""
+
+
+@pytest.mark.parametrize("row", TABLE_19.split())
+def test_parameter_counts_of_the_candidates(row):
+    layers, heads, ffn, hidden, billions = row.split(",")
+    arch = replace(
+        NEMOTRON_15B,
+        num_layers=int(layers),
+        num_attention_heads=int(heads),
+        ffn_hidden_size=int(ffn),
+        hidden_size=int(hidden),
+    )
+    assert f"{num_parameters(arch) / 1e9:.3f}" == billions
 
 
 def test_non_embedding_parameters():

@@ -220,6 +220,18 @@ def test_missing_flags_come_in_one_message():
         ),
         ("--importance random --depth-importance kl", "kl needs --importance activation"),
         ("--mock-data --depth-rescore", "--depth-rescore needs --target-num-layers"),
+        ("--mock-data --target-params 4e9", "--target-params 4e+09 needs --search-space"),
+        ("--mock-data --search-space s", "--search-space s needs --target-params"),
+        ("--mock-data --target-tolerance 0.1", "--target-tolerance 0.1 needs --target-params"),
+        ("--mock-data --target-tolerance 1", "--target-tolerance 1.0: must be < 1"),
+        (
+            "--mock-data --target-params 4e9 --search-space s --target-hidden-size 8",
+            "--search-space s and --target-hidden-size",
+        ),
+        (
+            "--mock-data --target-params 4e9 --search-space s --prune-iterations 2",
+            "--search-space s and --prune-iterations 2",
+        ),
         ("--mock-data --depth-block 0", "--depth-block 0: must be >= 1"),
         ("--mock-data --head-residual paper", "paper needs --target-num-attention-heads"),
         (
@@ -492,12 +504,13 @@ PRUNE_OPTIONS = """
     --no-verify-integrity --num-layers-per-virtual-pipeline-stage
     --num-virtual-stages-per-pipeline-rank --num-workers --per-split-data-args-path
     --pipeline-model-parallel-layout --pipeline-model-parallel-size --plan --prune-iterations
-    --reset-attention-mask --reset-position-ids --save --scores --seed --seq-length
+    --reset-attention-mask --reset-position-ids --save --scores --search-space --seed --seq-length
     --sequence-parallel --split --target-ffn-hidden-size --target-hidden-size
     --target-moe-ffn-hidden-size --target-moe-shared-expert-intermediate-size
     --target-num-attention-heads --target-num-experts --target-num-layers --target-num-query-groups
-    --targets --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path
-    --transformer-impl --trust-checkpoint --trust-remote-code --vocab-file --vocab-size --world-size
+    --target-params --target-tolerance --targets --tensor-model-parallel-size --tokenizer-model
+    --tokenizer-type --train-data-path --transformer-impl --trust-checkpoint --trust-remote-code
+    --vocab-file --vocab-size --world-size
 """
 
 

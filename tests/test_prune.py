@@ -1,6 +1,7 @@
 """prune.py as a user runs it: layouts, identity, masked = trimmed, its files, what it refuses."""
 
 import json
+import os
 import shlex
 import shutil
 from dataclasses import replace
@@ -25,6 +26,7 @@ from tests.programs import (
     model_flags,
     read_model,
     read_tensors,
+    run_program,
     succeed,
     write_corpus,
     write_model,
@@ -453,6 +455,7 @@ def test_bad_files(make, flag, words, llama, tmp_path):
         ("--load {tmp}/none", CHECKPOINT, ["{tmp}/none", "no finished checkpoint"]),
         ("--vocab-size 63", CHECKPOINT, ["100 tokens", "64", "--tokenizer-model"]),
         ("--data-path {tmp}/none", DATA, ["{tmp}/none.idx", "no such file"]),
+        ("--calibration-samples 512", DATA, ["--calibration-samples 512", "has only", "of 16"]),
         ("--save {save}", USAGE, ["--save", "a checkpoint is there already"]),
         ("--plan {plan} --target-hidden-size 32", USAGE, ["--plan {plan}", "--target"]),
         ("--scores {tmp}/file/scores", USAGE, ["--scores", "{tmp}/file is no folder"]),
@@ -503,5 +506,69 @@ def test_a_source_with_nan_weights(llama, tmp_path):
     argv = ["--load", load, *llama.data, *llama.targets, "--save", str(save)]
     code, message = fail("prune", argv, 2)
     assert code == RUNTIME
-    assert "NaN or infinite: check the weights under --load" in message
+    assert message.startswith("layer 1 (from 0): activations that score the axis 'layers' are NaN")
+    assert "check the weights under --load" in message
     assert not save.exists()
+
+
+# Killed while it writes: what was there stays, and the same command again makes the same.
+
+
+def die_while_writing():
+    def die(*_, **__):
+        os._exit(9)
+
+    torch.distributed.checkpoint.FileSystemWriter.write_data = die
+
+
+def test_killed_while_trimming(llama, tmp_path):
+    save, plan = tmp_path / "save", str(tmp_path / "plan")
+    argv = ["--load", llama.load, *NO_DATA, "--scores", llama.scores, *llama.targets]
+    argv += ["--plan", plan, "--save", str(save)]
+    before = read_tensors(llama.load)
+    with pytest.raises(AssertionError, match="died"):
+        run_program("prune", argv, 2, die_while_writing)
+    assert checkpoint.find(str(save)) is None
+    assert_same_bytes(read_tensors(llama.load), before)
+    succeed("prune", argv, 2)
+    assert_same_bytes(read_tensors(str(save)), read_tensors(llama.save))
+    assert sorted(path.name for path in save.iterdir()) == [
+        "latest_checkpointed_iteration.txt",
+        "release",
+    ]
+
+
+def foreign(folder, kind):
+    folder.mkdir()
+    if kind == "hugging face":
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"")
+    elif kind == "one file per rank":
+        (folder / "latest_checkpointed_iteration.txt").write_text("7")
+        (folder / "iter_0000007" / "mp_rank_00").mkdir(parents=True)
+        torch.save({}, folder / "iter_0000007" / "mp_rank_00" / "model_optim_rng.pt")
+    else:
+        (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+        for name in (".metadata", "common.pt"):
+            (folder / name).write_bytes(b"not a pickle")
+
+
+@pytest.mark.parametrize("kind", ["hugging face", "one file per rank", "another format"])
+def test_a_foreign_checkpoint(kind, tmp_path):
+    foreign(tmp_path / "load", kind)
+    argv = ["--load", str(tmp_path / "load"), *NO_DATA, "--mock-data"]
+    code, message = fail("prune", [*argv, "--save", str(tmp_path / "save")], 2)
+    assert code == CHECKPOINT
+    assert str(tmp_path / "load") in message
+    assert "\n" not in message
+    assert not (tmp_path / "save").exists()
+
+
+def test_a_target_that_the_layout_does_not_fit_is_noted(llama, tmp_path):
+    """No error: the student may get another layout, and the plan is the same under all."""
+    argv = ["--load", llama.load, *NO_DATA, "--scores", llama.scores, "--save", str(tmp_path)]
+    argv += [*target_flags({"ffn_hidden_size": 47}), *LAYOUTS["TP2"][1].split()]
+    outcome, other = succeed("prune", argv, 2)
+    assert "NOTE: what is pruned will not load under this layout" in outcome.stdout
+    assert "--ffn-hidden-size, 47" in outcome.stdout
+    assert not other.stdout

@@ -333,15 +333,17 @@ def _sums_in_blocks(tap: Tap, tensors: Sequence[Tensor], left_out: Tensor | None
 
 
 def _check(totals: Mapping[str, Tensor]) -> None:
+    bad = []
     for axis, total in totals.items():
         if total[:, :, 2].min() == 0:
             raise UserError(
                 "no calibration sample passed through the model: see --calibration-samples."
             )
         finite = total.isfinite().flatten(1).all(dim=1)
-        if not finite.all():
-            layer = int(finite.int().argmin())
-            raise UserError(
-                f"layer {layer} (from 0): activations that score the axis {axis!r} are NaN or "
-                "infinite: check the weights under --load and the dtype."
-            )
+        bad += [(layer, axis) for layer in (~finite).nonzero().flatten().tolist()]
+    if bad:
+        layer, axis = min(bad)  # those above it only hand on what they are given
+        raise UserError(
+            f"layer {layer} (from 0): activations that score the axis {axis!r} are NaN or "
+            "infinite: check the weights under --load and the dtype."
+        )

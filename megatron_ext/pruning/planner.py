@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from megatron_ext.arch import Arch
+from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.pruning.plan import LAYER_AXES, PRUNABLE, Plan, contradiction, layer_axes
 from megatron_ext.pruning.residual import NONE, Pairs, mirrored_pairs
@@ -34,13 +34,7 @@ def target_arch(source: Arch, **sizes: int | None) -> Arch:
     """
     changed = {name: size for name, size in sizes.items() if size is not None}
     for name, size in changed.items():
-        length = _prunable_size(source, name)
-        if length is None:
-            raise UserError(f"{_option(name)} {size}: the checkpoint's model has none.", USAGE)
-        if not 1 <= size <= length:
-            raise UserError(
-                f"{_option(name)} {size}: choose from 1 to the checkpoint's {length}.", USAGE
-            )
+        check_size(source, name, size)
     heads, groups = source.num_attention_heads, source.num_query_groups
     if groups == heads:
         both = [changed[n] for n in ("num_attention_heads", "num_query_groups") if n in changed]
@@ -99,6 +93,17 @@ def read_targets(path: str | os.PathLike, source: Arch) -> dict[str, Arch]:
         except UserError as error:
             raise UserError(f"{where}: {error}", USAGE) from error
     return targets
+
+
+def check_size(source: Arch, name: str, size: int) -> None:
+    """Raise ``UserError`` unless ``source`` has units of this kind, and at least so many."""
+    length = _prunable_size(source, name)
+    if length is None:
+        raise UserError(f"{_option(name)} {size}: the checkpoint's model has none.", USAGE)
+    if not 1 <= size <= length:
+        raise UserError(
+            f"{_option(name)} {size}: choose from 1 to the checkpoint's {length}.", USAGE
+        )
 
 
 def _prunable_size(source: Arch, name: str) -> int | None:
@@ -269,3 +274,20 @@ def _needed(vectors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in vectors:
         raise UserError(f"this plan needs scores {name!r}: the scores have none.", CHECKPOINT)
     return vectors[name]
+
+
+def summary(plan: Plan) -> str:
+    """Return a table of what was cut."""
+    rows = [("", "source", "pruned", "kept")]
+    unused = "ffn_hidden_size" if plan.source.num_experts else None
+    for name in PRUNABLE:
+        before, after = getattr(plan.source, name), getattr(plan.target, name)
+        if name == unused or before is None:
+            continue
+        rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
+    for name, embeddings in (("parameters", True), ("without embeddings", False)):
+        before, after = (
+            num_parameters(arch, embeddings=embeddings) for arch in (plan.source, plan.target)
+        )
+        rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
+    return "\n".join(f"{a:36}{b:>18}{c:>18}{d:>8}" for a, b, c, d in rows)

@@ -1,0 +1,132 @@
+"""What one run of prune.py makes: one target or several, and where each goes."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext import checkpoint
+from megatron_ext.arch import Arch
+from megatron_ext.errors import USAGE, UserError
+from megatron_ext.flags import (
+    PruneFlags,
+    check_experts,
+    check_layout,
+    check_targets,
+    virtual_pipeline_size,
+)
+from megatron_ext.pruning.plan import PRUNABLE
+from megatron_ext.pruning.planner import read_targets, target_arch
+from megatron_ext.pruning.scores import written_aside
+from megatron_ext.pruning.search import as_yaml, candidates, read_space, table
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to prune to."""
+
+    target: Arch
+    save: str | None
+    """Folder of the pruned checkpoint."""
+    plan: str | None
+    """The plan's file."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The candidates of a search space."""
+
+    targets: Mapping[str, Arch]
+    table: str
+    yaml: str
+    """Text for the file of --targets."""
+
+
+def check_jobs(flags: PruneFlags, source: Arch) -> tuple[list[Job], Found | None]:
+    """Return what to prune to, checked against the model, the layout and the method.
+
+    With it what a search found, if there is one.
+    """
+    check_layout(source, flags.parallel, seq_length=flags.batch.seq_length)
+    check_experts([source], flags.parallel)
+    found = search(flags, source)
+    jobs = find_jobs(flags, source, found)
+    check_targets(source, [job.target for job in jobs], flags.prune)
+    return jobs, found
+
+
+def check_passes(flags: PruneFlags, num_layers: int, data_parallel_size: int) -> None:
+    """Refuse a number of samples that the ranks do not share evenly."""
+    num_samples, micro_batch_size = flags.prune.calibration_samples, flags.batch.micro_batch_size
+    per_pass = micro_batch_size * data_parallel_size
+    pp = flags.parallel.pipeline_model_parallel_size
+    if num_samples % per_pass:
+        raise UserError(
+            f"--calibration-samples {num_samples} is not a multiple of --micro-batch-size "
+            f"{micro_batch_size} x {data_parallel_size} data-parallel ranks.",
+            USAGE,
+        )
+    if virtual_pipeline_size(flags.parallel, num_layers) and num_samples // per_pass % pp:
+        raise UserError(
+            f"--calibration-samples {num_samples} are {num_samples // per_pass} micro-batches of a "
+            f"rank: virtual stages need a multiple of --pipeline-model-parallel-size {pp}.",
+            USAGE,
+        )
+
+
+def search(flags: PruneFlags, source: Arch) -> Found | None:
+    """Return the candidates for --target-params; None without it, and where --targets exists."""
+    options = flags.prune
+    params, tolerance = options.target_params, options.target_tolerance
+    if params is None or (options.targets and Path(options.targets).exists()):
+        return None
+    assert options.search_space is not None, "the flags were not checked"
+    space = read_space(options.search_space, source)
+    targets = candidates(source, space, params * (1 - tolerance), params * (1 + tolerance))
+    return Found(targets, table(targets), as_yaml(targets, space))
+
+
+def find_jobs(flags: PruneFlags, source: Arch, found: Found | None) -> list[Job]:
+    """Return what to prune to: the --target sizes, what was ``found``, or entries of --targets."""
+    options, save = flags.prune, flags.checkpoint.save
+    if found is not None:
+        targets = found.targets
+    elif options.targets is not None:
+        targets = read_targets(options.targets, source)
+    else:
+        sizes = {size: getattr(options, f"target_{size}") for size in PRUNABLE}
+        return [Job(target_arch(source, **sizes), save, options.plan)]
+    return [
+        Job(
+            target,
+            save and str(Path(save) / name),
+            options.plan and str(Path(options.plan) / f"{name}.json"),
+        )
+        for name, target in targets.items()
+    ]
+
+
+def check_outputs(flags: PruneFlags, jobs: Sequence[Job], found: Found | None) -> None:
+    """Refuse now what could not be written after hours of calibration. On one rank.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for job in jobs:
+        if job.save and checkpoint.find(job.save):
+            raise UserError(f"--save {job.save}: a checkpoint is there already.", USAGE)
+    files = [("--scores", flags.prune.scores), *(("--plan", job.plan) for job in jobs)]
+    if found is not None:
+        files.append(("--targets", flags.prune.targets))
+    folders = [(flag, Path(path).parent) for flag, path in files if path]
+    folders += [("--save", Path(job.save)) for job in jobs if job.save]
+    for flag, folder in folders:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"{flag}: {there} is no folder that can be written to.", USAGE)
+
+
+def save_targets(path: str, found: Found) -> None:
+    """Write what was found as the file of --targets, aside first. On one rank."""
+    with written_aside(path) as aside:
+        aside.write_text(found.yaml)

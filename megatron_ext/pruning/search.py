@@ -1,0 +1,161 @@
+"""The candidates of a search space: its models whose parameter count lies within a band.
+
+The first step of the architecture search of arXiv:2407.14679, section 3: list every combination of
+sizes, keep those within the budget. No search heuristics: the paper's spaces leave fewer than 20.
+"""
+
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_ext.arch import Arch, num_parameters
+from megatron_ext.errors import USAGE, UserError
+from megatron_ext.pruning.plan import PRUNABLE
+from megatron_ext.pruning.planner import check_size, target_arch
+
+Space = Mapping[str, Sequence[int | str]]
+"""Names of ``PRUNABLE`` and the values to try: numbers, of neurons also multiples of hidden_size as
+``2.5x``."""
+
+# How sizes are called in the name of a candidate, which is the name of its folder.
+LETTERS = {
+    "num_layers": "L",
+    "hidden_size": "H",
+    "ffn_hidden_size": "F",
+    "num_attention_heads": "A",
+    "num_query_groups": "G",
+    "num_experts": "E",
+    "moe_ffn_hidden_size": "EF",
+    "moe_shared_expert_intermediate_size": "SF",
+}
+
+
+def read_space(path: str | os.PathLike, source: Arch) -> Space:
+    """Return the search space of a YAML file.
+
+        num_layers: [29, 30, 31, 32]
+        ffn_hidden_size: [9216, 2.5x, 3x]     # 2.5 times the hidden_size of the candidate
+
+    Raises:
+        UserError: it cannot be read, or names a size or a value that cannot be pruned to.
+    """
+    try:
+        space = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--search-space {path} cannot be read: {reason}.", USAGE) from error
+    if not isinstance(space, dict) or not space:
+        raise UserError(
+            f"--search-space {path}: needs lines like 'hidden_size: [2560, 3072]'.", USAGE
+        )
+    for name, values in space.items():
+        where = f"--search-space {path}: {name}"
+        if name not in PRUNABLE:
+            raise UserError(f"{where}: choose from {', '.join(PRUNABLE)}.", USAGE)
+        if (
+            not isinstance(values, list)
+            or not values
+            or not all(_is_value(name, v) for v in values)
+        ):
+            kinds = "whole numbers" + ", or multiples of hidden_size as 2.5x" * ("ffn" in name)
+            raise UserError(f"{where}: {values!r}: needs a list of {kinds}.", USAGE)
+        try:
+            for value in values:
+                check_size(source, name, value if isinstance(value, int) else 1)
+        except UserError as error:
+            raise UserError(f"{where}: {error}", USAGE) from error
+    return space
+
+
+def _is_value(name: str, value: Any) -> bool:
+    if isinstance(value, str):
+        return "ffn" in name and re.fullmatch(r"\d+(\.\d+)?x", value) is not None
+    return type(value) is int
+
+
+def candidates(source: Arch, space: Space, low: float, high: float) -> dict[str, Arch]:
+    """Return the pruned forms of ``source`` in ``space`` with ``low`` to ``high`` parameters.
+
+    Combinations that contradict themselves are passed over: heads that query groups do not divide,
+    multiples of hidden_size that are no whole numbers or larger than in the source.
+
+    Args:
+        source: the model to prune.
+        space: what ``read_space`` returns; sizes that it does not name stay.
+        low: parameters, embeddings included.
+        high: the same.
+
+    Returns:
+        Targets by name, ``L32-A24-F9216-H3072``, sizes in the order of the space and the last of
+        them running fastest.
+
+    Raises:
+        UserError: none is within the band; the nearest counts are named.
+    """
+    everything = dict(_combinations(source, space))
+    if not everything:
+        raise UserError(
+            "the search space has no valid model: heads must be a multiple of query groups and not "
+            "more for each than in the source, multiples of hidden_size whole numbers and not more "
+            "than in the source, experts at least what the router chooses.",
+            USAGE,
+        )
+    counts = {name: num_parameters(arch) for name, arch in everything.items()}
+    found = {name: arch for name, arch in everything.items() if low <= counts[name] <= high}
+    if not found:
+        below = max((n for n in counts.values() if n < low), default=None)
+        above = min((n for n in counts.values() if n > high), default=None)
+        nearest = [f"{n:,} {side}" for n, side in ((below, "below"), (above, "above")) if n]
+        raise UserError(
+            f"none of {len(counts)} models of the search space has {low:,.0f} to {high:,.0f} "
+            f"parameters; the nearest: {', '.join(nearest)}.",
+            USAGE,
+        )
+    return found
+
+
+def _combinations(source: Arch, space: Space) -> Iterator[tuple[str, Arch]]:
+    for values in itertools.product(*space.values()):
+        sizes = dict(zip(space, values, strict=True))
+        hidden_size = sizes.get("hidden_size", source.hidden_size)
+        for name, value in sizes.items():
+            if isinstance(value, str):
+                sizes[name] = Fraction(value.removesuffix("x")) * hidden_size
+        if any(value != int(value) for value in sizes.values()):
+            continue
+        sizes = {name: int(value) for name, value in sizes.items()}
+        try:
+            arch = target_arch(source, **sizes)
+        except UserError:
+            continue
+        yield "-".join(f"{LETTERS[name]}{value}" for name, value in sizes.items()), arch
+
+
+def table(targets: Mapping[str, Arch]) -> str:
+    """Return the sizes that differ and the parameter counts of ``targets``, a line each."""
+    sizes = [
+        name for name in PRUNABLE if len({getattr(arch, name) for arch in targets.values()}) > 1
+    ]
+    rows = [["", *sizes, "parameters", "without embeddings"]]
+    for name, arch in targets.items():
+        counts = num_parameters(arch), num_parameters(arch, embeddings=False)
+        rows.append([name, *(f"{n:,}" for n in (*(getattr(arch, s) for s in sizes), *counts))])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
+
+
+def as_yaml(targets: Mapping[str, Arch], space: Space) -> str:
+    """Return ``targets`` as the file of --targets, a line each with the sizes of ``space``."""
+    lines = (
+        f"{name}: {{{', '.join(f'{size}: {getattr(arch, size)}' for size in space)}}}"
+        for name, arch in targets.items()
+    )
+    return "".join(f"{line}\n" for line in lines)
