@@ -1,6 +1,7 @@
 """Hugging Face models in and out: logits, tensors, pruned models, what is refused."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ext import checkpoint, platform
 from megatron_ext.arch import num_parameters
+from megatron_ext.convert import exporter
 from megatron_ext.convert.config import arch_of, config_of
 from megatron_ext.convert.exporter import export_folder
 from megatron_ext.convert.families import FAMILIES
@@ -21,8 +23,9 @@ from megatron_ext.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.model import ModelOptions, build_model
 from megatron_ext.training.state import restore_weights
 from tests.models import LLAMA
-from tests.programs import data_flags, fail, succeed, write_corpus, write_model
+from tests.programs import data_flags, fail, run_program, succeed, write_corpus, write_model
 from tests.ranks import run_ranks
+from tools.generate import continue_tokens, load_model
 
 ROWS = 101
 COMMON = {
@@ -30,8 +33,8 @@ COMMON = {
     "hidden_size": 48,
     "intermediate_size": 80,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "max_position_embeddings": 64,
     "initializer_range": 0.1,
 }
@@ -53,7 +56,9 @@ MODELS = {
     ),
     "llama with biases": ("llama", {**COMMON, "attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {**COMMON, "head_dim": 20, "sliding_window": None}),
+    "mistral 0.1": ("mistral", {**COMMON, "sliding_window": 64}),
     "qwen2": ("qwen2", {**COMMON, "tie_word_embeddings": True}),
+    "qwen2.5 7B": ("qwen2", {**COMMON, "tie_word_embeddings": False, "max_window_layers": 4}),
     "qwen3": ("qwen3", {**COMMON, "head_dim": 14}),
     "nemotron": ("nemotron", {**COMMON, "head_dim": 16}),
     "gpt2": (
@@ -84,14 +89,16 @@ RANDOM = ["--importance", "random", "--seq-length", "16", "--micro-batch-size", 
 LAYERS = "--target-num-layers 3"
 WIDTH = "--target-hidden-size 40"
 DENSE = "--target-ffn-hidden-size 56"
-GROUPS = "--target-num-attention-heads 2"
+GROUPS = "--target-num-attention-heads 2 --target-num-query-groups 2"
 EXPERT_SIZES = "--target-num-experts 3 --target-moe-ffn-hidden-size 20"
 TARGETS = {
     "llama": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
-    "llama 3.2": f"{LAYERS} {WIDTH} {DENSE} --target-num-query-groups 1",
-    "llama with biases": f"{WIDTH} {GROUPS}",
+    "llama 3.2": f"{LAYERS} {WIDTH} {DENSE} --target-num-query-groups 2",
+    "llama with biases": f"{WIDTH} {DENSE} {GROUPS}",
     "mistral": f"{LAYERS} --target-hidden-size 34 {DENSE} {GROUPS}",
+    "mistral 0.1": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     "qwen2": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
+    "qwen2.5 7B": f"{LAYERS} {WIDTH} {DENSE} --target-num-attention-heads 4",
     "qwen3": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     "nemotron": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     # Its head_dim is hidden_size / heads, always.
@@ -248,39 +255,89 @@ def test_export_returns_what_was_imported(folders):
         assert torch.equal(hf_logits(folders / name / "hf"), hf_logits(folders / name / "hf-again"))
 
 
-def test_pruned_models_leave_as_they_are(folders):
+@pytest.fixture(scope="module")
+def pruned(folders):
+    """Return the folder of all models, pruned on every axis and exported: NAME/hf-pruned."""
     for name, targets in TARGETS.items():
-        where = [
-            "--load",
-            str(folders / name / "megatron"),
-            "--save",
-            str(folders / name / "pruned"),
-        ]
+        where = ["--load", str(folders / name / "megatron")]
+        where += ["--save", str(folders / name / "pruned")]
         succeed("prune", [*where, *RANDOM, *targets.split()])
     run_ranks(1, export_all, str(folders), "pruned", "hf-pruned")
-    paths = [str(folders / name / "pruned") for name in MODELS]
+    return folders
+
+
+def test_pruned_models_leave_as_they_are(pruned):
+    paths = [str(pruned / name / "pruned") for name in MODELS]
     (logits,) = run_ranks(1, megatron_logits, paths, 1, 1)
     for name, found in zip(MODELS, logits, strict=True):
-        assert_close(name, found, hf_logits(folders / name / "hf-pruned"))
+        assert_close(name, found, hf_logits(pruned / name / "hf-pruned"))
         small, large = (
-            (folders / name / kind / "model.safetensors").stat().st_size
+            (pruned / name / kind / "model.safetensors").stat().st_size
             for kind in ("hf-pruned", "hf")
         )
         assert small < large, name
 
 
-def test_greedy_text_is_the_same(folders):
-    folder = folders / "qwen3"
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
-    ids = [5, 17, 60]
-    with torch.no_grad():
-        for _ in range(12):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+def test_config_of_a_pruned_model_says_its_own_sizes(pruned):
+    """In the keys of every version of transformers."""
+    for name in MODELS:
+        arch = checkpoint.read(str(pruned / name / "pruned")).arch
+        config = json.loads((pruned / name / "hf-pruned/config.json").read_text())
+        family = FAMILIES[config["model_type"]]
+        for field, keys in family.sizes.items():
+            if field == "ffn_hidden_size" and arch.num_experts:
+                continue  # of a plain MLP, which this model has not
+            found = [config[key] for key in keys]
+            assert found == [getattr(arch, field)] * len(keys), f"{name} {field}"
+        assert config["dtype"] == config["torch_dtype"] == "float32"
+        if "layer_types" in config:
+            assert config["layer_types"] == ["full_attention"] * arch.num_layers
+        assert name != "qwen2.5 7B" or config["max_window_layers"] == arch.num_layers == 3
+        if arch.position_embedding_type == "rope":
+            assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+            assert config["head_dim"] == arch.kv_channels
+    scaling = json.loads((pruned / "llama 3.2/hf-pruned/config.json").read_text())["rope_scaling"]
+    assert scaling == {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
+
+
+def greedy_texts(folders, prompt, count):
+    """Continue ``prompt`` with each checkpoint as tools/generate.py does."""
+    place = platform.initialize()
+    return [
+        continue_tokens(
+            load_model(checkpoint.read(folder), place),
+            prompt,
+            max_new_tokens=count,
+            eod=-1,
+            vocab_size=ROWS,
+        )
+        for folder in folders
+    ]
+
+
+def test_greedy_text_is_the_same(pruned):
+    """Of what pruning leaves of every model; below, of one that was not pruned."""
+    paths = [str(pruned / name / "pruned") for name in MODELS]
+    (texts,) = run_ranks(1, greedy_texts, paths, [5, 17, 60], 5)
+    for name, text in zip(MODELS, texts, strict=True):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            pruned / name / "hf-pruned", dtype=torch.float32, attn_implementation="eager"
+        )
+        ids = torch.tensor([[5, 17, 60]])
+        with torch.no_grad():
+            for _ in range(5):
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        assert ids[0, 3:].tolist() == text, name
+
+
+def test_greedy_text_of_the_program(folders):
+    folder, ids = folders / "qwen3", [5, 17, 60]
+    (expected,) = run_ranks(1, greedy_texts, [str(folder / "megatron")], ids, 12)
     null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(ROWS - 1)]
     flags = ["--load", str(folder / "megatron"), *null, "--max-new-tokens", "12"]
     (outcome,) = succeed("tools.generate", [*flags, "--prompt", "5 17 60"])
     text = outcome.stdout.split("--- continuation")[1].split("\n", 1)[1]
-    assert [int(word) for word in text.split()] == ids[3:]
+    assert [int(word) for word in text.split()] == expected[0]
 
 
 def test_ranks_share_the_work_and_files_are_cut(tmp_path):
@@ -369,11 +426,33 @@ def test_a_model_of_no_known_origin_needs_its_family(tmp_path):
     assert not list(tmp_path.glob("*hf*"))
 
 
+def die_at_the_end():
+    exporter._finish = lambda *args: os._exit(9)
+
+
+def test_a_kill_while_exporting_leaves_nothing_that_looks_complete(folders, tmp_path):
+    flags = ["export", "--load", str(folders / "qwen2/megatron"), "--hf", str(tmp_path / "hf")]
+    with pytest.raises(AssertionError, match="died"):
+        run_program("tools.convert", flags, before=die_at_the_end)
+    assert not (tmp_path / "hf").exists()
+    assert not list(tmp_path.glob("**/config.json"))
+    succeed("tools.convert", flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 BAD = {
     "model_type 'bert2'": lambda f: edit(f, model_type="bert2"),
     "there is no num_hidden_layers": lambda f: edit(f, num_hidden_layers=None),
     "hidden_act 'tanh'": lambda f: edit(f, hidden_act="tanh"),
     "rope_type 'yarn'": lambda f: edit(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+    "rope low_freq_factor 2.0": lambda f: edit(
+        f, rope_parameters={**LLAMA3, "low_freq_factor": 2.0}
+    ),
+    "rope_type llama3 has no factor": lambda f: edit(f, rope_parameters={"rope_type": "llama3"}),
+    "rope_theta None is no number": lambda f: edit(f, rope_parameters=None, rope_theta=None),
+    'hidden_size "48" is no number': lambda f: edit(f, hidden_size="48"),
+    "--num-attention-heads 8 is not a multiple": lambda f: edit(f, num_key_value_heads=3),
+    "though tie_word_embeddings is true": lambda f: edit(f, tie_word_embeddings=True),
     "quantization_config": lambda f: edit(f, quantization_config={"bits": 4}),
     "sliding_window 8 is shorter": lambda f: edit(f, sliding_window=8),
     "is [2, 48], config.json says [101, 48]": lambda f: tensors(f, lambda x: shrink(x)),
@@ -384,6 +463,8 @@ BAD = {
     "config.json cannot be read": lambda f: (f / "config.json").write_text("{"),
     "is a pickle": lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
     "model.safetensors cannot be read": lambda f: cut_short(f / "model.safetensors"),
+    "index.json has no weight_map": lambda f: only_index(f, {"weight_map": ["model.safetensors"]}),
+    "neither model.safetensors nor": lambda f: (f / "model.safetensors").unlink(),
     "model-00002-of-00002.safetensors is missing": lambda f: split_off(f),
 }
 
@@ -416,6 +497,11 @@ def halve(found):
 
 def cut_short(path):
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def only_index(folder, index):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def split_off(folder):

@@ -94,6 +94,9 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
         config |= _rope_config(arch)
     if "layer_types" in config:
         config["layer_types"] = ["full_attention"] * arch.num_layers
+    # Layers below it have full attention: all that there are here.
+    if config.get("max_window_layers", 0) == origin.get("num_hidden_layers"):
+        config["max_window_layers"] = arch.num_layers
     if "sliding_window" in family.defaults:
         config.setdefault("sliding_window", None)
     _check_reads_back(arch, family, config)
@@ -124,6 +127,9 @@ def _sizes(family: Family, config: Config) -> dict[str, Any]:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
         if name not in sizes:
             _needed(config, family.sizes[name][0])
+    for name, value in sizes.items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"{family.sizes[name][0]} {json.dumps(value)} is no number")
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     if family.whole_heads and hidden % heads:
         raise ValueError(
@@ -188,6 +194,8 @@ def _rope(config: Config) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta"))
     percent = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if not isinstance(theta, int | float):
+        raise ValueError(f"rope_theta {theta} is no number")
     if theta != int(theta):
         raise ValueError(f"rope_theta {theta} is no whole number")
     sizes = {"rotary_base": int(theta), "rotary_percent": percent}
@@ -195,6 +203,8 @@ def _rope(config: Config) -> dict[str, Any]:
         return sizes
     if kind != "llama3":
         raise ValueError(f"rope_type {kind!r} is not computed here, only default and llama3")
+    if "factor" not in rope:
+        raise ValueError("rope_type llama3 has no factor")
     for name, only in LLAMA3_ROPE.items():
         if rope.get(name) != only:
             raise ValueError(f"rope {name} {rope.get(name)}: megatron-core computes {only} only")

@@ -75,7 +75,9 @@ class HfFolder:
                 else f"neither {WEIGHTS} nor {INDEX} is there"
             )
             raise UserError(f"--hf {self.folder}: {hint}.", CHECKPOINT)
-        index = read_json(self.folder / INDEX).get("weight_map", {})
+        index = read_json(self.folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(x, str) for x in index.values()):
+            raise UserError(f"{self.folder / INDEX} has no weight_map.", CHECKPOINT)
         return [self.folder / name for name in sorted(set(index.values()))]
 
     @functools.cache  # noqa: B019 - a folder lives as long as its conversion
