@@ -1,7 +1,9 @@
 """The statistics and the gradient of KL as Triton kernels, a program for each row.
 
-As ``kl_cpu.c``: maxima first, then sums centred on them; products are arranged so that two equal
-models give zero. Functions as in ``native``.
+A unit is the memory of one model's logits. Forward reads both once, 2 units: sums are centred on
+the largest logit so far, and scaled down where a larger one comes. Backward reads both again and
+writes the gradient, 3 units. Products are arranged so that two equal models give zero. Functions as
+in ``native``.
 """
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 from megatron_ext.distillation.chunks import LOG2_E
 
 BLOCK = 4096
+# Below any logit, and finite: shifts from it must not be infinite.
+FLOOR = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -21,25 +25,25 @@ def _stats_kernel(
     row = tl.program_id(0).to(tl.int64)
     s_row, t_row = student + row * s_width, teacher + row * t_width
     lane = tl.arange(0, block)
-    s_best = tl.full([block], float("-inf"), tl.float32)
-    t_best = tl.full([block], float("-inf"), tl.float32)
-    for start in range(0, columns, block):
-        is_real = start + lane < columns
-        s = tl.load(s_row + start + lane, mask=is_real, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_row + start + lane, mask=is_real, other=float("-inf")).to(tl.float32)
-        s_best, t_best = tl.maximum(s_best, s), tl.maximum(t_best, t)
-    s_max, t_max = tl.max(s_best, 0), tl.max(t_best, 0)
+    s_max, t_max = FLOOR, FLOOR
     s_sum = tl.zeros([block], tl.float32)
     t_sum = tl.zeros([block], tl.float32)
     dot = tl.zeros([block], tl.float32)
     for start in range(0, columns, block):
         is_real = start + lane < columns
-        s = tl.load(s_row + start + lane, mask=is_real, other=0.0).to(tl.float32) - s_max
-        t = tl.load(t_row + start + lane, mask=is_real, other=0.0).to(tl.float32) - t_max
-        weight = tl.where(is_real, tl.exp2(t * scale), 0.0)
-        s_sum += tl.where(is_real, tl.exp2(s * scale), 0.0)
-        t_sum += weight
-        dot += tl.where(is_real, weight * ((t - s) * scale), 0.0)
+        s = tl.load(s_row + start + lane, mask=is_real, other=float("-inf")).to(tl.float32)
+        t = tl.load(t_row + start + lane, mask=is_real, other=float("-inf")).to(tl.float32)
+        s_higher, t_higher = tl.maximum(s_max, tl.max(s, 0)), tl.maximum(t_max, tl.max(t, 0))
+        # What was summed so far was centred on lower maxima.
+        s_shift, t_shift = (s_higher - s_max) * scale, (t_higher - t_max) * scale
+        s_max, t_max = s_higher, t_higher
+        t_factor = tl.exp2(-t_shift)
+        dot = (dot + (s_shift - t_shift) * t_sum) * t_factor
+        weight = tl.exp2((t - t_max) * scale)
+        s_sum = s_sum * tl.exp2(-s_shift) + tl.exp2((s - s_max) * scale)
+        t_sum = t_sum * t_factor + weight
+        gap = (t - t_max) - (s - s_max)
+        dot += tl.where(is_real, weight * (gap * scale), 0.0)
     tl.store(stats + row, s_max)
     tl.store(stats + rows + row, t_max)
     tl.store(stats + 2 * rows + row, tl.sum(s_sum, 0))

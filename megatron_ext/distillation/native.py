@@ -19,6 +19,7 @@ from megatron_ext.distillation.chunks import LOG2_E
 
 SOURCE = Path(__file__).with_name("kl_cpu.c")
 KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+TRITON_KINDS = {*KINDS, torch.float16}
 
 
 def kl_stats(student: Tensor, teacher: Tensor, temperature: float, columns: int) -> Tensor | None:
@@ -71,7 +72,8 @@ def kl_gradient(
 
 def _fits(student: Tensor, teacher: Tensor, columns: int) -> bool:
     tensors = (student, teacher)
-    same = student.dtype == teacher.dtype and student.dtype in KINDS
+    kinds = TRITON_KINDS if student.is_cuda else KINDS
+    same = student.dtype == teacher.dtype and student.dtype in kinds
     return columns > 0 and same and all(x.is_contiguous() for x in tensors)
 
 
