@@ -160,6 +160,7 @@ def check_layout(arch: Arch, parallel: group.Parallel, *, seq_length: int) -> No
         _pipeline_problems(arch.num_layers, parallel),
         _position_problems(arch, seq_length),
         _expert_problems(arch, parallel) if arch.num_experts else (),
+        _bert_problems(arch, parallel),
     )
 
 
@@ -237,6 +238,11 @@ def _expert_problems(arch: Arch, parallel: group.Parallel) -> Iterator[str]:
         yield f"--expert-model-parallel-size {ep} does not divide --num-experts {arch.num_experts}."
     if tp > 1 and not parallel.sequence_parallel:
         yield f"--tensor-model-parallel-size {tp} with experts needs --sequence-parallel."
+
+
+def _bert_problems(arch: Arch, parallel: group.Parallel) -> Iterator[str]:
+    if arch.is_bert and parallel.transformer_impl == "transformer_engine":
+        yield "--transformer-impl transformer_engine: a BertModel has local layers here; use local."
 
 
 def _tensor_parallel_problems(arch: Arch, tp: int) -> Iterator[str]:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_ext.arch import LAYER_PREFIX
+from megatron_ext.arch import LAYER_PREFIXES
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.safe_load import load_metadata
 
@@ -148,7 +148,8 @@ class _CopyInto(LoadPlanner):
 
 def layer_key(key: str, layer: int) -> str:
     """Return a layer's name in the per-layer style: ``decoder.layers.3.mlp...``."""
-    return f"{LAYER_PREFIX}{layer}.{key.removeprefix(LAYER_PREFIX)}"
+    prefix = next(prefix for prefix in LAYER_PREFIXES if key.startswith(prefix))
+    return f"{prefix}{layer}.{key.removeprefix(prefix)}"
 
 
 def _file_of(index: MetadataIndex, files: dict) -> str:

@@ -253,6 +253,7 @@ DEFAULTS = {
     "norm_epsilon": 1e-5,
     "add_bias_linear": True,
     "bias_gelu_fusion": True,
+    "bert_binary_head": True,
     "moe_router_topk": 2,
     "moe_router_load_balancing_type": "aux_loss",
     "init_method_std": 0.02,
@@ -384,7 +385,8 @@ def test_flags_as_plain_values():
 
 # Frozen: a new flag is a change to see here.
 TRAIN_OPTIONS = """
-    --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --apply-layernorm-1p --attention-dropout
+    --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --apply-layernorm-1p
+    --apply-residual-connection-post-layernorm --attention-dropout --bert-no-binary-head
     --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size --data-cache-path
     --data-path --device --disable-bias-linear --distributed-backend --distributed-timeout-minutes
     --end-weight-decay --eod-mask-loss --eval-interval --eval-iters --exit-duration-in-mins
