@@ -38,7 +38,7 @@ from megatron_ext.model import build_model
 from megatron_ext.platform import Platform
 from megatron_ext.startup import (
     batches_of_rank,
-    check_padded_vocab,
+    check_comparable,
     check_tokenizer,
     join_ranks,
     model_options,
@@ -141,7 +141,7 @@ def check_teacher(arch: Arch, teacher: Checkpoint, flags: TrainFlags, parallel: 
     if top_k is not None and top_k > arch.vocab_size:
         raise UserError(f"--kd-top-k {top_k}: the vocabulary has {arch.vocab_size} tokens.", USAGE)
     check_layout(teacher.arch, parallel, seq_length=flags.batch.seq_length)
-    check_padded_vocab(arch, teacher.arch, flags.parallel.tensor_model_parallel_size)
+    check_comparable(arch, teacher.arch, flags.parallel.tensor_model_parallel_size)
 
 
 def check_stored_teacher(flags: TrainFlags, vocab_size: int) -> None:
@@ -242,6 +242,7 @@ def go(run: state.Run, tokenizer: data.MegatronTokenizerBase, place: Platform) -
         num_samples=(num_train, num_valid, num_valid),
         tokenizer=tokenizer,
         seed=batch.seed,
+        masked=run.arch.is_bert,
     )
     store = flags.distill.kd_teacher_store
     if store is not None and num_train:

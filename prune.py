@@ -278,6 +278,7 @@ def passes_over(
         num_samples=(num_samples, 0, 0),
         tokenizer=tokenizer,
         seed=flags.batch.seed,
+        masked=arch.is_bert,
     )
     return Passes(
         chunks=chunks,

@@ -115,8 +115,11 @@ def check_tokenizer(source: Checkpoint, vocab_size: int, sha256: str | None) -> 
         )
 
 
-def check_padded_vocab(student: Arch, teacher: Arch, tp: int) -> None:
-    """Refuse two models whose logits tensor-parallel ranks would hold different tokens of."""
+def check_comparable(student: Arch, teacher: Arch, tp: int) -> None:
+    """Refuse two models of different kinds, or of which tensor-parallel ranks hold other tokens."""
+    if student.is_bert != teacher.is_bert:
+        names = ["a BertModel" if arch.is_bert else "a GPTModel" for arch in (teacher, student)]
+        raise UserError(f"the teacher is {names[0]} and the student {names[1]}.", CHECKPOINT)
     if tp > 1 and teacher.padded_vocab_size != student.padded_vocab_size:
         raise UserError(
             f"--tensor-model-parallel-size {tp}: the vocabulary is padded to "
