@@ -8,7 +8,11 @@ modules are in the right order for both:
     r -> pre_mlp_layernorm -> y;  out = y + mlp(y)       pre-norm: r + mlp(y)
 
 What a layer hands on is not normalised yet: its output norm is the next layer's input_layernorm,
-the last layer's is final_layernorm, the norm of the embedding is the first layer's.
+the last layer's is final_layernorm, the norm of the embedding is the first layer's. A layer that is
+pruned, or left out to be scored, takes its input_layernorm along: what the layer before it hands on
+is then normalised by the next layer that is left, so that what is left out equals what is cut.
+
+In training, dropout of the embedding comes before that first norm, in transformers behind it.
 """
 
 from typing import Any

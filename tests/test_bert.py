@@ -237,6 +237,27 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(place, serial, tmp_path):
     assert read_metrics(str(tmp_path / "save")) == serial["kl"]
 
 
+def test_recomputation_changes_nothing(place, serial, tmp_path):
+    flags = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    found = train(place, tmp_path / "save", flags)
+    for ours, theirs in zip(found, serial["kl"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_stored_teacher_is_the_loaded_one(place, tmp_path):
+    store = ["--kd-teacher-store", str(tmp_path / "store")]
+    top_k, steps = ["--kd-top-k", "9"], ["--train-iters", "4", "--global-batch-size", "4"]
+    teacher = ["--teacher-load", str(place.folder / "teacher")]
+    succeed("tools.store_teacher", [*place.data, *teacher, *store, *top_k, *steps])
+    found = []
+    for name, flags in (("loaded", teacher), ("stored", store)):
+        argv = [*place.data, *place.models[:2], *STEPS, *flags, *top_k]
+        succeed("pretrain_distill", [*argv, "--save", str(tmp_path / name)])
+        metrics = read_metrics(str(tmp_path / name))
+        found.append([step["kd loss"] for step in metrics if "kd loss" in step][:4])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_a_new_bert_is_made_from_flags(place, tmp_path):
     sizes = shlex.split(
         "--num-layers 2 --hidden-size 24 --num-attention-heads 4 --max-position-embeddings 16 "
@@ -311,6 +332,7 @@ def test_what_a_bert_does_not_do(place, tmp_path):
         ("prune", [*prune, *no_mask], DATA, "has no cls token, which a BertModel's samples need"),
         ("prune", [*prune, *place.data, "--reset-attention-mask"], USAGE, "mask: not for"),
         ("prune", [*prune, *place.data, *engine], USAGE, "local layers here"),
+        ("prune", [*prune, *place.data, "--seq-length", "2"], USAGE, "no text; at least 3"),
         ("pretrain_distill", [*gpt, *STEPS, *save, *place.data], CHECKPOINT, "is a BertModel and"),
         ("tools.generate", [*teacher, *null, "--prompt", "1"], CHECKPOINT, "continues no texts"),
     ):
