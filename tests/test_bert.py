@@ -286,16 +286,22 @@ def naive_losses(load, prefix, seq_length):
     return total / count
 
 
+@pytest.fixture(scope="module")
+def expected(place):
+    return {
+        name: run_ranks(1, naive_losses, str(place.folder / model), place.corpus, 16)[0]
+        for name, model in (("lm loss", "student"), ("teacher lm loss", "teacher"))
+    }
+
+
 @pytest.mark.parametrize("layout", ["DP2", "CP2", "TP2+SP"])
-def test_evaluation_is_the_naive_one(layout, place, tmp_path):
+def test_evaluation_is_the_naive_one(layout, place, expected, tmp_path):
     path, (ranks, flags) = tmp_path / "figures.json", LAYOUTS[layout]
     argv = [*place.models, "--data-path", place.corpus, "--json", str(path), "--num-workers", "0"]
     argv += ["--seq-length", "16", "--micro-batch-size", "2", *flags.split()]
     succeed("tools.evaluate", [*argv, *tokenizer_flags(BERT, place.corpus).split()], ranks)
     found = json.loads(path.read_text())
-    for name, model in (("lm loss", "student"), ("teacher lm loss", "teacher")):
-        (expected,) = run_ranks(1, naive_losses, str(place.folder / model), place.corpus, 16)
-        assert found[name] == pytest.approx(expected, rel=2e-6)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=2e-6)
     assert found["perplexity"] == pytest.approx(math.exp(found["lm loss"]))
 
 
