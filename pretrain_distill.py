@@ -229,6 +229,7 @@ def go(run: state.Run, tokenizer: data.MegatronTokenizerBase, place: Platform) -
         num_samples=(num_train, num_valid, num_valid),
         tokenizer=tokenizer,
         seed=batch.seed,
+        masked=run.arch.is_bert,
     )
     store = flags.distill.kd_teacher_store
     if store is not None and num_train:

@@ -290,6 +290,7 @@ def calibration_data(flags: PruneFlags, source: Checkpoint, place: Platform) -> 
         num_samples=(num_samples, 0, 0),
         tokenizer=tokenizer,
         seed=flags.batch.seed,
+        masked=source.arch.is_bert,
     )
     on_first_rank(
         lambda: data_check.check_distinct(

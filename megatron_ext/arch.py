@@ -12,6 +12,7 @@ Named dims (a row of the table lists one per tensor axis):
     head_dim  kv_channels
     vocab     padded_vocab_size
     position  max_position_embeddings
+    tokentype num_tokentypes
     experts   num_experts                                  in a mixture of experts, every layer one
     moe_ffn, moe_fc1        as ffn and fc1, of one expert
     shared_ffn, shared_fc1  as ffn and fc1, of the shared experts together
@@ -22,7 +23,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from math import prod
 from typing import Any
 
-LAYER_PREFIX = "decoder.layers."
+# Of a weight of every layer; the second in a BertModel.
+LAYER_PREFIXES = ("decoder.layers.", "encoder.layers.")
 
 # Sizes that Megatron-LM 0.16 saves under the names of megatron-core's configuration.
 RENAMED = {
@@ -81,6 +83,13 @@ class Arch:
     """A bias on linear_qkv even where add_bias_linear is off."""
     qk_layernorm: bool = False
     untie_embeddings_and_output_weights: bool = False
+    bert_binary_head: bool = True
+    """False: a BertModel without its next-sentence head, Megatron-LM's --bert-no-binary-head. Of a
+    GPTModel, Megatron-LM saves True."""
+    num_tokentypes: int = 0
+    """Kinds of segment that a BertModel tells apart; 0 for none."""
+    apply_residual_connection_post_layernorm: bool = False
+    """Post-norm, of a BertModel only: a layer adds to the output of its norm, not to the input."""
     num_experts: int | None = None
     """Experts of every layer's MLP; None for a plain MLP, without any of the moe_ sizes."""
     moe_router_topk: int = 2
@@ -113,8 +122,28 @@ class Arch:
             raise ValueError(
                 f"vocabulary {self.vocab_size} is larger than its padding {self.padded_vocab_size}."
             )
-        for problem in self._expert_problems():
+        for problem in (*self._expert_problems(), *self._bert_problems()):
             raise ValueError(problem)
+
+    @property
+    def is_bert(self) -> bool:
+        """Whether it is a BertModel: a masked language model, whose tokens see both sides."""
+        return not self.bert_binary_head
+
+    def _bert_problems(self) -> Iterator[str]:
+        if not self.is_bert:
+            if self.num_tokentypes:
+                yield f"num_tokentypes {self.num_tokentypes} needs --bert-no-binary-head."
+            if self.apply_residual_connection_post_layernorm:
+                yield "--apply-residual-connection-post-layernorm needs --bert-no-binary-head."
+            return
+        if self.num_experts is not None:
+            yield "--bert-no-binary-head does not go with --num-experts."
+        if self.position_embedding_type != "learned_absolute":
+            yield (
+                "--bert-no-binary-head needs --position-embedding-type learned_absolute, not "
+                f"{self.position_embedding_type}."
+            )
 
     def _expert_problems(self) -> Iterator[str]:
         experts, topk = self.num_experts, self.moe_router_topk
@@ -153,6 +182,9 @@ class Arch:
             known = {name: value for name, value in known.items() if not name.startswith("moe_")}
         else:
             known |= _expert_args(args)
+        if known.get("bert_binary_head", True):
+            # megatron-core 0.16.1 parses it and computes a pre-norm GPTModel all the same.
+            known.pop("apply_residual_connection_post_layernorm", None)
         if not args.get("group_query_attention"):
             known["num_query_groups"] = args["num_attention_heads"]
         missing = [name for name in _SIZES if name not in known]
@@ -206,7 +238,7 @@ class Weight:
     """One row of the table: a weight as it stands in a checkpoint."""
 
     key: str
-    """Name of the tensor; a weight of every layer begins with ``decoder.layers.``."""
+    """Name of the tensor; a weight of every layer begins with one of ``LAYER_PREFIXES``."""
     dims: tuple[str, ...]
     init: str = "normal"
     """normal: std; scaled: std / sqrt(2 num_layers); ones and zeros (a norm's gamma, a bias)."""
@@ -214,7 +246,7 @@ class Weight:
     @property
     def per_layer(self) -> bool:
         """Whether each layer has one."""
-        return self.key.startswith(LAYER_PREFIX)
+        return self.key.startswith(LAYER_PREFIXES)
 
 
 def dim_sizes(arch: Arch) -> dict[str, int]:
@@ -232,6 +264,7 @@ def dim_sizes(arch: Arch) -> dict[str, int]:
         "head_dim": arch.kv_channels,
         "vocab": arch.padded_vocab_size,
         "position": arch.max_position_embeddings,
+        "tokentype": arch.num_tokentypes,
         **(experts if arch.num_experts else {}),
         **(shared if shared_ffn else {}),
     }
@@ -244,7 +277,7 @@ def weights(arch: Arch) -> list[Weight]:
     follows it, which megatron-core writes for its local layers too. The norm before a router stands
     alone. A weight of the experts is one tensor: [experts, ...].
     """
-    layer, norm_init = LAYER_PREFIX, "zeros" if arch.apply_layernorm_1p else "ones"
+    layer, norm_init = LAYER_PREFIXES[arch.is_bert], "zeros" if arch.apply_layernorm_1p else "ones"
 
     def linear(key: str, dims: tuple[str, str], *, bias: bool, init: str) -> list[Weight]:
         rows = [Weight(f"{key}.weight", dims, init)]
@@ -259,6 +292,8 @@ def weights(arch: Arch) -> list[Weight]:
     rows = [Weight("embedding.word_embeddings.weight", ("vocab", "hidden"))]
     if arch.position_embedding_type == "learned_absolute":
         rows += [Weight("embedding.position_embeddings.weight", ("position", "hidden"))]
+    if arch.num_tokentypes:
+        rows += [Weight("embedding.tokentype_embeddings.weight", ("tokentype", "hidden"))]
     rows += norm(f"{attention}linear_qkv.layer_norm_")
     rows += linear(f"{attention}linear_qkv", ("qkv", "hidden"), bias=qkv_bias, init="normal")
     if arch.qk_layernorm:
@@ -272,9 +307,14 @@ def weights(arch: Arch) -> list[Weight]:
     else:
         rows += norm(f"{layer}pre_mlp_layernorm.")
         rows += _expert_weights(mlp, shared=arch.moe_shared_expert_intermediate_size is not None)
-    rows += norm("decoder.final_layernorm.")
+    rows += norm(f"{layer.removesuffix('layers.')}final_layernorm.")
+    if arch.is_bert:
+        rows += linear("lm_head.dense", ("hidden", "hidden"), bias=True, init="normal")
+        rows += norm("lm_head.layer_norm.")
     if arch.untie_embeddings_and_output_weights:
         rows += [Weight("output_layer.weight", ("vocab", "hidden"))]
+    if arch.is_bert:
+        rows += [Weight("output_layer.bias", ("vocab",), "zeros")]
     return rows
 
 
@@ -310,12 +350,12 @@ def num_parameters(arch: Arch, *, embeddings: bool = True, active: bool = False)
 
     Args:
         arch: the sizes.
-        embeddings: without, leave out the vocabulary and position tables.
+        embeddings: without, leave out the tables of vocabulary, positions and segments.
         active: count only what computes one token: of the experts, moe_router_topk.
     """
     total = 0
     for weight in weights(arch):
-        if embeddings or weight.dims[0] not in ("vocab", "position"):
+        if embeddings or weight.dims[0] not in ("vocab", "position", "tokentype"):
             times = arch.num_layers if weight.per_layer else 1
             total += _numel(weight, arch, active=active) * times
     return total
@@ -325,14 +365,15 @@ def forward_flops(arch: Arch, seq_length: int) -> int:
     """Return the floating-point operations of one token's forward pass, at 2 per multiply-add.
 
     Matrix multiplies only, of the experts those that compute a token. Causal attention counts half
-    of the square, seq_length / 2 keys a token on average. A training step costs three times as much
-    (backward is two forwards).
+    of the square, seq_length / 2 keys a token on average, a BertModel's all of it. A training step
+    costs three times as much (backward is two forwards).
     """
     sizes = dim_sizes(arch)
     matrices = [w for w in weights(arch) if len(w.dims) > 1 and w.per_layer]
     per_layer = sum(_numel(w, arch, active=True) for w in matrices)
-    attention = sizes["heads"] * seq_length  # scores and values: 2 * heads * seq_length / 2
-    output = sizes["vocab"] * sizes["hidden"]
+    # Scores and values: 2 * heads * seq_length / 2.
+    attention = sizes["heads"] * seq_length * (1 + arch.is_bert)
+    output = sizes["vocab"] * sizes["hidden"] + arch.is_bert * sizes["hidden"] ** 2
     return 2 * (arch.num_layers * (per_layer + attention) + output)
 
 

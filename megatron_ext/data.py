@@ -22,6 +22,7 @@ from megatron.core.tokenizers.text.utils import build_tokenizer as core_tokenize
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_ext import masked as masked_view
 from megatron_ext.data_check import DEFAULT_SPLIT, Source, all_prefixes, check_data, sources
 from megatron_ext.errors import DATA, USAGE, UserError
 from megatron_ext.flag_checks import TOKENIZER_NEEDS
@@ -81,6 +82,7 @@ def build_datasets(
     num_samples: tuple[int, int, int],
     tokenizer: MegatronTokenizerBase,
     seed: int,
+    masked: bool = False,
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
     """Return the train, valid and test datasets, the same on every rank.
 
@@ -99,7 +101,8 @@ def build_datasets(
         num_samples: of train, valid and test. A dataset holds at least these and up to an epoch
             more; a split without samples or with weight 0 is None.
         tokenizer: of ``build_tokenizer``.
-        seed: of the order of documents and samples.
+        seed: of the order of documents and samples, and of what is masked.
+        masked: samples of a masked language model, see ``masked``.
 
     Raises:
         UserError: what ``check_data`` finds, a cache folder that cannot be written, or data that
@@ -107,6 +110,10 @@ def build_datasets(
     """
     if not any(num_samples):
         return None, None, None
+    if masked:
+        special = masked_view.special_tokens(tokenizer)
+        _check_maskable(data)
+        seq_length -= masked_view.FRAME
 
     def build(cache: str | None, on_this_rank: bool = True) -> list[Dataset | None]:
         config = _dataset_config(data, used, seq_length, tokenizer, seed, cache)
@@ -136,6 +143,8 @@ def build_datasets(
         # padding of that one: samples would depend on the order in which they are read.
         for part in getattr(dataset, "datasets", [dataset]):
             part.masks_and_position_ids_are_cacheable = False
+    if masked:
+        datasets = [d and masked_view.MaskedTokens(d, special, seed) for d in datasets]
     return tuple(datasets)
 
 
@@ -164,7 +173,8 @@ def batches(
 
     Yields:
         CPU tensors: tokens, labels, position_ids [b, s] int64, loss_mask [b, s] float32, and
-        attention_mask [b, 1, s, s] bool (True = masked) under --reset-attention-mask.
+        attention_mask [b, 1, s, s] bool (True = masked) under --reset-attention-mask; of a masked
+        language model padding_mask and attention_mask, see ``masked``.
     """
     step = micro_batch_size * dp_size
     starts = range(consumed_samples, len(dataset) - step + 1, step)
@@ -188,8 +198,8 @@ def shard_for_context_parallel(
     """Return this context-parallel rank's positions of a batch: chunks r and 2 * cp_size - 1 - r.
 
     Of 2 * cp_size equal chunks of the sequence, one from each end, so that causal attention costs
-    the same on every rank (Megatron-LM's order). [b, s] becomes [b, s / cp_size]; of
-    attention_mask [b, 1, s, s] the rows are taken. s must be divisible by 2 * cp_size.
+    the same on every rank (Megatron-LM's order). [b, s] becomes [b, s / cp_size]; of attention_mask
+    [b, 1, s, s] the rows are taken, [b, 1, 1, s] stays. s must be divisible by 2 * cp_size.
     """
     if cp_size == 1:
         return batch
@@ -197,6 +207,9 @@ def shard_for_context_parallel(
     for name, tensor in batch.items():
         dim = 2 if name == "attention_mask" else 1
         length = tensor.size(dim)
+        if name == "attention_mask" and length == 1:
+            shard[name] = tensor
+            continue
         assert length % (2 * cp_size) == 0, f"{name}: {length} positions on {cp_size} ranks"
         chunks = tensor.chunk(2 * cp_size, dim)
         shard[name] = torch.cat([chunks[cp_rank], chunks[-1 - cp_rank]], dim)
@@ -234,6 +247,13 @@ def _dataset_config(
         shares = zip(config.split_matrix, used, strict=True)
         config.split_matrix = [share if source else None for share, source in shares]
     return config
+
+
+def _check_maskable(data: Any) -> None:
+    """Refuse what changes a GPT model's masks and has no meaning in a masked language model."""
+    for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
+        if getattr(data, name):
+            raise UserError(f"{dashed(name)}: not for a BertModel, which sees both sides.", USAGE)
 
 
 def _rank() -> int:

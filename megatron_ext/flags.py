@@ -186,6 +186,7 @@ def check_layout(arch: Arch, parallel: group.Parallel, *, seq_length: int) -> No
         _position_problems(arch, seq_length),
         _all_to_all_problems(arch, parallel),
         _expert_problems(arch, parallel) if arch.num_experts else (),
+        _bert_problems(parallel, seq_length) if arch.is_bert else (),
     )
 
 
@@ -263,6 +264,13 @@ def _expert_problems(arch: Arch, parallel: group.Parallel) -> Iterator[str]:
         yield f"--expert-model-parallel-size {ep} does not divide --num-experts {arch.num_experts}."
     if tp > 1 and not parallel.sequence_parallel:
         yield f"--tensor-model-parallel-size {tp} with experts needs --sequence-parallel."
+
+
+def _bert_problems(parallel: group.Parallel, seq_length: int) -> Iterator[str]:
+    if parallel.transformer_impl == "transformer_engine":
+        yield "--transformer-impl transformer_engine: a BertModel has local layers here; use local."
+    if seq_length < 3:
+        yield f"--seq-length {seq_length}: [CLS] and [SEP] leave a BertModel no text; at least 3."
 
 
 def _tensor_parallel_problems(arch: Arch, tp: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""An ``Arch`` as a megatron-core GPT model on this rank; no layout changes its initial weights.
+"""An ``Arch`` as one of megatron-core's models on this rank; no layout changes its initial weights.
 
 ``ModelOptions`` is what a run decides and a checkpoint does not: dtype, parallelism, recomputation.
 """
@@ -23,9 +23,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.arch import Arch, weights
+from megatron_ext.bert import MaskedLanguageModel, build_bert
 from megatron_ext.checkpoint import sharded_tensors
 from megatron_ext.errors import USAGE, UserError
 from megatron_ext.layers import Router, local_block_spec
+from megatron_ext.output import VocabularyOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,24 +56,13 @@ class ModelOptions:
     """megatron-core's recompute_granularity, recompute_method and recompute_num_layers."""
 
 
-class LanguageModel(GPTModel):
+class LanguageModel(VocabularyOutput, GPTModel):
     """megatron-core's GPT model whose logits stay as they are computed.
 
     Without labels ``forward`` returns logits [s, b, v] (s positions, v the columns of this
     tensor-parallel rank), where GPTModel copies them into [b, s, v]. With labels it returns the
     language-model loss per token, [b, s].
     """
-
-    num_tokens: int
-    """Of the vocabulary, without padding."""
-    leaves_out_output_layer = False
-    """Whether ``forward`` without labels returns what the output layer would take."""
-
-    def output_weight(self) -> Tensor:
-        """Return the weight of the output layer, [v, H], tied or its own. On the last stage."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
 
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None = None, **inputs: object
@@ -81,21 +72,6 @@ class LanguageModel(GPTModel):
         if self.leaves_out_output_layer:
             return hidden_states
         return self.output_layer(hidden_states, weight=self.output_weight())[0]
-
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Return the loss per token, [b, s], over the real tokens.
-
-        megatron-core counts the padding of the vocabulary too. In imported weights its logits are
-        0, which is much to a model whose logits are around -100, as GPT-2's are.
-
-        Args:
-            labels: [b, s].
-            logits: [s, b, v]; the columns of padding are overwritten, behind autograd's back: no
-                loss reads them, and their gradient is 0.
-        """
-        columns = self.num_tokens - self.pg_collection.tp.rank() * logits.size(-1)
-        logits.data[..., max(columns, 0) :] = torch.finfo(logits.dtype).min
-        return super().compute_language_model_loss(labels, logits)
 
 
 def choose_transformer_impl(impl: str | None, device: torch.device) -> str:
@@ -124,7 +100,8 @@ def transformer_config(
     """
     gelu = fast_gelu if arch.bias_gelu_fusion else F.gelu
     gate = F.silu if arch.swiglu else gelu
-    has_engine = options.transformer_impl == "transformer_engine"
+    impl = "local" if arch.is_bert else options.transformer_impl
+    has_engine = impl == "transformer_engine"
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -172,7 +149,7 @@ def transformer_config(
         batch_p2p_comm=not options.overlap_p2p_comm,
         batch_p2p_sync=False,
         variable_seq_lengths=False,
-        transformer_impl=options.transformer_impl,
+        transformer_impl=impl,
         use_cpu_initialization=False,
         **(_expert_config(arch, options, groups) if arch.num_experts else {}),
         **options.recompute,
@@ -227,15 +204,9 @@ def build_model(
     return chunks
 
 
-def _build_chunk(
-    arch: Arch,
-    config: TransformerConfig,
-    groups: ProcessGroupCollection,
-    chunk: int,
-    num_chunks: int,
+def _build_gpt(
+    arch: Arch, config: TransformerConfig, num_layers: int, **place: Any
 ) -> LanguageModel:
-    vp_stage = chunk if num_chunks > 1 else None
-    num_layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
     if config.transformer_impl == "transformer_engine":
         from megatron.core.models.gpt.gpt_layer_specs import (
             get_gpt_layer_with_transformer_engine_spec,
@@ -250,22 +221,40 @@ def _build_chunk(
             spec.submodules.mlp.submodules.router = Router
     else:
         spec = local_block_spec(config, num_layers)
-    model = LanguageModel(
+    return LanguageModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=arch.padded_vocab_size,
         max_sequence_length=arch.max_position_embeddings,
-        pre_process=groups.pp.rank() == 0 and chunk == 0,
-        post_process=groups.pp.rank() == groups.pp.size() - 1 and chunk == num_chunks - 1,
         share_embeddings_and_output_weights=not arch.untie_embeddings_and_output_weights,
         position_embedding_type=arch.position_embedding_type,
         rotary_percent=arch.rotary_percent,
         rotary_base=arch.rotary_base,
         rope_scaling=arch.use_rope_scaling,
         rope_scaling_factor=arch.rope_scaling_factor,
-        pg_collection=groups,
-        vp_stage=vp_stage,
+        **place,
     )
+
+
+def _build_chunk(
+    arch: Arch,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    chunk: int,
+    num_chunks: int,
+) -> LanguageModel | MaskedLanguageModel:
+    vp_stage = chunk if num_chunks > 1 else None
+    num_layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
+    place = {
+        "pre_process": groups.pp.rank() == 0 and chunk == 0,
+        "post_process": groups.pp.rank() == groups.pp.size() - 1 and chunk == num_chunks - 1,
+        "pg_collection": groups,
+        "vp_stage": vp_stage,
+    }
+    if arch.is_bert:
+        model = build_bert(arch, config, num_layers, **place)
+    else:
+        model = _build_gpt(arch, config, num_layers, **place)
     model.num_tokens = arch.vocab_size
     for name, parameter in model.named_parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
@@ -273,7 +262,8 @@ def _build_chunk(
             # megatron-core gives experts an optimizer of their own under expert parallelism only.
             # Always, so that optimizer state has one form on disk.
             parameter.allreduce = False
-    return model.to(torch.cuda.current_device())
+    # megatron-core makes tables of positions and BERT's head in float32, whatever the others are.
+    return model.to(torch.cuda.current_device(), config.params_dtype)
 
 
 def model_state_dict(chunks: list[MegatronModule]) -> ShardedStateDict:

@@ -57,6 +57,14 @@ class Sizes:
     untie_embeddings_and_output_weights: bool = flag(
         False, "an output matrix of its own instead of the embedding's"
     )
+    bert_binary_head: bool = flag(
+        True,
+        "a BertModel without next-sentence head: a masked language model",
+        off="--bert-no-binary-head",
+    )
+    apply_residual_connection_post_layernorm: bool = flag(
+        False, "post-norm, with --bert-no-binary-head: add to the output of each norm"
+    )
     num_experts: int | None = flag(
         None, "experts of every layer's MLP; default a plain MLP", at_least=1
     )

@@ -23,14 +23,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_ext.arch import LAYER_PREFIX
+from megatron_ext.arch import LAYER_PREFIXES
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.safe_load import load_metadata
 
 FIRST_WEIGHT = "embedding.word_embeddings.weight"
 # Of other tensors whose names end alike.
 NOT_A_MODEL = ("optimizer.", "chained_")
-LAYER_NUMBER = re.compile(rf"{re.escape(LAYER_PREFIX)}\d+\.")
+LAYER_NUMBER = re.compile(rf"({'|'.join(map(re.escape, LAYER_PREFIXES))})\d+\.")
 # What torch raises on files that are missing, cut short or overwritten.
 DAMAGE = (
     OSError,
@@ -146,7 +146,7 @@ class SliceReader:
         found: dict[str, tuple[int, ...]] = {}
         for key, (size, _) in self.shapes.items():
             layer = LAYER_NUMBER.match(key)
-            stacked = LAYER_NUMBER.sub(LAYER_PREFIX, key)
+            stacked = LAYER_NUMBER.sub(r"\1", key)
             count = found[stacked][0] + 1 if stacked in found else 1
             found[stacked] = (count, *size) if layer else size
         return found
@@ -202,7 +202,8 @@ def model_prefix(names: Iterable[str]) -> str:
 
 def layer_key(key: str, layer: int) -> str:
     """Return a layer's name in the per-layer style: ``decoder.layers.3.mlp...``."""
-    return f"{LAYER_PREFIX}{layer}.{key.removeprefix(LAYER_PREFIX)}"
+    prefix = next(prefix for prefix in LAYER_PREFIXES if key.startswith(prefix))
+    return f"{prefix}{layer}.{key.removeprefix(prefix)}"
 
 
 def _file_of(index: MetadataIndex, files: dict) -> str:

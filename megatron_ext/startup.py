@@ -173,3 +173,10 @@ def padded_alike(model: Arch, other: Arch) -> Arch:
     own number of ranks, so two checkpoints of one family may differ.
     """
     return replace(model, padded_vocab_size=other.padded_vocab_size)
+
+
+def check_comparable(student: Arch, teacher: Arch) -> None:
+    """Refuse two models of different kinds."""
+    if student.is_bert != teacher.is_bert:
+        names = ["a BertModel" if arch.is_bert else "a GPTModel" for arch in (teacher, student)]
+        raise UserError(f"the teacher is {names[0]} and the student {names[1]}.", CHECKPOINT)

@@ -63,6 +63,13 @@ NEMOTRON = Arch(
     hidden_dropout=0.0,
 )
 
+BERT = replace(
+    GPT2,
+    bert_binary_head=False,
+    num_tokentypes=2,
+    apply_residual_connection_post_layernorm=True,
+)
+
 MOE = Arch(
     num_layers=4,
     hidden_size=24,

@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy
 import psutil
+import tokenizers
 import torch
+import transformers
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ext import checkpoint, checkpoint_writer, platform
@@ -161,9 +163,27 @@ def write_corpus(prefix: Path, vocab_size: int) -> str:
 def data_flags(arch: Arch, prefix: str) -> list[str]:
     """Return the flags of a corpus, of the tokenizer of ``arch`` and of its samples."""
     return shlex.split(
-        f"--data-path {prefix} --split 80,15,5 --tokenizer-type NullTokenizer --num-workers 0 "
-        f"--vocab-size {arch.vocab_size - 1} --seq-length 16 --micro-batch-size 1"
+        f"--data-path {prefix} --split 80,15,5 {tokenizer_flags(arch, prefix)} --num-workers 0 "
+        "--seq-length 16 --micro-batch-size 1"
     )
+
+
+def tokenizer_flags(arch: Arch, prefix: str) -> str:
+    """Return the flags of a tokenizer for ``arch``; a BERT's is written beside ``prefix``."""
+    if not arch.is_bert:
+        return f"--tokenizer-type NullTokenizer --vocab-size {arch.vocab_size - 1}"
+    folder = f"{prefix}-tokenizer"
+    if not Path(folder).exists():
+        special = ["[UNK]", "[PAD]", "[CLS]", "[MASK]", "[SEP]"]
+        words = [f"w{i}" for i in range(arch.vocab_size - len(special))] + special
+        model = tokenizers.models.WordPiece(
+            {word: number for number, word in enumerate(words)}, unk_token="[UNK]"
+        )
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer(model),
+            **{f"{word[1:-1].lower()}_token": word for word in special},
+        ).save_pretrained(folder)
+    return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}"
 
 
 def model_flags(arch: Arch) -> list[str]:

@@ -1,5 +1,6 @@
 """Scores without activations: naive references, every layout, and units as trimming sees them."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from megatron_ext.pruning.plan import layer_axes
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores import Scores, check_scores, load_scores
 from megatron_ext.slices import SliceReader
-from tests.models import GPT2, LLAMA, MOE, NEMOTRON
+from tests.models import BERT, GPT2, LLAMA, MOE, NEMOTRON
 from tests.programs import fail, read_tensors, succeed, write_model
 from tests.ranks import run_ranks
 
-MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON, "moe": MOE}
-LAYERS = "decoder.layers."
+MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON, "bert": BERT, "moe": MOE}
+LAYERS = r"(?:de|en)coder\.layers\."
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def naive_magnitude(folder, arch):
     for key in w:
         if arch.apply_layernorm_1p and "norm" in key and key.endswith("weight"):
             w[key] = w[key] + 1
+    w.pop("output_layer.bias", None)  # of tokens
     for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
         if key in w:
             w[key] = w[key][: arch.vocab_size]
@@ -45,17 +47,26 @@ def naive_magnitude(folder, arch):
     per_group = arch.num_attention_heads // groups
     norms = ("final_layernorm.", "layer_norm_", "pre_mlp_layernorm.")
     columns = ("word_embeddings.", "position_embeddings.", "output_layer.", "linear_qkv.weight")
-    columns += ("router.weight",)
+    columns += (
+        "router.weight",
+        "tokentype_embeddings.",
+        "lm_head.layer_norm.",
+        "lm_head.dense.bias",
+    )
     hidden = np.zeros(arch.hidden_size)
     for key, x in w.items():
         if key.endswith("linear_fc1.weight") or any(part in key for part in (*columns, *norms)):
             hidden += (x**2).reshape(-1, arch.hidden_size).sum(axis=0)
+        elif key == "lm_head.dense.weight":
+            hidden += [
+                (x[i] ** 2).sum() + (x[:, i] ** 2).sum() - x[i, i] ** 2 for i in range(len(x))
+            ]
         elif "linear_proj." in key or "linear_fc2." in key:  # of each layer, and of each expert
             count = arch.num_layers * (arch.num_experts if "mlp.experts." in key else 1)
             hidden += (x.reshape(count, arch.hidden_size, -1) ** 2).sum(axis=(0, 2))
     scores = {"hidden": np.sqrt(hidden), "layers": np.zeros(arch.num_layers)}
     for n in range(arch.num_layers):
-        layer = {key.removeprefix(LAYERS): x[n] for key, x in w.items() if key.startswith(LAYERS)}
+        layer = {re.sub(LAYERS, "", key): x[n] for key, x in w.items() if re.match(LAYERS, key)}
         scores["layers"][n] = np.sqrt(sum((x**2).sum() for x in layer.values()))
         scores |= naive_neurons(layer, n, arch)
         qkv = [

@@ -23,7 +23,16 @@ from megatron_ext.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.model import ModelOptions, build_model
 from megatron_ext.training.state import restore_weights
 from tests.models import LLAMA
-from tests.programs import data_flags, fail, run_program, succeed, write_corpus, write_model
+from tests.programs import (
+    assert_same_bytes,
+    data_flags,
+    fail,
+    read_tensors,
+    run_program,
+    succeed,
+    write_corpus,
+    write_model,
+)
 from tests.ranks import run_ranks
 from tools.generate import continue_tokens, load_model
 
@@ -47,6 +56,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+BERT = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
 # name: model_type and config; every family at least once.
 MODELS = {
     "llama": ("llama", {**COMMON, "tie_word_embeddings": False}),
@@ -72,6 +82,8 @@ MODELS = {
             "initializer_range": 0.1,
         },
     ),
+    "bert": ("bert", BERT),
+    "megatron-bert": ("megatron-bert", BERT),
     "mixtral": ("mixtral", {**COMMON, **EXPERTS, "num_local_experts": 4}),
     "qwen3_moe": (
         "qwen3_moe",
@@ -103,6 +115,8 @@ TARGETS = {
     "nemotron": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     # Its head_dim is hidden_size / heads, always.
     "gpt2": f"{LAYERS} --target-hidden-size 24 --target-num-attention-heads 3 {DENSE}",
+    "bert": f"{LAYERS} --target-hidden-size 36 --target-num-attention-heads 3 {DENSE}",
+    "megatron-bert": f"{LAYERS} --target-hidden-size 36 --target-num-attention-heads 3 {DENSE}",
     "mixtral": f"{LAYERS} {WIDTH} {GROUPS} {EXPERT_SIZES}",
     "qwen3_moe": f"{LAYERS} {WIDTH} {GROUPS} {EXPERT_SIZES}",
 }
@@ -114,7 +128,7 @@ def tokens():
 
 def hf_logits(folder):
     """Logits [b, s, v] of transformers, float32."""
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    model, report = auto_class(transformers.AutoConfig.from_pretrained(folder)).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not any(report.values()), report
@@ -122,12 +136,18 @@ def hf_logits(folder):
         return model.eval()(tokens()).logits
 
 
+def auto_class(config):
+    """The class of language models, causal or masked."""
+    masked = "bert" in config.model_type
+    return transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+
+
 def write_hf(folder, name, dtype=torch.float32, **save):
     """Save a random model, no weight of which is trivial."""
     model_type, values = MODELS[name]
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **values)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = auto_class(config).from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -409,6 +429,28 @@ def test_tokenizer_and_origin_travel_through_pruning_and_training(tmp_path):
 def without(argv, flag):
     at = argv.index(flag)
     return argv[:at] + argv[at + 2 :]
+
+
+def test_files_of_published_berts(folders, tmp_path):
+    """Norms with TensorFlow's names, a next-sentence head, tied weights written twice."""
+    folder, save = tmp_path / "hf", str(tmp_path / "megatron")
+    shutil.copytree(folders / "bert/hf", folder)
+
+    def age(found):
+        for name in [name for name in found if "LayerNorm" in name]:
+            old = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+            found[old.replace("LayerNorm.bias", "LayerNorm.beta")] = found.pop(name)
+        found["bert.pooler.dense.weight"] = torch.ones(48, 48)
+        found["cls.seq_relationship.bias"] = torch.ones(2)
+        found["cls.predictions.decoder.bias"] = found["cls.predictions.bias"].clone()
+        found["bert.embeddings.position_ids"] = torch.arange(64).unsqueeze(0)
+
+    tensors(folder, age)
+    flags = ["import", "--hf", str(folder), "--save", save, "--make-vocab-size-divisible-by", "8"]
+    (outcome,) = succeed("tools.convert", flags)
+    left = "bert.pooler.dense.weight, cls.seq_relationship.bias: of other heads, left out"
+    assert left in outcome.stderr
+    assert_same_bytes(read_tensors(save), read_tensors(str(folders / "bert/megatron")))
 
 
 def test_a_model_of_no_known_origin_needs_its_family(tmp_path):

@@ -277,6 +277,7 @@ DEFAULTS = {
     "norm_epsilon": 1e-5,
     "add_bias_linear": True,
     "bias_gelu_fusion": True,
+    "bert_binary_head": True,
     "moe_router_topk": 2,
     "moe_router_load_balancing_type": "aux_loss",
     "init_method_std": 0.02,
@@ -453,8 +454,9 @@ def test_flags_as_plain_values():
 
 # Frozen: a new flag is a change to see here.
 TRAIN_OPTIONS = """
-    --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --apply-layernorm-1p --attention-backend
-    --attention-dropout --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size
+    --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --apply-layernorm-1p
+    --apply-residual-connection-post-layernorm --attention-backend --attention-dropout
+    --bert-no-binary-head --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size
     --cp-comm-type --data-args-path --data-cache-path --data-path --device --disable-bias-linear
     --distributed-backend --distributed-timeout-minutes --dry-run --end-weight-decay --eod-mask-loss
     --eval-interval --eval-iters --exit-duration-in-mins --exit-interval

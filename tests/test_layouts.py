@@ -21,7 +21,7 @@ from megatron_ext.distillation.model import Distillation, DistillationModel
 from megatron_ext.layers import shard_positions
 from megatron_ext.model import ModelOptions, build_model, model_state_dict
 from megatron_ext.training.step import StepShape, train_step, wrap
-from tests.models import GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, random_batch
+from tests.models import BERT, GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, random_batch
 from tests.ranks import run_ranks
 
 NUM_SAMPLES, SEQ_LENGTH = 4, 16
@@ -167,7 +167,21 @@ EXPERT_MODELS = {
     "moe beside dense": (MOE, replace(LLAMA, vocab_size=91, padded_vocab_size=96)),
     "dense beside moe": (replace(LLAMA, vocab_size=91, padded_vocab_size=96), MOE),
 }
-ALL_LAYOUTS, ALL_MODELS = LAYOUTS | EXPERT_LAYOUTS, MODELS | EXPERT_MODELS
+BERT_MODELS = {
+    "bert": (BERT, None),
+    "bert, pre-norm, untied": (
+        replace(
+            BERT,
+            apply_residual_connection_post_layernorm=False,
+            num_tokentypes=0,
+            untie_embeddings_and_output_weights=True,
+        ),
+        None,
+    ),
+    "bert beside bert": (replace(BERT, hidden_size=24, ffn_hidden_size=40), BERT),
+}
+ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS
+ALL_MODELS = MODELS | EXPERT_MODELS | BERT_MODELS
 # The load-balancing losses of these models are among what must not depend on the layout.
 CASES = [
     *product(MODELS, LAYOUTS),
@@ -176,6 +190,9 @@ CASES = [
     ("moe beside moe", "EP2xPP2"),
     ("moe beside dense", "EP2xTP2+SP"),
     ("dense beside moe", "EP2"),
+    *product(["bert"], ["TP2", "TP2+SP", "PP2", "PP2xVPP2", "CP2"]),
+    ("bert, pre-norm, untied", "TP2+SP"),
+    *product(["bert beside bert"], ["TP2+SP", "PP2", "DP2"]),
 ]
 
 

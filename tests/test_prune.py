@@ -16,7 +16,7 @@ from megatron_ext.arch import Arch, shape, weights
 from megatron_ext.errors import CHECKPOINT, DATA, RUNTIME, USAGE
 from megatron_ext.pruning.plan import load_plan
 from megatron_ext.pruning.scores import load_scores, save_scores
-from tests.models import GPT2, LLAMA, MOE, NEMOTRON
+from tests.models import BERT, GPT2, LLAMA, MOE, NEMOTRON
 from tests.programs import (
     LAYOUTS,
     assert_same_bytes,
@@ -32,9 +32,9 @@ from tests.programs import (
     write_model,
 )
 from tests.ranks import run_ranks
-from tests.test_trim import output_matrices, without
+from tests.test_trim import hand_on, output_matrices, without
 
-MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON, "moe": MOE}
+MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON, "bert": BERT, "moe": MOE}
 TARGETS = {
     "llama": {"num_layers": 3, "hidden_size": 40, "ffn_hidden_size": 48, "num_attention_heads": 2},
     "gpt2": {"num_layers": 2, "hidden_size": 28, "ffn_hidden_size": 34, "num_attention_heads": 2},
@@ -44,6 +44,7 @@ TARGETS = {
         "ffn_hidden_size": 40,
         "num_attention_heads": 4,
     },
+    "bert": {"num_layers": 3, "hidden_size": 26, "ffn_hidden_size": 32, "num_attention_heads": 2},
     "moe": {
         "num_layers": 3,
         "hidden_size": 20,
@@ -103,6 +104,7 @@ def llama(sources):
     [
         *(("llama", layout) for layout in [*LAYOUTS, *MIXED] if layout != "TP1"),
         *((name, layout) for name in ("gpt2", "nemotron") for layout in ("TP2+SP", "PP2", "CP2")),
+        *(("bert", layout) for layout in ("TP2+SP", "PP2", "DP2", "CP2")),
         *(("moe", layout) for layout in ("TP2+SP", "PP2", "CP2", "DP2", *EP2)),
     ],
 )
@@ -208,6 +210,8 @@ def mask(model, plan):
     norms = [model.decoder.final_layernorm]
     for table in model.embedding.parameters():
         table.data *= hidden
+    if arch.is_bert:
+        norms.append(model.lm_head.layer_norm)
     for number, layer in enumerate(model.decoder.layers):
         heads = kept(plan.heads.get(number, ()), arch.num_attention_heads)
         outputs = [(layer.self_attention.linear_proj, heads.repeat_interleave(arch.kv_channels))]
@@ -228,6 +232,8 @@ def mask(model, plan):
             if linear.bias is not None:
                 linear.bias.data *= hidden * (number in plan.layers)
         norms += [layer.input_layernorm, layer.pre_mlp_layernorm]
+        if arch.apply_residual_connection_post_layernorm and number not in plan.layers:
+            layer.forward = hand_on
     for norm in norms:
         norm.forward = norm_over(norm, list(plan.hidden))
 

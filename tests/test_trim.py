@@ -29,7 +29,7 @@ from megatron_ext.pruning.trim import (
 )
 from megatron_ext.slices import SliceReader, layer_key
 from megatron_ext.training.state import restore_weights
-from tests.models import GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, random_batch
+from tests.models import BERT, GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, random_batch
 from tests.ranks import run_ranks
 from tests.test_scores import random_scores
 
@@ -42,9 +42,16 @@ FEWER_EXPERTS = {
     "moe_ffn_hidden_size": 13,
 }
 SHARED = {"moe_shared_expert_intermediate_size": 9}
-MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON, "moe": MOE, "mixtral": MIXTRAL}
+MODELS = {
+    "llama": LLAMA,
+    "gpt2": GPT2,
+    "nemotron": NEMOTRON,
+    "bert": BERT,
+    "moe": MOE,
+    "mixtral": MIXTRAL,
+}
 TARGETS = {
-    **dict.fromkeys(("llama", "gpt2", "nemotron"), SMALLER),
+    **dict.fromkeys(("llama", "gpt2", "nemotron", "bert"), SMALLER),
     "moe": FEWER_EXPERTS | SHARED,
     "mixtral": FEWER_EXPERTS,
 }
@@ -319,6 +326,8 @@ def mask(model, plan):
     for number, layer in enumerate(model.decoder.layers):
         proj, outputs = layer.self_attention.linear_proj, output_matrices(layer.mlp)
         if number not in plan.layers:
+            if arch.apply_residual_connection_post_layernorm:  # what it adds to, it normalises
+                layer.forward = hand_on
             for linear in (proj, *outputs):
                 for parameter in linear.parameters():
                     parameter.data.zero_()
@@ -332,6 +341,11 @@ def mask(model, plan):
         for shared in outputs[arch.num_experts :]:
             cut(shared.weight, 1, plan.shared_ffn[number])
         layer.mlp.router.gating = without(plan.experts[number], layer.mlp.router.gating)
+
+
+def hand_on(hidden_states, **inputs):
+    """Stand in for a layer that does nothing."""
+    return hidden_states, None
 
 
 def output_matrices(mlp):
@@ -401,6 +415,7 @@ AXES = {
     "llama": ({"num_query_groups": 1},),
     "gpt2": ({"num_query_groups": 3},),  # every head a group of its own
     "nemotron": ({"num_query_groups": 1}, {"num_query_groups": 1, "num_attention_heads": 2}),
+    "bert": ({"num_layers": 1},),
     "moe": (
         {"num_experts": 2},
         {"moe_ffn_hidden_size": 7},

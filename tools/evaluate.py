@@ -5,7 +5,8 @@ r"""Evaluate a checkpoint on a data set, alone or beside its teacher, under any 
         --tensor-model-parallel-size 2 --tokenizer-type HuggingFaceTokenizer --tokenizer-model NAME
 
 Every token of the data but the first is predicted once, in order, without shuffling. Figures are
-means over these tokens, in nats.
+means over these tokens, in nats. A BertModel reads them in order too and predicts 15 % of them, the
+same ones each time (--seed).
 """
 
 import json
@@ -38,11 +39,13 @@ from megatron_ext.flag_checks import (
 )
 from megatron_ext.flag_parser import REQUIRED, flag, parse
 from megatron_ext.flags import check_experts, check_layout, without_idle_sequence_parallel
+from megatron_ext.masked import FRAME, MaskedTokens, SpecialTokens, special_tokens
 from megatron_ext.model import LanguageModel, build_model
 from megatron_ext.platform import Platform
 from megatron_ext.pruning.scores import written_aside
 from megatron_ext.startup import (
     batches_of_rank,
+    check_comparable,
     check_tokenizer,
     join_ranks,
     model_options,
@@ -118,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         depths = source.arch.num_layers, teacher.arch.num_layers
         own, others = layouts_of_both(flags.parallel, *depths, ())
         teacher_arch = padded_alike(teacher.arch, source.arch)
+        check_comparable(source.arch, teacher_arch)
         check_layout(teacher_arch, others, seq_length=flags.batch.seq_length)
     check_layout(source.arch, own, seq_length=flags.batch.seq_length)
     check_experts([model.arch for model in (source, teacher) if model], own)
@@ -126,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     place = join_ranks(flags, source.arch.num_layers)
     on_all_ranks(lambda: [check_token_ids(path, tokenizer.vocab_size) for path in prefixes])
     modules = build(flags, others, source, teacher, place)
-    figures = measure(flags, modules, prefixes, place, has_teacher=teacher is not None)
+    special = special_tokens(tokenizer) if source.arch.is_bert else None
+    figures = measure(flags, modules, prefixes, place, special, has_teacher=teacher is not None)
     if place.rank == 0:
         print(table(figures))
     if options.json:
@@ -179,16 +184,20 @@ def measure(
     modules: Sequence[MegatronModule],
     prefixes: Sequence[str],
     place: Platform,
+    special: SpecialTokens | None,
     *,
     has_teacher: bool,
 ) -> dict[str, float]:
-    """Return the figures by name, equal on all ranks; all data in one pass. Collective."""
+    """Return the figures by name, equal on all ranks; all data in one pass. Collective.
+
+    ``special`` are the tokens that a masked language model needs; None for another.
+    """
     options, batch, groups = flags.evaluation, flags.batch, place.groups
     per_pass = batch.micro_batch_size * groups.dp.size()
     # Virtual stages take micro-batches by the number of pipeline ranks.
-    documents = Documents(
-        prefixes, batch.seq_length, per_pass * groups.pp.size(), options.eval_samples
-    )
+    length = batch.seq_length - FRAME * (special is not None)
+    documents = Documents(prefixes, length, per_pass * groups.pp.size(), options.eval_samples)
+    dataset = MaskedTokens(documents, special, batch.seed) if special else documents
     shape = StepShape(
         num_microbatches=len(documents) // per_pass,
         micro_batch_size=batch.micro_batch_size,
@@ -197,7 +206,7 @@ def measure(
 
     def batches(chunk: int) -> Iterator[Batch]:
         found = batches_of_rank(
-            documents,
+            dataset,
             place,
             micro_batch_size=batch.micro_batch_size,
             num_workers=options.num_workers,

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_ext import checkpoint, data, platform, safe_load
 from megatron_ext.checkpoint import Checkpoint
-from megatron_ext.errors import USAGE, UserError, run_main
+from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
 from megatron_ext.flag_groups import NeededTokenizer, trust_flag
 from megatron_ext.flag_parser import REQUIRED, flag
 from megatron_ext.flag_parser import parse as parse_flags
@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = flags.generation
     safe_load.trust(options.trust_checkpoint)
     source = checkpoint.read(options.load, options.ckpt_step)
+    if source.arch.is_bert:
+        raise UserError(f"{source.folder} is a BertModel, which continues no texts.", CHECKPOINT)
     tokenizer = data.build_tokenizer(flags.tokenizer)
     source = source.with_tokens(tokenizer.vocab_size)
     check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.tokenizer))

@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_samples=(index.num_samples, 0, 0),
         tokenizer=tokenizer,
         seed=batch.seed,
+        masked=teacher.arch.is_bert,
     )
     missing = on_first_rank(lambda: stored.begin(options.kd_teacher_store, index))
     chunks = build_model(

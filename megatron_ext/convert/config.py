@@ -132,9 +132,10 @@ def _sizes(family: Family, config: Config) -> dict[str, Any]:
             raise ValueError(f"{family.sizes[name][0]} {json.dumps(value)} is no number")
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     if family.whole_heads and hidden % heads:
+        hint = " (mistral is the same model without that condition)"
         raise ValueError(
             f"hidden_size {hidden} is no multiple of {heads} heads, which transformers asks of "
-            f"{family.model_type} (mistral is the same model without that condition)"
+            f"{family.model_type}{hint * (family.model_type == 'llama')}"
         )
     sizes.setdefault("ffn_hidden_size", 4 * hidden)
     sizes.setdefault("num_query_groups", heads)

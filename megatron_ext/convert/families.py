@@ -18,7 +18,10 @@ class Row:
 
     layout: Layout
     names: tuple[str, ...]
-    """Hugging Face's tensors, with {layer} and {expert} for their numbers."""
+    """Hugging Face's tensors, with {layer} and {expert} for their numbers, {before} for the number
+    of the layer before, {last} for that of the last layer."""
+    first: tuple[str, ...] = ()
+    """In the first layer, where they have other names there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +52,16 @@ class Family:
     """Of the tensors' names; files of the bare model leave it out."""
     ignored: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
     """Tensors (regular expressions) that files may hold and that are no weights."""
+    left_out: tuple[str, ...] = ()
+    """Weights (regular expressions) of other heads, which an import leaves out with a warning."""
+    old_names: Mapping[str, str] = field(default_factory=dict)
+    """End of a tensor's name: what old files have there."""
     whole_heads: bool = False
     """transformers refuses a hidden size that is no multiple of the heads."""
 
 
 LAYER, ATTENTION, MLP = "decoder.layers.", "decoder.layers.self_attention.", "decoder.layers.mlp."
+ENCODER = "encoder.layers."  # of a BertModel
 
 
 def both(key: str, layout: Layout, *names: str) -> dict[str, Row]:
@@ -123,6 +131,57 @@ GPT2_ROWS = {
     **both("output_layer.", COPY, "lm_head"),
 }
 
+BERT_BODY, BERT_HEAD = "bert.encoder.layer.{layer}.", "cls.predictions."
+BERT_COMMON_ROWS = {
+    **both("embedding.word_embeddings.", COPY, "bert.embeddings.word_embeddings"),
+    **both("embedding.position_embeddings.", COPY, "bert.embeddings.position_embeddings"),
+    **both("embedding.tokentype_embeddings.", COPY, "bert.embeddings.token_type_embeddings"),
+    **both(
+        f"{ENCODER}self_attention.linear_qkv.",
+        QKV,
+        *(f"{BERT_BODY}attention.self.{name}" for name in ("query", "key", "value")),
+    ),
+    **both(f"{ENCODER}self_attention.linear_proj.", COPY, f"{BERT_BODY}attention.output.dense"),
+    **both(f"{ENCODER}mlp.linear_fc1.", COPY, f"{BERT_BODY}intermediate.dense"),
+    **both(f"{ENCODER}mlp.linear_fc2.", COPY, f"{BERT_BODY}output.dense"),
+    **both("lm_head.dense.", COPY, f"{BERT_HEAD}transform.dense"),
+    **both("lm_head.layer_norm.", COPY, f"{BERT_HEAD}transform.LayerNorm"),
+    "output_layer.weight": Row(COPY, (f"{BERT_HEAD}decoder.weight",)),
+    "output_layer.bias": Row(COPY, (f"{BERT_HEAD}bias",)),
+}
+
+
+def bert_norms(first: str, inside: str, behind: str, last: str) -> dict[str, Row]:
+    """Return the rows of a BERT's norms.
+
+    Args:
+        first: before the first layer.
+        inside: between attention and MLP.
+        behind: before a layer that is not the first.
+        last: behind the last layer.
+    """
+    return {
+        f"{key}{kind}": Row(COPY, (f"{name}.{kind}",), (f"{other}.{kind}",) * bool(other))
+        for kind in ("weight", "bias")
+        for key, name, other in (
+            (f"{ENCODER}self_attention.linear_qkv.layer_norm_", behind, first),
+            (f"{ENCODER}mlp.linear_fc1.layer_norm_", inside, ""),
+            ("encoder.final_layernorm.", last, ""),
+        )
+    }
+
+
+# Post-norm: the norm behind a layer is Megatron's before the next.
+BERT_ROWS = BERT_COMMON_ROWS | bert_norms(
+    "bert.embeddings.LayerNorm",
+    f"{BERT_BODY}attention.output.LayerNorm",
+    "bert.encoder.layer.{before}.output.LayerNorm",
+    "bert.encoder.layer.{last}.output.LayerNorm",
+)
+MEGATRON_BERT_ROWS = BERT_COMMON_ROWS | bert_norms(
+    f"{BERT_BODY}attention.ln", f"{BERT_BODY}ln", f"{BERT_BODY}attention.ln", "bert.encoder.ln"
+)
+
 SIZES = {
     "num_layers": ("num_hidden_layers",),
     "hidden_size": ("hidden_size",),
@@ -146,6 +205,46 @@ UNTIED_BY_DEFAULT = {
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
     "rope_theta": 10000.0,
+}
+BERT = {
+    "sizes": {
+        "num_layers": ("num_hidden_layers",),
+        "hidden_size": ("hidden_size",),
+        "ffn_hidden_size": ("intermediate_size",),
+        "num_attention_heads": ("num_attention_heads",),
+        "max_position_embeddings": ("max_position_embeddings",),
+        "num_tokentypes": ("type_vocab_size",),
+        "norm_epsilon": ("layer_norm_eps",),
+        "init_method_std": ("initializer_range",),
+        "attention_dropout": ("attention_probs_dropout_prob",),
+        "hidden_dropout": ("hidden_dropout_prob",),
+    },
+    "activation": ("hidden_act", {"gelu": {}}),
+    "only": {
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "position_embedding_type": "absolute",
+        "tie_word_embeddings": True,
+    },
+    "defaults": {
+        "hidden_act": "gelu",
+        "type_vocab_size": 2,
+        "layer_norm_eps": 1e-12,
+        "initializer_range": 0.02,
+        "attention_probs_dropout_prob": 0.1,
+        "hidden_dropout_prob": 0.1,
+    },
+    "prefix": "bert.",
+    # Weights tied to others, and a buffer.
+    "ignored": (r"^cls\.predictions\.decoder\.bias$", r"embeddings\.position_ids$"),
+    "left_out": (r"pooler\.", r"^cls\.seq_relationship\."),
+    "old_names": {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
+    "whole_heads": True,
+}
+BERT_FIXED = {
+    "position_embedding_type": "learned_absolute",
+    "normalization": "LayerNorm",
+    "bert_binary_head": False,
 }
 
 FAMILIES = {
@@ -252,6 +351,20 @@ FAMILIES = {
             },
             prefix="transformer.",
             ignored=(r"\.attn\.(masked_)?bias$",),
+        ),
+        Family(
+            model_type="bert",
+            architecture="BertForMaskedLM",
+            rows=BERT_ROWS,
+            fixed={**BERT_FIXED, "apply_residual_connection_post_layernorm": True},
+            **BERT,
+        ),
+        Family(
+            model_type="megatron-bert",
+            architecture="MegatronBertForMaskedLM",
+            rows=MEGATRON_BERT_ROWS,
+            fixed=BERT_FIXED,
+            **BERT,
         ),
         Family(
             model_type="mixtral",

@@ -141,8 +141,11 @@ def check_tensors(source: HfFolder, arch: Arch, family: Family, work: Sequence[P
                 _refuse(source, f"{found} is {dtype}, which is not read here")
     if not arch.untie_embeddings_and_output_weights:
         _check_tied(source, family, expected)
-    for name in source.shapes:
-        if name not in expected and not any(re.search(p, name) for p in family.ignored):
+    others = [name for name in source.shapes if name not in expected]
+    if left := [name for name in others if any(re.search(p, name) for p in family.left_out)]:
+        warn(f"{source.folder}: {', '.join(left)}: of other heads, left out.")
+    for name in others:
+        if name not in left and not any(re.search(p, name) for p in family.ignored):
             _refuse(source, f"{name} has no row in the table of {family.model_type} (families.py)")
 
 
@@ -158,7 +161,10 @@ def _check_tied(source: HfFolder, family: Family, expected: dict[str, tuple[int,
 
 def name_in(source: HfFolder, family: Family, name: str) -> str:
     """Return the name of a tensor in the folder; files of the bare model leave out the prefix."""
-    return name if name in source.shapes else name.removeprefix(family.prefix)
+    names = [name, name.removeprefix(family.prefix)]
+    for end, old in family.old_names.items():
+        names += [each.removesuffix(end) + old for each in names if each.endswith(end)]
+    return next((each for each in names if each in source.shapes), name)
 
 
 def read_share(
@@ -182,10 +188,14 @@ def read_share(
 
 
 def extra_states(arch: Arch) -> dict[str, ShardedObject]:
-    """Return the empty ``_extra_state`` objects of linear layers, which a model asks for."""
+    """Return the empty ``_extra_state`` objects of linear layers, which a model asks for.
+
+    That of the output layer, a GPTModel leaves out and a BertModel does not.
+    """
     linear = re.compile(r"\.linear_\w+\.weight$")
     keys = {weight.key for weight in weights(arch) if linear.search(weight.key)}
     names = {key.removesuffix("weight") + "_extra_state" for key in keys}
+    names |= {"output_layer._extra_state"} if arch.is_bert else set()
     return trim.empty_states(names, arch)
 
 

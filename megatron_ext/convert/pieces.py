@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ext.arch import Arch, dim_sizes, is_of_experts, weights
+from megatron_ext.arch import Arch, Weight, dim_sizes, is_of_experts, weights
 from megatron_ext.convert.families import Family, Row
 from megatron_ext.pruning import trim
 
@@ -17,11 +17,15 @@ class Piece(trim.Piece):
     """One weight outside the layers, or of one layer, or of one expert of it."""
 
     row: Row
+    last: int
+    """The last layer's number."""
 
     @property
     def names(self) -> Sequence[str]:
         """Its tensors in a Hugging Face folder."""
-        return [name.format(layer=self.layer, expert=self.expert) for name in self.row.names]
+        names = self.row.first if self.layer == 0 and self.row.first else self.row.names
+        numbers = {"before": (self.layer or 0) - 1, "layer": self.layer, "last": self.last}
+        return [name.format(expert=self.expert, **numbers) for name in names]
 
     @property
     def has_vocab(self) -> bool:
@@ -67,7 +71,11 @@ def pieces(arch: Arch, family: Family) -> Iterator[Piece]:
     missing = [weight.key for weight in rows if weight.key not in family.rows]
     if missing:
         raise ValueError(f"{family.model_type} has no tensor for {missing[0]}")
-    outside = [Piece(w, None, None, row=family.rows[w.key]) for w in rows if not w.per_layer]
+
+    def piece(weight: Weight, *numbers: int | None) -> Piece:
+        return Piece(weight, *numbers, row=family.rows[weight.key], last=arch.num_layers - 1)
+
+    outside = [piece(w, None, None) for w in rows if not w.per_layer]
     first = [piece for piece in outside if piece.weight.key.startswith("embedding.")]
     yield from first
     for layer in range(arch.num_layers):
@@ -75,5 +83,5 @@ def pieces(arch: Arch, family: Family) -> Iterator[Piece]:
             if not weight.per_layer:
                 continue
             for expert in range(arch.num_experts) if is_of_experts(weight) else [None]:
-                yield Piece(weight, layer, layer, expert, expert, row=family.rows[weight.key])
+                yield piece(weight, layer, layer, expert, expert)
     yield from outside[len(first) :]

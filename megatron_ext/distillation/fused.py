@@ -29,6 +29,7 @@ def fused_losses(
     teacher_weight: Tensor,
     labels: Tensor,
     loss_mask: Tensor,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> dict[str, Tensor]:
     """Return ``losses`` of two output layers, chunk by chunk of positions.
 
@@ -48,11 +49,13 @@ def fused_losses(
         teacher_weight: [v, H].
         labels: [B, S].
         loss_mask: [B, S].
+        biases: student's and teacher's, [v] each, of output layers that have one. The student's
+            gets a gradient as its weight does.
 
     Returns:
         {name: [B, S]}.
 
-    Kept for backward: the gradients of states and weight, in float32.
+    Kept for backward: the gradients of states, weight and bias, in float32.
     """
     names: list[str] = []
     found = _Fused.apply(
@@ -61,8 +64,10 @@ def fused_losses(
         names,
         student_states,
         student_weight,
+        biases[0],
         teacher_states.detach(),
         teacher_weight.detach(),
+        None if biases[1] is None else biases[1].detach(),
         labels,
         loss_mask,
     )
@@ -78,8 +83,10 @@ class _Fused(torch.autograd.Function):
         names,
         states,
         weight,
+        bias,
         teacher_states,
         teacher_weight,
+        teacher_bias,
         labels,
         loss_mask,
     ):
@@ -87,10 +94,11 @@ class _Fused(torch.autograd.Function):
         if objective:
             grad_states = torch.empty_like(states, dtype=wide)
             grad_weight = torch.zeros_like(weight, dtype=wide)
+            grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         found: dict[str, list[Tensor]] = {}
         for rows in _chunks(states):
-            logits = F.linear(states[rows], weight).requires_grad_(bool(objective))
-            teacher_logits = F.linear(teacher_states[rows], teacher_weight)
+            logits = F.linear(states[rows], weight, bias).requires_grad_(bool(objective))
+            teacher_logits = F.linear(teacher_states[rows], teacher_weight, teacher_bias)
             with torch.set_grad_enabled(bool(objective)):
                 part = losses(logits, teacher_logits, labels[:, rows])
             for name, loss in part.items():
@@ -104,26 +112,29 @@ class _Fused(torch.autograd.Function):
                 )
                 grad_states[rows] = grad @ weight
                 _add_product(grad_weight, grad.flatten(0, 1).t(), states[rows].flatten(0, 1))
+                if bias is not None:
+                    grad_bias += grad.sum(dim=(0, 1), dtype=wide)
         names.extend(found)
         if objective:
-            ctx.save_for_backward(grad_states, grad_weight, loss_mask)
-            ctx.dtypes = states.dtype, weight.dtype
+            ctx.save_for_backward(grad_states, grad_weight, grad_bias, loss_mask)
+            ctx.dtypes = states.dtype, weight.dtype, weight.dtype
             ctx.factors = [objective.get(name, 0.0) for name in names]
         return tuple(torch.cat(parts, dim=1) for parts in found.values())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        grad_states, grad_weight, loss_mask = ctx.saved_tensors
+        *gradients, loss_mask = ctx.saved_tensors
         number, grad = next(
             (f, g) for f, g in zip(ctx.factors, grads, strict=True) if f and g is not None
         )
         # Without a token that counts, all gradients are zero whatever this is.
         scale = grad.sum() / (number * loss_mask.sum()).clamp(min=1e-30)
-        states_dtype, weight_dtype = ctx.dtypes
-        grad_states = grad_states.mul_(scale).to(states_dtype)
-        grad_weight = grad_weight.mul_(scale).to(weight_dtype)
-        return None, None, None, grad_states, grad_weight, None, None, None, None
+        scaled = (
+            None if gradient is None else gradient.mul_(scale).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return None, None, None, *scaled, None, None, None, None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

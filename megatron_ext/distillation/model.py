@@ -139,6 +139,7 @@ class DistillationModel(StudentStage):
             self.teacher.output_weight(),
             labels,
             loss_mask,
+            biases=(self.student.output_bias(), self.teacher.output_bias()),
         )
 
     def _whole_states(self, states: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from megatron_ext.errors import USAGE, UserError
 from megatron_ext.flag_groups import Distill, Parallel
 from megatron_ext.flags import TrainFlags, check_experts, check_layout
 from megatron_ext.pruning.plan import load_plan
-from megatron_ext.startup import padded_alike
+from megatron_ext.startup import check_comparable, padded_alike
 
 
 def check_models(
@@ -52,6 +52,7 @@ def check_models(
 
 def check_teacher(arch: Arch, teacher: Arch, flags: TrainFlags, parallel: Parallel) -> None:
     """Refuse a teacher that this layout cannot hold, or these losses compare, with the student."""
+    check_comparable(arch, teacher)
     top_k = flags.distill.kd_top_k
     if top_k is not None and top_k > arch.vocab_size:
         raise UserError(f"--kd-top-k {top_k}: the vocabulary has {arch.vocab_size} tokens.", USAGE)

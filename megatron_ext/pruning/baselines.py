@@ -104,6 +104,8 @@ def _add_squares(sums: Mapping[str, Tensor], piece: Piece, weight: Tensor, arch:
     for axis, dim in enumerate(piece.dims):
         if dim not in AXES:
             continue
+        if dim in piece.dims[:axis]:
+            squares.fill_diagonal_(0)  # in a unit's row already
         numbers = [piece.layer] if piece.expert is None else [piece.layer, piece.expert]
         name = ".".join([AXES[dim], *map(str, numbers)]) if dim != "hidden" else "hidden"
         others = [other for other in range(squares.ndim) if other != axis]

@@ -98,9 +98,17 @@ def calibrate(passes: Passes, aggregation: Aggregation = DEFAULT) -> dict[str, T
 
 def _forward_step(importance: Importance, batches: Iterator[Batch], model: LanguageModel) -> tuple:
     batch = next(batches)
-    importance.expect(batch["loss_mask"])
+    importance.expect(counted_positions(batch))
     output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"))
     return output, _nothing
+
+
+def counted_positions(batch: Batch) -> Tensor:
+    """Return [b, s], 0 at positions that say nothing of a model: padding.
+
+    A language model predicts all others; a masked one a few, and sees all.
+    """
+    return batch.get("padding_mask", batch["loss_mask"])
 
 
 def _nothing(output: Tensor, non_loss_data: bool) -> None:

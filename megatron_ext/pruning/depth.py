@@ -30,7 +30,7 @@ from megatron_ext.arch import Arch
 from megatron_ext.distillation.losses import vocab_parallel_kl
 from megatron_ext.errors import UserError
 from megatron_ext.model import LanguageModel
-from megatron_ext.pruning.calibrate import Batch, Passes, evaluating
+from megatron_ext.pruning.calibrate import Batch, Passes, counted_positions, evaluating
 from megatron_ext.pruning.planner import lowest
 
 Layers = tuple[int, ...]
@@ -201,7 +201,7 @@ def change_totals(passes: Passes, blocks: Sequence[Layers], removed: Layers) -> 
             with _recorded(chunks) as states:
                 passes.run(jobs, forward_step)
                 for number, (batch, _) in enumerate(jobs):
-                    mask = batch["loss_mask"].T  # [s, b]
+                    mask = counted_positions(batch).T  # [s, b]
                     if is_split:
                         mask = mask.chunk(groups.tp.size())[groups.tp.rank()]
                     mine = {layer: seen[number] for layer, seen in states.items()}

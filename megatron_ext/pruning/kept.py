@@ -41,7 +41,7 @@ def kept_indices(
         channels = torch.arange(source.kv_channels)
         rows = torch.tensor(blocks).unsqueeze(1) * source.kv_channels + channels
         return _unless_all(rows.flatten(), num_blocks * source.kv_channels)
-    assert dim in ("head_dim", "vocab", "position"), f"no rule to trim the dim {dim!r}"
+    assert dim in ("head_dim", "vocab", "position", "tokentype"), f"no rule to trim the dim {dim!r}"
     return None
 
 

@@ -16,7 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
 from torch import Tensor
 
-from megatron_ext.arch import LAYER_PREFIX, Arch, Weight, dim_sizes, is_of_experts, shape, weights
+from megatron_ext.arch import LAYER_PREFIXES, Arch, Weight, dim_sizes, is_of_experts, shape, weights
 from megatron_ext.checkpoint import NOT_WEIGHTS, sharded_tensors
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.pruning.kept import kept_indices
@@ -171,10 +171,10 @@ def empty_states(names: Iterable[str], target: Arch) -> dict[str, ShardedObject]
     """Return an empty object for each of the names that is an ``_extra_state``, layers stacked."""
     states = {}
     for name in sorted(names):
-        key = re.sub(rf"^{re.escape(LAYER_PREFIX)}\d+\.", LAYER_PREFIX, name.split("/")[0])
+        key = re.sub(r"^(\w+\.layers\.)\d+\.", r"\1", name.split("/")[0])
         if not key.endswith("_extra_state"):
             continue
-        counts = (target.num_layers,) if key.startswith(LAYER_PREFIX) else (1,)
+        counts = (target.num_layers,) if key.startswith(LAYER_PREFIXES) else (1,)
         if ".mlp.experts." in key:
             counts += (target.num_experts,)
         for place in itertools.product(*map(range, counts)):

@@ -1,0 +1,60 @@
+"""Compare the logits of a Megatron checkpoint with those that transformers computes.
+
+    python examples/bert/check.py --load OUT/student --hf OUT/hf-student
+
+Prints the largest difference, as a share of the largest logit; more than 1e-4 is an error.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import transformers
+
+from megatron_ext import checkpoint, platform
+from megatron_ext.errors import UserError, run_main
+from megatron_ext.flag_parser import REQUIRED, flag, parse
+from megatron_ext.model import ModelOptions, build_model
+from megatron_ext.training.state import restore_weights
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Models."""
+
+    load: str = flag(REQUIRED, "folder of the checkpoint")
+    hf: str = flag(REQUIRED, "Hugging Face folder of the same model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckFlags:
+    """Compare a checkpoint with a Hugging Face folder."""
+
+    check: Check
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the difference on a batch of random tokens."""
+    flags = parse(CheckFlags, argv).check
+    source = checkpoint.read(flags.load)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(source.arch.vocab_size, (2, 128), generator=generator)
+    positions = torch.arange(128).expand(2, 128)
+    # First, because initialize makes of torch on a CPU what megatron-core expects.
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(flags.hf, dtype=torch.float32)
+    expected = theirs.eval()(tokens).logits
+    (ours,) = build_model(source.arch, ModelOptions(), platform.initialize().groups)
+    restore_weights([ours], source)
+    found = ours.eval()(tokens, positions, None).transpose(0, 1)[..., : expected.size(-1)]
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    print(f"{flags.hf}: {theirs.num_parameters():,} parameters, difference {difference:.1e}")
+    if difference > TOLERANCE:
+        raise UserError(f"{flags.load} and {flags.hf} differ by {difference:.1e}.")
+    platform.shut_down()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,41 @@
+"""What our language models do at their end, whichever of megatron-core's models they are."""
+
+import torch
+from torch import Tensor
+
+
+class VocabularyOutput:
+    """Logits that stay as they are computed, and a loss over the real tokens.
+
+    To be put before one of megatron-core's language models.
+    """
+
+    num_tokens: int
+    """Of the vocabulary, without padding."""
+    leaves_out_output_layer = False
+    """Whether ``forward`` without labels returns what the output layer would take."""
+
+    def output_weight(self) -> Tensor:
+        """Return the weight of the output layer, [v, H], tied or its own. On the last stage."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def output_bias(self) -> Tensor | None:
+        """Return the bias of the output layer, [v], if it has one. On the last stage."""
+        return self.output_layer.bias
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Return the loss per token, [b, s], over the real tokens.
+
+        megatron-core counts the padding of the vocabulary too. In imported weights its logits are
+        0, which is much to a model whose logits are around -100, as GPT-2's are.
+
+        Args:
+            labels: [b, s].
+            logits: [s, b, v]; the columns of padding are overwritten, behind autograd's back: no
+                loss reads them, and their gradient is 0.
+        """
+        columns = self.num_tokens - self.pg_collection.tp.rank() * logits.size(-1)
+        logits.data[..., max(columns, 0) :] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)
