@@ -333,6 +333,7 @@ OUR_DEFAULTS = {
     "kd_alpha": "dynamic",
     "kd_projection": "shared",
     "calibration_samples": 1024,
+    "target_tolerance": 0.05,
     "importance": "activation",
     "importance_batch": "l2",
     "importance_sequence": "mean",
