@@ -121,11 +121,14 @@ def plot_ranked_scores(
     for number, (name, vectors) in enumerate(rows.items()):
         ranked = sorted((value for vector in vectors for value in vector.tolist()), reverse=True)
         axes.plot(ranked, color=_shade(number, len(rows)), label=name)
+    values = [value for line in axes.lines for value in line.get_ydata() if value > 0]
+    if max(values, default=1) > 10 * min(values, default=1):
+        axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     shown = [axes.lines[0], *axes.lines[1:][-1:]]  # the lines between are shades between
     if num_kept is not None:
         label = f"{num_kept} kept"
         shown += [axes.axvline(num_kept - 0.5, color="black", linestyle="--", label=label)]
-    axes.set_yscale("log")
     axes.set(title=f"scores of {axis}, ranked", xlabel="rank", ylabel="score / mean")
     axes.grid(alpha=0.3)
     axes.legend(handles=shown, fontsize="small")

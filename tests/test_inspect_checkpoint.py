@@ -32,7 +32,9 @@ def test_text_and_json(tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"{num_parameters(LLAMA):,}" in text
     assert "hidden_size                            48 -> 48" in text
+    assert "layers kept, from 0                    0 1 2 3" in text
     assert "decoder.layers.mlp.linear_fc1.weight" in text
+    assert "moe_" not in text
     assert "[4, 160, 48]" in text
     inspect_checkpoint.main(["--load", str(tmp_path), "--json"])
     said = json.loads(capsys.readouterr().out)

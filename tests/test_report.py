@@ -83,6 +83,16 @@ def test_curves_keep_their_points():
     assert [len(line.get_xydata()) for line in axes.lines] == [2, 2, 1, 0]
 
 
+@pytest.mark.parametrize(("lowest", "scale"), [(0.05, "log"), (0.5, "linear"), (0.0, "linear")])
+def test_a_logarithmic_axis_only_where_scores_span_it(lowest, scale):
+    scores = random_scores(LLAMA)
+    vector = torch.full((LLAMA.hidden_size,), 1.0)
+    vector[3] = lowest
+    _, (axes,) = new_figure(1, 1)
+    plot_ranked_scores(axes, replace(scores, vectors={"hidden": vector}), "hidden")
+    assert axes.get_yscale() == scale
+
+
 def test_scores_are_drawn_in_order():
     scores = random_scores(LLAMA)
     _, axes = new_figure(2, 2)
@@ -174,4 +184,6 @@ def test_scores_as_a_picture(arch, panels, tmp_path):
     assert out.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match=r"--out x\.xyz: end it in one of"):
         plot_scores.main(["--scores", str(path), "--out", "x.xyz"])
+    with pytest.raises(UserError, match=r"--scores nowhere: no such file"):
+        plot_scores.main(["--scores", "nowhere", "--out", str(out)])
     assert sorted(tmp_path.iterdir()) == [path, out]

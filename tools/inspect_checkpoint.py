@@ -19,8 +19,6 @@ from megatron_ext.flag_parser import REQUIRED, flag, parse
 from megatron_ext.pruning.plan import PRUNABLE, Plan, load_plan
 from megatron_ext.slices import SliceReader
 
-# Units of a prunable axis, by the size that counts them.
-
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
@@ -61,7 +59,8 @@ def describe(source: Checkpoint, reader: SliceReader, plan: Plan | None) -> Iter
     arch = source.arch
     yield f"{source.folder}: {'release' if not source.iteration else f'step {source.iteration}'}"
     for name, value in asdict(arch).items():
-        yield f"  {name:38} {value}"
+        if arch.num_experts is not None or not name.startswith(("moe_", "num_experts")):
+            yield f"  {name:38} {value}"
     for name, count in parameters(arch).items():
         yield f"  {name:38} {count:,}"
     stored = sum(size_in_bytes(reader, key) for key in reader.shapes)
@@ -72,6 +71,8 @@ def describe(source: Checkpoint, reader: SliceReader, plan: Plan | None) -> Iter
             before, after = getattr(plan.source, size), getattr(plan.target, size)
             if before is not None:
                 yield f"  {size:38} {before} -> {after}"
+        yield f"  {'layers kept, from 0':38} {' '.join(map(str, plan.layers))}"
+        yield f"  {'head_residual':38} {plan.head_residual}"
         for name, value in plan.made.items():
             yield f"  {name:38} {value}"
 

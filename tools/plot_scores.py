@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(PlotFlags, argv).plot
     if Path(options.out).suffix not in FORMATS:
         raise UserError(f"--out {options.out}: end it in one of {', '.join(FORMATS)}.", USAGE)
+    if not Path(options.scores).exists():
+        raise UserError(f"--scores {options.scores}: no such file.", USAGE)
     plot_scores(load_scores(options.scores), options.out)
 
 

@@ -1,12 +1,14 @@
-"""Prune one teacher by eleven kinds of scores and measure the loss right after, without training.
+"""Prune one teacher by eleven kinds of scores, and leave its layers out one by one; no training.
 
     bash examples/quickstart/run.sh                     # makes the teacher, the data and .venv
     .venv/bin/python examples/importance/run.py [--quickstart runs/quickstart] [--jobs 2]
 
 The nine aggregations of Table 11 (arXiv 2407.14679), weight magnitude and random scores (three
-seeds), all cut to the shape of the quickstart's student. Writes results.md and results.png.
+seeds), all cut to the shape of the quickstart's student, and the loss right after; then the score
+of each layer by each depth metric. Writes results.md and results.png.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from megatron_ext.errors import RUNTIME, USAGE, UserError, run_main
 from megatron_ext.flag_parser import flag, parse
+from megatron_ext.pruning.scores import load_scores
 from megatron_ext.report import markdown_table, new_figure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +39,7 @@ SETTINGS = {
         for seed in (1, 2, 3)
     },
 }
+DEPTH = ("loss", "kl", "block")
 SIZES = ["--target-hidden-size", "192", "--target-ffn-hidden-size", "384"]
 KL, LM = "kd loss validation", "lm loss validation"
 
@@ -47,6 +51,7 @@ class Experiment:
     quickstart: str = flag("runs/quickstart", "folder of a finished quickstart")
     output: str = flag("runs/importance", "folder of the pruned models and results")
     calibration_samples: int = flag(256, "samples that activations are measured on", at_least=1)
+    depth_samples: int = flag(128, "samples that layers are left out on", at_least=1)
     eval_iters: int = flag(50, "validation batches of 16 samples", at_least=1)
     jobs: int = flag(2, "settings at a time, a core each", at_least=1)
 
@@ -71,18 +76,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         losses = dict(
             zip(SETTINGS, pool.map(lambda name: measure(name, options), SETTINGS), strict=True)
         )
-    write(losses, Path(options.output))
+        layers = list(pool.map(lambda kind: depth_scores(kind, options), DEPTH))
+    write(losses, layers, Path(options.output))
+
+
+SHAPE = ["--bf16", "--seq-length", "128", "--micro-batch-size", "8", "--num-workers", "0"]
+
+
+def tokenizer(source: Path) -> list[str]:
+    """Return the flags of the quickstart's tokenizer."""
+    model = str(source / "corpus/tokenizer.model")
+    return ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
+
+
+def train_data(source: Path) -> list[str]:
+    """Return the flags of the data that calibration reads."""
+    return ["--train-data-path", str(source / "data/train_text_document"), *tokenizer(source)]
+
+
+def depth_scores(kind: str, options: Experiment) -> list[float]:
+    """Return the score of each layer of the teacher by one depth metric."""
+    source, folder = Path(options.quickstart), Path(options.output) / f"depth-{kind}"
+    scores = folder / "scores.safetensors"
+    if not scores.exists():
+        samples = ["--calibration-samples", str(options.depth_samples)]
+        files = ["--load", str(source / "teacher"), "--scores", str(scores)]
+        arguments = ["--depth-importance", kind, *SHAPE, *train_data(source), *samples, *files]
+        call("prune.py", arguments, folder)
+    return load_scores(scores).vectors["layers"].tolist()
 
 
 def measure(name: str, options: Experiment) -> dict[str, float]:
     """Return KL to the teacher and validation loss of the model pruned by setting ``name``."""
     source, top = Path(options.quickstart), Path(options.output)
     folder = top / name.replace(", ", "-").replace(" ", "-")
-    shape = ["--bf16", "--seq-length", "128", "--micro-batch-size", "8", "--num-workers", "0"]
-    tokenizer = ["--tokenizer-type", "SentencePieceTokenizer"]
-    tokenizer += ["--tokenizer-model", str(source / "corpus/tokenizer.model")]
     teacher = str(source / "teacher")
-    data = ["--train-data-path", str(source / "data/train_text_document")]
     needs_data = "--importance" not in SETTINGS[name]
     if not (folder / "pruned").exists():
         call(
@@ -90,8 +118,8 @@ def measure(name: str, options: Experiment) -> dict[str, float]:
             [
                 *SETTINGS[name],
                 *SIZES,
-                *shape,
-                *(data + tokenizer if needs_data else []),
+                *SHAPE,
+                *(train_data(source) if needs_data else []),
                 *["--calibration-samples", str(options.calibration_samples)],
                 *["--load", teacher, "--save", str(folder / "pruned")],
             ],
@@ -101,7 +129,7 @@ def measure(name: str, options: Experiment) -> dict[str, float]:
         call(
             "pretrain_distill.py",
             [
-                *["--skip-train", "--global-batch-size", "16", *shape, *tokenizer],
+                *["--skip-train", "--global-batch-size", "16", *SHAPE, *tokenizer(source)],
                 *["--eval-iters", str(options.eval_iters)],
                 *["--valid-data-path", str(source / "data/valid_text_document")],
                 *["--load", str(folder / "pruned"), "--teacher-load", teacher],
@@ -136,17 +164,27 @@ def call(program: str, arguments: list[str], folder: Path) -> None:
         raise UserError(f"{program} ended with code {code}: {last} ({log})", RUNTIME)
 
 
-def write(losses: dict[str, dict[str, float]], folder: Path) -> None:
-    """Write results.md and results.png, best first."""
+def write(losses: dict[str, dict[str, float]], layers: list[list[float]], folder: Path) -> None:
+    """Write results.md, best first, and results.png."""
     ranked = sorted(losses, key=lambda name: losses[name][LM])
     rows = [(name, losses[name][LM], losses[name][KL]) for name in ranked]
-    table = markdown_table(("scores", "validation loss", "KL to the teacher"), rows)
-    (folder / "results.md").write_text(table + "\n")
+    tables = [
+        markdown_table(("scores", "validation loss", "KL to the teacher"), rows),
+        markdown_table(("layer", *DEPTH), list(zip(itertools.count(), *layers, strict=False))),
+    ]
+    (folder / "results.md").write_text("\n\n".join(tables) + "\n")
+    draw([(name, losses[name][LM]) for name in ranked], folder / "results.png")
+    print("\n\n".join(tables))
+
+
+def draw(ranked: Sequence[tuple[str, float]], path: Path) -> None:
+    """Draw the loss of every setting as a point; they are far from 0 and close together."""
+    names, values = zip(*reversed(ranked), strict=True)
     figure, (axes,) = new_figure(1, 1)
-    axes.barh(ranked[::-1], [losses[name][LM] for name in ranked[::-1]])
+    axes.hlines(names, min(values), values, color="lightgrey")
+    axes.plot(values, names, "o")
     axes.set_xlabel("validation loss right after pruning, nats per token")
-    figure.savefig(folder / "results.png", dpi=110, bbox_inches="tight")
-    print(table)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -138,8 +138,7 @@ def fill_trimmed(state: ShardedStateDict, reader: SliceReader, plan: Plan) -> No
         if piece != last:  # a gated MLP's two halves are one tensor
             whole, last = _cut(read_piece(reader, piece), piece, plan), piece
         starts = zip(shard.global_offset[axes:], shard.local_shape, strict=True)
-        place = (*shard.global_offset[1:axes], *(slice(start, start + n) for start, n in starts))
-        shard.data.copy_(whole[place])
+        shard.data.copy_(whole[tuple(slice(start, start + n) for start, n in starts)])
 
 
 def read_piece(reader: SliceReader, piece: Piece, spare: Tensor | None = None) -> Tensor:
