@@ -8,6 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+from megatron.core.models.bert.bert_model import BertModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ext import checkpoint, platform
 from megatron_ext.arch import Arch, forward_flops, num_parameters
@@ -15,7 +19,7 @@ from megatron_ext.data import shard_for_context_parallel
 from megatron_ext.documents import Documents
 from megatron_ext.errors import CHECKPOINT, DATA, INTERRUPTED, USAGE
 from megatron_ext.masked import FRAME, MaskedTokens, SpecialTokens
-from megatron_ext.model import ModelOptions, build_model
+from megatron_ext.model import ModelOptions, build_model, transformer_config
 from megatron_ext.pruning.scores import load_scores
 from tests.models import BERT, GPT2, random_batch
 from tests.programs import (
@@ -33,6 +37,7 @@ from tests.programs import (
 from tests.ranks import run_ranks
 
 STUDENT = replace(BERT, hidden_size=24, ffn_hidden_size=40, num_layers=2)
+PRE_NORM = replace(BERT, num_tokentypes=0, apply_residual_connection_post_layernorm=False)
 VOCAB = BERT.vocab_size
 # The tokenizer of tests.programs.
 SPECIAL = SpecialTokens(cls=58, sep=60, mask=59, pad=57, eod=60, vocab_size=VOCAB)
@@ -175,6 +180,40 @@ def test_half_precision_is_half_everywhere(arch):
     )
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.double(), exact, rtol=0.1, atol=0.1)
+
+
+def logits_of_both(folder):
+    """Logits of a pre-norm checkpoint, of our model and of megatron-core's own BertModel."""
+    ours, arch = read_model(folder), PRE_NORM
+    config = transformer_config(
+        arch,
+        ModelOptions(params_dtype=torch.float64),
+        ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    theirs = BertModel(
+        config,
+        num_tokentypes=0,
+        transformer_layer_spec=bert_layer_local_spec,
+        vocab_size=arch.padded_vocab_size,
+        max_sequence_length=arch.max_position_embeddings,
+        share_embeddings_and_output_weights=True,
+        add_binary_head=False,
+    ).double()
+    state = theirs.sharded_state_dict()
+    assert set(state) == set(ours.sharded_state_dict())
+    found = dist_checkpointing.load(state, str(checkpoint.find(folder)))
+    theirs.load_state_dict({key: found[key] for key in theirs.state_dict()})
+    batch = random_batch(arch, num_samples=2, seq_length=12)
+    with torch.no_grad():
+        found = theirs.eval()(batch["tokens"], torch.ones(2, 12))[0]
+        return ours(batch["tokens"], batch["position_ids"], None), found.transpose(0, 1)
+
+
+def test_megatron_core_reads_what_is_written(tmp_path):
+    """Without this package, as far as megatron-core knows the model: pre-norm, no segments."""
+    write_model(str(tmp_path), PRE_NORM)
+    ((ours, theirs),) = run_ranks(1, logits_of_both, str(tmp_path))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 # The programs.

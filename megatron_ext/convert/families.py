@@ -9,19 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_ext.convert import bert
 from megatron_ext.convert.layouts import COPY, GATED, QKV, TRANSPOSED, TRANSPOSED_QKV, Layout
-
-
-@dataclass(frozen=True)
-class Row:
-    """One weight."""
-
-    layout: Layout
-    names: tuple[str, ...]
-    """Hugging Face's tensors, with {layer} and {expert} for their numbers, {before} for the number
-    of the layer before, {last} for that of the last layer."""
-    first: tuple[str, ...] = ()
-    """In the first layer, where they have other names there."""
+from megatron_ext.convert.rows import Row, both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +51,6 @@ class Family:
 
 
 LAYER, ATTENTION, MLP = "decoder.layers.", "decoder.layers.self_attention.", "decoder.layers.mlp."
-ENCODER = "encoder.layers."  # of a BertModel
-
-
-def both(key: str, layout: Layout, *names: str) -> dict[str, Row]:
-    """Return the rows of a weight and of its bias, whose names differ in their last word."""
-    return {
-        f"{key}{kind}": Row(layout, tuple(f"{name}.{kind}" for name in names))
-        for kind in ("weight", "bias")
-    }
 
 
 def decoder_rows(layer: str, mlp: Mapping[str, Row]) -> dict[str, Row]:
@@ -131,57 +112,6 @@ GPT2_ROWS = {
     **both("output_layer.", COPY, "lm_head"),
 }
 
-BERT_BODY, BERT_HEAD = "bert.encoder.layer.{layer}.", "cls.predictions."
-BERT_COMMON_ROWS = {
-    **both("embedding.word_embeddings.", COPY, "bert.embeddings.word_embeddings"),
-    **both("embedding.position_embeddings.", COPY, "bert.embeddings.position_embeddings"),
-    **both("embedding.tokentype_embeddings.", COPY, "bert.embeddings.token_type_embeddings"),
-    **both(
-        f"{ENCODER}self_attention.linear_qkv.",
-        QKV,
-        *(f"{BERT_BODY}attention.self.{name}" for name in ("query", "key", "value")),
-    ),
-    **both(f"{ENCODER}self_attention.linear_proj.", COPY, f"{BERT_BODY}attention.output.dense"),
-    **both(f"{ENCODER}mlp.linear_fc1.", COPY, f"{BERT_BODY}intermediate.dense"),
-    **both(f"{ENCODER}mlp.linear_fc2.", COPY, f"{BERT_BODY}output.dense"),
-    **both("lm_head.dense.", COPY, f"{BERT_HEAD}transform.dense"),
-    **both("lm_head.layer_norm.", COPY, f"{BERT_HEAD}transform.LayerNorm"),
-    "output_layer.weight": Row(COPY, (f"{BERT_HEAD}decoder.weight",)),
-    "output_layer.bias": Row(COPY, (f"{BERT_HEAD}bias",)),
-}
-
-
-def bert_norms(first: str, inside: str, behind: str, last: str) -> dict[str, Row]:
-    """Return the rows of a BERT's norms.
-
-    Args:
-        first: before the first layer.
-        inside: between attention and MLP.
-        behind: before a layer that is not the first.
-        last: behind the last layer.
-    """
-    return {
-        f"{key}{kind}": Row(COPY, (f"{name}.{kind}",), (f"{other}.{kind}",) * bool(other))
-        for kind in ("weight", "bias")
-        for key, name, other in (
-            (f"{ENCODER}self_attention.linear_qkv.layer_norm_", behind, first),
-            (f"{ENCODER}mlp.linear_fc1.layer_norm_", inside, ""),
-            ("encoder.final_layernorm.", last, ""),
-        )
-    }
-
-
-# Post-norm: the norm behind a layer is Megatron's before the next.
-BERT_ROWS = BERT_COMMON_ROWS | bert_norms(
-    "bert.embeddings.LayerNorm",
-    f"{BERT_BODY}attention.output.LayerNorm",
-    "bert.encoder.layer.{before}.output.LayerNorm",
-    "bert.encoder.layer.{last}.output.LayerNorm",
-)
-MEGATRON_BERT_ROWS = BERT_COMMON_ROWS | bert_norms(
-    f"{BERT_BODY}attention.ln", f"{BERT_BODY}ln", f"{BERT_BODY}attention.ln", "bert.encoder.ln"
-)
-
 SIZES = {
     "num_layers": ("num_hidden_layers",),
     "hidden_size": ("hidden_size",),
@@ -206,47 +136,6 @@ UNTIED_BY_DEFAULT = {
     "hidden_act": "silu",
     "rope_theta": 10000.0,
 }
-BERT = {
-    "sizes": {
-        "num_layers": ("num_hidden_layers",),
-        "hidden_size": ("hidden_size",),
-        "ffn_hidden_size": ("intermediate_size",),
-        "num_attention_heads": ("num_attention_heads",),
-        "max_position_embeddings": ("max_position_embeddings",),
-        "num_tokentypes": ("type_vocab_size",),
-        "norm_epsilon": ("layer_norm_eps",),
-        "init_method_std": ("initializer_range",),
-        "attention_dropout": ("attention_probs_dropout_prob",),
-        "hidden_dropout": ("hidden_dropout_prob",),
-    },
-    "activation": ("hidden_act", {"gelu": {}}),
-    "only": {
-        "is_decoder": False,
-        "add_cross_attention": False,
-        "position_embedding_type": "absolute",
-        "tie_word_embeddings": True,
-    },
-    "defaults": {
-        "hidden_act": "gelu",
-        "type_vocab_size": 2,
-        "layer_norm_eps": 1e-12,
-        "initializer_range": 0.02,
-        "attention_probs_dropout_prob": 0.1,
-        "hidden_dropout_prob": 0.1,
-    },
-    "prefix": "bert.",
-    # Weights tied to others, and a buffer.
-    "ignored": (r"^cls\.predictions\.decoder\.bias$", r"embeddings\.position_ids$"),
-    "left_out": (r"pooler\.", r"^cls\.seq_relationship\."),
-    "old_names": {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
-    "whole_heads": True,
-}
-BERT_FIXED = {
-    "position_embedding_type": "learned_absolute",
-    "normalization": "LayerNorm",
-    "bert_binary_head": False,
-}
-
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -355,16 +244,16 @@ FAMILIES = {
         Family(
             model_type="bert",
             architecture="BertForMaskedLM",
-            rows=BERT_ROWS,
-            fixed={**BERT_FIXED, "apply_residual_connection_post_layernorm": True},
-            **BERT,
+            rows=bert.ROWS,
+            fixed={**bert.FIXED, "apply_residual_connection_post_layernorm": True},
+            **bert.SETTINGS,
         ),
         Family(
             model_type="megatron-bert",
             architecture="MegatronBertForMaskedLM",
-            rows=MEGATRON_BERT_ROWS,
-            fixed=BERT_FIXED,
-            **BERT,
+            rows=bert.PRE_NORM_ROWS,
+            fixed=bert.FIXED,
+            **bert.SETTINGS,
         ),
         Family(
             model_type="mixtral",
