@@ -5,6 +5,7 @@ or the new one, never a mixture. Saving an iteration that is there already moves
 away first; killed between the two renames, the iterations before it are what is left.
 """
 
+import io
 import json
 import os
 import shutil
@@ -24,9 +25,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron_ext.checkpoint import INTEGRITY, RELEASE, TRACKER, sha256
 from megatron_ext.errors import RUNTIME, UserError
@@ -34,6 +37,8 @@ from megatron_ext.together import gather, on_first_rank
 
 # Name to content.
 Files = Mapping[str, str | bytes]
+# Key and global offset of a sharded tensor to what returns its content.
+Readers = Mapping[tuple[str, tuple[int, ...]], Callable[[], Tensor]]
 
 
 def save(
@@ -45,6 +50,7 @@ def save(
     dp_group: ProcessGroup | None = None,
     content_metadata: Mapping[str, Any] | None = None,
     keep: Callable[[str], bool] = lambda name: True,
+    readers: Readers | None = None,
 ) -> Path:
     """Write a checkpoint aside and publish it. Collective.
 
@@ -56,6 +62,8 @@ def save(
         dp_group: the ranks with the same shards, which then write a share each; None: the first.
         content_metadata: how optimizer state is laid out, for the reader.
         keep: of the other ``iter_*`` folders, which to keep; the rest is deleted at the end.
+        readers: where a tensor's content comes from that is on the device meta in ``state``; each
+            is called when its turn to be written comes, and the result dropped.
 
     Raises:
         UserError: on every rank, if anything could not be written. Nothing is left behind, and
@@ -67,6 +75,7 @@ def save(
     try:
         on_first_rank(lambda: _make_empty(aside))
         strategy = _WriteInProcess("torch_dist", 1, thread_count=1)
+        strategy.readers = readers or {}
         if dp_group is not None:
             strategy = FullyParallelSaveStrategyWrapper(strategy, dp_group)
         dist_checkpointing.save(
@@ -94,6 +103,8 @@ class _WriteInProcess(TorchDistSaveShardedStrategy):
     killed that one stays behind, and when a writer dies the save waits for ever.
     """
 
+    readers: Readers = {}  # noqa: RUF012 - each save sets its own
+
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
@@ -101,8 +112,24 @@ class _WriteInProcess(TorchDistSaveShardedStrategy):
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(state, False),
             storage_writer=torch_checkpoint.FileSystemWriter(str(checkpoint_dir)),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            planner=_ReadingPlanner(self.readers),
         )
+
+
+class _ReadingPlanner(MCoreSavePlanner):
+    """Calls the readers as torch's writer comes to their tensors."""
+
+    def __init__(self, readers: Readers):
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self.readers = readers
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        """Return what to write of an item."""
+        index = write_item.index
+        read = self.readers.get((index.fqn, tuple(index.offset or ())))
+        if read is None:
+            return super().resolve_data(write_item)
+        return read().view(write_item.tensor_data.chunk.sizes)
 
 
 def _make_empty(folder: Path) -> None:

@@ -3,7 +3,6 @@
 Pickled weights (pytorch_model.bin) are never opened.
 """
 
-import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,20 +44,22 @@ class HfFolder:
         """Read config.json and the headers of all weight files."""
         self.folder = Path(folder)
         self.config = read_json(self.folder / CONFIG)
-        self._files = {name: path for path in self._paths() for name in self._open(path).keys()}  # noqa: SIM118
+        self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        for name, path in self._files.items():
-            with _readable(path):
-                part = self._open(path).get_slice(name)
-            self.shapes[name] = tuple(part.get_shape())
-            self.dtypes[name] = DTYPES.get(part.get_dtype(), part.get_dtype())
+        for path in self._paths():
+            with _readable(path), safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    self._files[name] = path
+                    self.shapes[name] = tuple(part.get_shape())
+                    self.dtypes[name] = DTYPES.get(part.get_dtype(), part.get_dtype())
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor on the CPU in its own dtype."""
+        """Return a tensor on the CPU in its own dtype, which keeps its file mapped."""
         path = self._files[name]
-        with _readable(path):
-            return self._open(path).get_tensor(name)
+        with _readable(path), safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Return the files of the tokenizer that are there, by name."""
@@ -80,11 +81,6 @@ class HfFolder:
         if not isinstance(index, dict) or not all(isinstance(x, str) for x in index.values()):
             raise UserError(f"{self.folder / INDEX} has no weight_map.", CHECKPOINT)
         return [self.folder / name for name in sorted(set(index.values()))]
-
-    @functools.cache  # noqa: B019 - a folder lives as long as its conversion
-    def _open(self, path: Path) -> Any:
-        with _readable(path):
-            return safe_open(path, framework="pt")
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

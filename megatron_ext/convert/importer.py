@@ -1,5 +1,6 @@
 """A Hugging Face folder as a Megatron checkpoint, read tensor by tensor, a share on each rank."""
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,9 +9,11 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from torch import Tensor
 
 from megatron_ext import checkpoint, checkpoint_writer
 from megatron_ext.arch import Arch, weights
+from megatron_ext.checkpoint_writer import Readers
 from megatron_ext.convert.config import arch_of, family_of
 from megatron_ext.convert.families import Family
 from megatron_ext.convert.hf_folder import CONFIG, HfFolder
@@ -34,7 +37,7 @@ def import_folder(
 ) -> Arch:
     """Write the model of ``folder`` as ``save``/release and return its sizes. Collective.
 
-    A rank holds its share of the checkpoint in memory, and the tensors of one piece beside it.
+    A rank holds one piece in memory at a time: a weight of a layer, or an embedding.
 
     Args:
         folder: with config.json, safetensors and, as a rule, a tokenizer.
@@ -62,7 +65,7 @@ def import_folder(
     work = list(pieces(arch, family))
     on_all_ranks(lambda: check_tensors(source, arch, family, work))
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    share = on_all_ranks(lambda: read_share(source, arch, family, work, rank, world_size))
+    share, readers = planned_share(source, arch, family, work, rank, world_size)
     checkpoint_writer.save(
         save,
         checkpoint.RELEASE,
@@ -75,6 +78,7 @@ def import_folder(
             "checkpoint_version": 3.0,
             "iteration": 0,
         },
+        readers=readers,
         files={
             "megatron_args.sh": megatron_command_line(arch) + "\n",
             **{f"{checkpoint.TOKENIZER}/{n}": x for n, x in source.tokenizer_files().items()},
@@ -167,24 +171,35 @@ def name_in(source: HfFolder, family: Family, name: str) -> str:
     return next((each for each in names if each in source.shapes), name)
 
 
-def read_share(
+def planned_share(
     source: HfFolder,
     arch: Arch,
     family: Family,
     work: Sequence[Piece],
     rank: int,
     world_size: int,
-) -> dict[str, ShardedTensor | ShardedObject]:
-    """Read this rank's share of the pieces as parts of the checkpoint. No collectives.
+) -> tuple[dict[str, ShardedTensor | ShardedObject], Readers]:
+    """Return this rank's share of the checkpoint without content, and what reads that.
 
     All ranks' shares together are the checkpoint, layers stacked; each rank has about as many
-    elements.
+    elements. No collectives.
     """
-    share = extra_states(arch) if rank == 0 else {}
+    share, readers = extra_states(arch) if rank == 0 else {}, {}
     for piece in trim.deal(iter(work), arch, world_size)[rank]:
-        parts = [source.read(name_in(source, family, name)) for name in piece.names]
-        share |= trim.as_share(piece, piece.merge(parts, arch), arch)
-    return share
+        names = [name_in(source, family, name) for name in piece.names]
+        dtype = getattr(torch, source.dtypes[names[0]])
+        empty = torch.empty(piece.shape(arch), dtype=dtype, device="meta")
+        for name, tensor in trim.as_share(piece, empty, arch).items():
+            share[name] = tensor
+            readers[tensor.key, tensor.global_offset] = functools.partial(
+                read_piece, source, arch, piece, names
+            )
+    return share, readers
+
+
+def read_piece(source: HfFolder, arch: Arch, piece: Piece, names: Sequence[str]) -> Tensor:
+    """Return a tensor of the checkpoint from those of the folder."""
+    return piece.merge([source.read(name) for name in names], arch)
 
 
 def extra_states(arch: Arch) -> dict[str, ShardedObject]:

@@ -1,0 +1,68 @@
+"""The loss of a Hugging Face folder in transformers, on the samples that tools/evaluate.py reads.
+
+python examples/gpt2/check.py --hf DIR --data-path PREFIX --seq-length 256 --samples 16 --json FILE
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+import transformers
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_ext.errors import run_main
+from megatron_ext.flag_parser import REQUIRED, flag, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Check."""
+
+    hf: str = flag(REQUIRED, "Hugging Face folder")
+    data_path: str = flag(REQUIRED, "prefix of indexed data")
+    seq_length: int = flag(REQUIRED, "tokens of a sample", at_least=1)
+    samples: int = flag(REQUIRED, "samples from the beginning of the data", at_least=1)
+    json: str = flag(REQUIRED, "file for the loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckFlags:
+    """Compute the loss of a Hugging Face folder with transformers alone."""
+
+    check: Check
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the loss."""
+    options = parse(CheckFlags, argv).check
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        options.hf, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.hf)
+    length, needed = options.seq_length, options.samples * options.seq_length + 1
+    data = IndexedDataset(options.data_path)
+    parts, count = [], 0
+    for document in data:
+        parts.append(document)
+        count += len(document)
+        if count >= needed:
+            break
+    tokens = torch.from_numpy(numpy.concatenate(parts)[:needed].astype(numpy.int64))
+    inputs, labels = tokens[:-1].view(-1, length), tokens[1:].view(-1, length)
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model.eval()(x[None]).logits[0], y)
+            for x, y in zip(inputs, labels, strict=True)
+        ]
+    loss = float(torch.stack(losses).mean())
+    Path(options.json).write_text(json.dumps({"lm loss": loss}) + "\n")
+    print(f"{options.hf}: {model.num_parameters():,} parameters, loss {loss:.6f}")
+    print(f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens")
+
+
+if __name__ == "__main__":
+    run_main(main)
