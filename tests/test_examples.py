@@ -339,6 +339,7 @@ def job(tmp_path, code, **environ):
     ran = bash(
         COMMON / "job.sbatch", "run.sh", "distil", path=tmp_path, LOG=str(log), **slurm | environ
     )
+    assert log.exists(), ran.stderr
     return ran, log.read_text().splitlines()
 
 
