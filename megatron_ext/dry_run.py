@@ -108,7 +108,11 @@ def with_sizes(arch: Arch, sizes: Mapping[str, Any], *, may_cut: bool) -> Arch:
     ``may_cut``: it is that of the model before pruning, and typed sizes that pruning cuts win.
     """
     if may_cut:
-        arch = target_arch(arch, **{name: sizes[name] for name in PRUNABLE if name in sizes})
+        cut = {name: sizes[name] for name in PRUNABLE if name in sizes}
+        try:
+            arch = target_arch(arch, **cut)
+        except UserError as error:
+            raise UserError(str(error).replace("--target-", "--"), error.code) from None
     return check_against_checkpoint(sizes, arch)
 
 

@@ -129,6 +129,9 @@ def layer_bytes(arch: Arch, layout: Layout) -> float:
     masks of dropout. For GPT with an MLP of 4 hidden sizes that is Table 2 of arXiv:2205.05198:
     34 s b h / t with sequence parallelism and selective recomputation, s b h (10 + 24 / t) without.
     Tokens are taken to spread evenly over experts.
+
+    Of kernels that fuse norms and gated activations, as on GPUs. Plain torch on a CPU keeps 1.9
+    times as much of a Llama layer: tests/test_estimate.py counts the difference.
     """
     t, sizes = layout.tensor_model_parallel_size, dim_sizes(arch)
     between = t if layout.sequence_parallel else 1

@@ -86,6 +86,26 @@ def _run_main(program: str, argv: list[str], before: Callable | None) -> Outcome
     return Outcome(code, stdout.getvalue(), stderr.getvalue())
 
 
+def run_here(argv: Sequence[str]) -> tuple[int, str, str]:
+    """Run what begins no ranks in this process: a program and its flags.
+
+    Returns:
+        Its code, output and errors.
+    """
+    folders = Path(argv[0]).with_suffix("").parts
+    program = importlib.import_module(".".join(folders)).main
+    before, sys.argv = sys.argv, list(argv)
+    stdout, stderr, code = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            run_main(program)
+        except SystemExit as error:
+            code = error.code
+        finally:
+            sys.argv = before
+    return code, stdout.getvalue(), stderr.getvalue()
+
+
 def succeed(program: str, argv: Sequence[str], world_size: int = 1) -> list[Outcome]:
     """Run a program that has to end well on every rank."""
     outcomes = run_program(program, argv, world_size)

@@ -27,7 +27,7 @@ from megatron_ext.estimate import (
 from megatron_ext.flags import check_layout, parse_train, virtual_pipeline_size
 from megatron_ext.model import ModelOptions, build_model
 from megatron_ext.training import state
-from tests.models import GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON
+from tests.models import GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, random_batch
 from tests.ranks import run_ranks
 
 LLAMA_8B = replace(
@@ -341,3 +341,45 @@ def test_what_a_run_allocates(extra, world_size, padded, arch):
             rank_memory(model, None, layout, rank)["optimizer"] for rank, *_ in found
         )
         assert total == pytest.approx(layout_total, rel=1e-3)
+
+
+def _kept_for_backward(arch, num_samples):
+    """Return the bytes that the layers of a bf16 model keep, weights and norms' ends left out."""
+    groups = platform.initialize().groups
+    options = ModelOptions(params_dtype=torch.bfloat16)
+    totals = []
+    for num_layers in (1, 3):
+        (model,) = build_model(replace(arch, num_layers=num_layers), options, groups, seed=1)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept = {}
+
+        def keep(tensor, own=own, kept=kept):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes(), tensor  # alive: no address twice
+            return tensor
+
+        batch = random_batch(arch, num_samples=num_samples, seq_length=32)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(batch["tokens"], batch["position_ids"], None)
+        totals.append(sum(size for size, _ in kept.values()))
+        del output
+    return (totals[1] - totals[0]) / 2
+
+
+def test_what_a_layer_keeps():
+    """The estimate, and what a CPU keeps beside it, to the byte."""
+    arch, samples, tokens = LLAMA, 2, 2 * 32
+    layout = Layout(world_size=1, seq_length=32, micro_batch_size=samples)
+    (found,) = run_ranks(1, _kept_for_backward, arch, samples)
+    heads, keys = 4 * 16, 2 * 16
+    beside = {
+        "norms in float32: input and normalised instead of the input, a factor per token": 2
+        * tokens
+        * (2 * 4 * 48 - 2 * 48 + 4),
+        "SiLU of the gate, and the gate again": 2 * tokens * 2 * 80,
+        "rotated queries and keys beside the whole projection": 2 * tokens * (heads + keys),
+        "sines and cosines of queries and of keys, one for all samples": 4 * 2 * 32 * 16,
+        "log-sum-exp of the scores, float32": 4 * tokens * 4,
+    }
+    assert found == layer_bytes(arch, layout) + sum(beside.values())

@@ -1,8 +1,6 @@
 """The examples' scripts: every step's dry run, how they launch, and what a job does with codes."""
 
 import contextlib
-import importlib
-import io
 import os
 import re
 import shlex
@@ -16,9 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_ext.errors import INTERRUPTED, run_main
+from megatron_ext.errors import INTERRUPTED
 from tests.models import LLAMA
-from tests.programs import ROOT, data_flags, kill_all, model_flags, wait_until, write_corpus
+from tests.programs import (
+    ROOT,
+    data_flags,
+    kill_all,
+    model_flags,
+    run_here,
+    wait_until,
+    write_corpus,
+)
 
 EXAMPLES = sorted(path.parent for path in (ROOT / "examples").glob("*/config.sh"))
 COMMON = ROOT / "examples/common"
@@ -55,23 +61,6 @@ def bash(*words, path=None, **environ):
     )
 
 
-def run_in_process(argv, monkeypatch):
-    """Run a program of the repository here; returns its code, output and errors."""
-    name = Path(argv[0]).stem
-    if argv[0].startswith("tools/"):
-        name = f"tools.{name}"
-    monkeypatch.setattr(sys, "argv", argv)
-    stdout, stderr = io.StringIO(), io.StringIO()
-    program = importlib.import_module(name).main
-    with (
-        contextlib.redirect_stdout(stdout),
-        contextlib.redirect_stderr(stderr),
-        pytest.raises(SystemExit) as ended,
-    ):
-        run_main(program)
-    return ended.value.code, stdout.getvalue(), stderr.getvalue()
-
-
 def words_of(log):
     """Return the command lines that a stub wrote, its words ended by NUL and lines by a newline."""
     return [line.split("\0")[:-1] for line in log.read_text().splitlines()]
@@ -96,7 +85,7 @@ def dry_run(name, step, tmp_path, monkeypatch, **environ):
     assert ran.returncode == 0, ran.stderr
     (argv,) = words_of(log)
     monkeypatch.chdir(ROOT)
-    return *run_in_process(argv, monkeypatch), argv
+    return *run_here(argv), argv
 
 
 def table_row(step, text):
@@ -306,14 +295,21 @@ run_main(main)
 """
 
 
-def test_sigterm_to_the_launcher_alone(tmp_path):
-    """By hand on one machine: kill PID. torchrun passes it on and waits for the save."""
+@pytest.mark.parametrize("everyone", [False, True])
+def test_sigterm_on_one_machine(everyone, tmp_path):
+    """By hand to the launcher alone; or by SLURM, at a preemption, to every process of the step.
+
+    torchrun passes it on and waits for the save.
+    """
     program, ready = tmp_path / "program.py", tmp_path / "ready"
     program.write_text(SAVES_WHEN_TOLD)
-    launcher = start_launcher([str(program), str(ready)], GPUS_PER_NODE="2")
+    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"} if everyone else {}
+    launcher = start_launcher([str(program), str(ready)], GPUS_PER_NODE="2", **step)
     try:
         wait_until(lambda: all(Path(f"{ready}{rank}").exists() for rank in range(2)))
-        launcher.send_signal(signal.SIGTERM)
+        told = psutil.Process(launcher.pid).children(recursive=True) if everyone else []
+        for process in [*told, launcher]:
+            process.send_signal(signal.SIGTERM)
         output = launcher.communicate(timeout=60)[0]
     finally:
         kill_all(launcher)
@@ -339,6 +335,7 @@ def job(tmp_path, code, **environ):
     ran = bash(
         COMMON / "job.sbatch", "run.sh", "distil", path=tmp_path, LOG=str(log), **slurm | environ
     )
+    assert log.exists(), ran.stderr
     return ran, log.read_text().splitlines()
 
 

@@ -2,6 +2,8 @@
 # Sourced by the launchers: make .venv if it is missing, install this project into it if the pins
 # have changed, and activate it.   source tools/venv.sh [EXTRA]
 # Linux wheels of torch on PyPI bring CUDA; PIP_EXTRA_INDEX_URL may name an index of CPU builds.
+# NO_VENV=1: everything is installed already, as in the images of the Dockerfile.
+[ "${NO_VENV:-0}" != 1 ] || return 0
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 _extra=${1:-}
 _stamp="$_root/.venv/installed-${_extra:-base}"

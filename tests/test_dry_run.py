@@ -1,0 +1,223 @@
+"""--dry-run of the programs, and the estimate from their flags, with and without checkpoints."""
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ext.errors import CHECKPOINT, DATA, USAGE
+from tests.models import LLAMA
+from tests.programs import ROOT, data_flags, run_here, write_corpus, write_model
+
+CONFIG = str(ROOT / "examples/llama3.1-8b-to-4b/teacher.json")
+RUN = "--seq-length 16 --micro-batch-size 1 --train-iters 4 --lr 1e-3"
+MOCK = "--mock-data --tokenizer-type NullTokenizer --vocab-size 99"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with a teacher of LLAMA's sizes, half a student and data."""
+    folder = tmp_path_factory.mktemp("dry")
+    write_model(str(folder / "teacher"), LLAMA)
+    write_model(str(folder / "student"), replace(LLAMA, hidden_size=40, ffn_hidden_size=48))
+    write_corpus(folder / "corpus", LLAMA.vocab_size)
+    return folder
+
+
+def dry(program, line, place=None):
+    return run_here([program, "--dry-run", *shlex.split(line.format(p=place, c=CONFIG))])
+
+
+def refused(program, line, place=None):
+    """Return code and message of a dry run that ends in one line."""
+    code, stdout, stderr = dry(program, line, place)
+    assert stderr.startswith("ERROR: "), stdout + stderr
+    assert stderr.count("\n") == 1
+    assert not stdout.endswith("OK\n")
+    return code, stderr.removeprefix("ERROR: ").rstrip()
+
+
+def data_of(place):
+    return shlex.join(data_flags(LLAMA, str(place / "corpus")))
+
+
+def test_a_distillation_whose_files_are_there(place):
+    line = (
+        f"--load {place}/student --finetune --teacher-load {place}/teacher --train-iters 4 "
+        "--lr 1e-3 --world-size 4 --tensor-model-parallel-size 2 --global-batch-size 8 "
+        f"{data_of(place)}"
+    )
+    code, stdout, stderr = dry("pretrain_distill.py", line)
+    assert (code, stderr) == (0, "")
+    assert "layout      4 ranks = TP 2 x PP 1 x CP 1 x DP 2" in stdout
+    assert "4 micro-batches of 1 on each of 2 data-parallel ranks" in stdout
+    assert f"hidden 40, ffn 48, heads 4/2, vocabulary 104; from {place}/student" in stdout
+    assert f"from {place}/teacher" in stdout
+    assert "teacher weights" in stdout
+    assert "not checked" not in stdout
+    assert stdout.endswith("OK\n")
+    assert not torch.distributed.is_initialized()
+
+
+def test_world_size_of_the_environment(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    line = f"--load x --load-config {{c}} --hidden-size 3072 {RUN} --bf16 --gpu B200 --mock-data"
+    line += " --tokenizer-type NullTokenizer --vocab-size 128255 --tensor-model-parallel-size 2"
+    code, stdout, stderr = dry("pretrain_distill.py", line)
+    assert (code, stderr) == (0, "")
+    assert "layout      6 ranks = TP 2 x PP 1 x CP 1 x DP 3" in stdout
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    code, message = refused("pretrain_distill.py", line)
+    assert code == USAGE
+    assert message.startswith("5 ranks are not a multiple of --tensor-model-parallel-size 2")
+
+
+def test_an_even_teacher_beside_a_student_of_half_its_layers(place, tmp_path):
+    """The stages are those of the run: the student's layers are placed by hand."""
+    write_model(str(tmp_path / "three"), replace(LLAMA, num_layers=3))
+    line = (
+        f"--load {tmp_path}/three --finetune --teacher-load {place}/teacher {RUN} {MOCK} "
+        "--world-size 2 --pipeline-model-parallel-size 2"
+    )
+    code, stdout, stderr = dry("pretrain_distill.py", line)
+    assert (code, stderr) == (0, "")
+    assert "stages Ett|tL" in stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        (f"--load {{p}}/none {RUN} {MOCK}", CHECKPOINT, "--load {p}/none: no checkpoint there yet"),
+        (
+            f"--load {{p}}/student --finetune --teacher-load {{p}}/none {RUN} {MOCK}",
+            CHECKPOINT,
+            "--teacher-load {p}/none: no checkpoint there yet; --teacher-config can say the sizes.",
+        ),
+        (
+            f"--load {{p}}/student --hidden-size 32 {RUN} {MOCK}",
+            CHECKPOINT,
+            None,  # a table of the sizes that differ
+        ),
+        (
+            f"--load x --load-config {{c}} --hidden-size 5000 {RUN} {MOCK}",
+            USAGE,
+            "--hidden-size 5000: choose from 1 to the checkpoint's 4096.",
+        ),
+        (
+            f"--load {{p}}/student --finetune --world-size 8 --tensor-model-parallel-size 8 {RUN} "
+            f"{MOCK}",
+            USAGE,
+            "--tensor-model-parallel-size 8 does not divide --num-attention-heads, 4;",
+        ),
+        (
+            f"--load x --load-config {{c}} {RUN} {MOCK} --bf16 --gpu A100",
+            USAGE,
+            "--gpu A100 has 80 GB, the fullest rank needs 145, 96 of them optimizer: try "
+            "--use-distributed-optimizer",
+        ),
+        (f"--load x --load-config {{p}}/corpus.idx {RUN} {MOCK}", CHECKPOINT, "--load-config {p}"),
+        (
+            f"--load {{p}}/student --finetune {RUN} --data-path {{p}}/half --tokenizer-type "
+            "NullTokenizer --vocab-size 99 --eval-iters 0",
+            DATA,
+            "{p}/half.bin: no such file.",
+        ),
+        (
+            f"--load {{p}}/student --finetune {RUN} --data-path {{p}}/corpus --tokenizer-type "
+            "NullTokenizer --vocab-size 9 --eval-iters 0",
+            DATA,
+            "{p}/corpus.bin: document 0 has token ids from",
+        ),
+    ],
+)
+def test_what_could_not_run(line, code, message, place):
+    (place / "half.idx").write_bytes((place / "corpus.idx").read_bytes())
+    if message is None:
+        found, _, stderr = dry("pretrain_distill.py", line, place)
+        assert (found, "--hidden-size  40          32" in stderr) == (code, True)
+        return
+    found, said = refused("pretrain_distill.py", line, place)
+    assert (found, said.startswith(message.format(p=place))) == (code, True), said
+
+
+def test_pruning(place, tmp_path):
+    line = (
+        f"--load {place}/teacher --save {tmp_path}/pruned --target-hidden-size 40 --world-size 2 "
+        f"--calibration-samples 8 {data_of(place)}"
+    )
+    code, stdout, stderr = dry("prune.py", line)
+    assert (code, stderr) == (0, "")
+    assert f"from {place}/teacher" in stdout
+    assert f"hidden 40, ffn 80, heads 4/2, vocabulary 104; to {tmp_path}/pruned" in stdout
+    assert "1 forward passes over 8 samples" in stdout
+    assert stdout.endswith("OK\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "--target-hidden-size 64",
+            "--target-hidden-size 64: choose from 1 to the checkpoint's 48.",
+        ),
+        (
+            "--target-num-attention-heads 3",
+            "--target-num-attention-heads 3: each of 2 query groups",
+        ),
+        ("--calibration-samples 9", "--calibration-samples 9 is not a multiple of"),
+        ("--tensor-model-parallel-size 4", "2 ranks are not a multiple of"),
+        ("--save {p}/student", "--save {p}/student: a checkpoint is there already."),
+    ],
+)
+def test_what_could_not_be_pruned(line, message, place):
+    base = f"--load {place}/teacher --save {place}/new --world-size 2 --calibration-samples 8"
+    code, said = refused("prune.py", f"{base} {data_of(place)} {line}", place)
+    assert (code, said.startswith(message.format(p=place))) == (USAGE, True), said
+
+
+def convert(line):
+    return run_here(["tools/convert.py", *shlex.split(line.format(c=CONFIG))])
+
+
+def test_conversions(place, tmp_path):
+    code, stdout, stderr = convert(f"import --dry-run --hf {tmp_path} --save x --load-config {{c}}")
+    assert (code, stderr) == (0, "")
+    assert "8,030,261,248 parameters" in stdout
+    # A folder that is there counts before --load-config.
+    config = json.loads(Path(CONFIG).read_text()) | {"num_hidden_layers": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, stdout, _ = convert(f"import --dry-run --hf {tmp_path} --save x --load-config {{c}}")
+    assert (code, "16 layers" in stdout) == (0, True)
+    line = f"export --dry-run --load {place}/student --hf {tmp_path}/new --model-type mistral"
+    code, stdout, stderr = convert(f"{line} --hidden-size 40")
+    assert (code, stderr, stdout.endswith("OK\n")) == (0, "", True)
+    assert "hidden 40" in stdout
+    code, _, stderr = convert(f"{line} --hidden-size 41")
+    assert (code, "other sizes" in stderr) == (CHECKPOINT, True)
+    code, _, stderr = convert(f"{line.replace('mistral', 'gpt2')}")
+    assert (code, stderr.startswith("ERROR: --model-type gpt2: ")) == (USAGE, True)
+    code, _, stderr = convert("export --load x --hf y --world-size 4")
+    assert (code, stderr) == (USAGE, "ERROR: --world-size needs --dry-run.\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
+
+
+def test_the_estimate_is_that_of_the_dry_run():
+    """From flags alone; and nothing is refused for want of memory."""
+    flags = (
+        f"--load-config {CONFIG} --teacher-config {CONFIG} --hidden-size 3072 "
+        "--ffn-hidden-size 9216 --seq-length 8192 --micro-batch-size 1 --train-iters 10 --bf16 "
+        "--world-size 2"
+    )
+    code, stdout, stderr = run_here(["tools/estimate.py", *shlex.split(flags)])
+    assert (code, stderr) == (0, "")
+    _, rehearsed, _ = dry("pretrain_distill.py", f"{flags} --lr 1 {MOCK}")
+    assert stdout.splitlines()[:-1] == rehearsed.splitlines()
+    assert stdout.splitlines()[-1].startswith("share of the memory: A100 1")
+    sizes = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 64"
+    argv = shlex.split(f"{sizes} --vocab-size 999 --seq-length 64 --micro-batch-size 2")
+    code, stdout, _ = run_here(["tools/estimate.py", *argv])
+    assert (code, "vocabulary 1024; from the flags" in stdout, "days" in stdout) == (0, True, False)
