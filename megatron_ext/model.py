@@ -100,12 +100,20 @@ class LanguageModel(GPTModel):
 
 def choose_transformer_impl(impl: str | None, device: torch.device) -> str:
     """Return "transformer_engine" or "local"; None takes the first on a GPU that has it."""
-    try:
-        import transformer_engine.pytorch  # noqa: F401
+    available = False
+    if device.type == "cuda" and impl != "local":
+        try:
+            import transformer_engine.pytorch  # noqa: F401
 
-        available = device.type == "cuda"
-    except ImportError:
-        available = False
+            available = True
+        except ImportError:
+            available = False
+        except Exception as error:  # libraries of another CUDA or torch
+            raise UserError(
+                f"Transformer Engine is installed and cannot be imported ({error}); "
+                "--transformer-impl local does without it.",
+                USAGE,
+            ) from error
     if impl == "transformer_engine" and not available:
         raise UserError(
             "--transformer-impl transformer_engine needs a GPU with Transformer Engine installed; "

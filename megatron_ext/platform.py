@@ -78,7 +78,10 @@ def initialize(
         )
     if target.type == "cpu":
         emulate_cuda_on_cpu()
-    else:
+    # Read when CUDA starts. megatron-core's overlap of communication counts on the order that one
+    # connection keeps, and asserts it under sequence parallelism.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if target.type == "cuda":
         torch.cuda.set_device(target)
     if target.type == "cpu" or not moe_utils.HAVE_TE:
         moe_utils.te_general_gemm = None  # the router's; not defined without Transformer Engine
@@ -108,7 +111,14 @@ def choose_device(device: str | None) -> torch.device:
         raise UserError("--device cuda: this machine has no usable GPU; use --device cpu.", USAGE)
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise UserError(
+            f"LOCAL_RANK {index}: this machine shows {count} GPUs; start no more ranks on it "
+            "(--nproc-per-node), or use --device cpu.",
+            USAGE,
+        )
+    return torch.device("cuda", index)
 
 
 def set_seed(seed: int, groups: ProcessGroupCollection) -> None:
@@ -179,8 +189,6 @@ def emulate_cuda_on_cpu() -> None:
     # The all-to-all of experts copies its sizes to the host on a stream of its own.
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _list_splits
-    # Asserted by the tensor-parallel linear layers under sequence parallelism.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _is_cuda(device: Any) -> bool:

@@ -1,6 +1,9 @@
 """tools/gpu_check.py: its checks on a CPU with tiny sizes, its table, and how it fails."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -118,6 +121,17 @@ def test_parts_that_crash_and_rows_that_fail_are_in_the_exit_code(tmp_path, monk
     with pytest.raises(SystemExit):
         gpu_check.main(["--parts", "none"])
     assert "there are engine" in capsys.readouterr().err
+
+
+def test_the_script_writes_its_table(tmp_path):
+    output = tmp_path / "gpu.md"
+    command = [str(ROOT / "tools/gpu_check.sh"), "--device", "cpu", "--quick", "--parts", "losses"]
+    environment = os.environ | {"PYTHON": sys.executable}
+    subprocess.run([*command, "--output", str(output)], check=True, cwd=tmp_path, env=environment)
+    text = output.read_text()
+    assert text.startswith(gpu_check.MARK)
+    assert "| losses | in torch fp32: error of loss, gradient |" in text
+    assert "* commit: " in text
 
 
 @pytest.mark.parametrize("name", programs.COMMANDS)

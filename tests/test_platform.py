@@ -1,11 +1,14 @@
 """Devices, seeds and what stands in for CUDA."""
 
+import sys
+
 import pytest
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_ext import platform
 from megatron_ext.errors import UserError
+from megatron_ext.model import choose_transformer_impl
 from tests.ranks import run_ranks
 
 
@@ -18,6 +21,34 @@ def test_what_is_not_there_is_refused(options, words):
     with pytest.raises(UserError, match=words) as caught:
         platform.initialize(**options)
     assert caught.value.code == 2
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert platform.choose_device(None) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="LOCAL_RANK 2: this machine shows 2 GPUs"):
+        platform.choose_device("cuda")
+
+
+class BrokenEngine:
+    """Finds Transformer Engine and fails to import it, as with libraries of another CUDA."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("transformer_engine"):
+            raise OSError("libcudart.so.12: no such file")
+
+
+def test_transformer_engine_is_looked_for_on_gpus_only(monkeypatch):
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr(sys, "meta_path", [BrokenEngine(), *sys.meta_path])
+    assert choose_transformer_impl(None, cpu) == choose_transformer_impl("local", gpu) == "local"
+    with pytest.raises(UserError, match="cannot be imported"):
+        choose_transformer_impl(None, gpu)
+    with pytest.raises(UserError, match="needs a GPU with Transformer Engine"):
+        choose_transformer_impl("transformer_engine", cpu)
 
 
 def _draws(sizes):
