@@ -184,11 +184,26 @@ def emulate_cuda_on_cpu() -> None:
     core_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     core_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     core_random.CudaRNGStatesTracker.fork = _fork_cpu_generator
+    _use_torch_for_optimizers()
     # torch.compile, of squared ReLU and other small functions: it wants a C++ compiler and seconds.
     torch._dynamo.config.disable = True
     # The all-to-all of experts copies its sizes to the host on a stream of its own.
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _list_splits
+
+
+def _use_torch_for_optimizers() -> None:
+    """Take torch's optimizers where Transformer Engine or Apex is installed, which need a GPU."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import optimizer as steps
+
+    optimizer.Adam, optimizer.SGD = torch.optim.AdamW, torch.optim.SGD
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    for module in (clip_grads, steps):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
 
 
 def _is_cuda(device: Any) -> bool:

@@ -4,11 +4,15 @@ import sys
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_ext import platform
 from megatron_ext.errors import UserError
-from megatron_ext.model import choose_transformer_impl
+from megatron_ext.model import ModelOptions, build_model, choose_transformer_impl
+from megatron_ext.training.step import StepShape, train_step, wrap
+from tests.models import LLAMA, random_batch
 from tests.ranks import run_ranks
 
 
@@ -89,6 +93,42 @@ def _cuda_calls():
     tensor = torch.zeros(2, device="cuda") + torch.ones(2).cuda() + torch.ones(2).to("cuda:0")
     assert torch.cuda.current_device() == torch.device("cpu")
     return tensor.tolist(), tensor.device.type, tensor.type(), tensor.bfloat16().type()
+
+
+def _optimizers():
+    """Take a step where megatron-core has found the optimizers of a GPU, stood in for by None."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import optimizer as steps
+
+    optimizer.Adam = optimizer.SGD = steps.multi_tensor_applier = steps.multi_tensor_scale_impl = (
+        None
+    )
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    clip_grads.multi_tensor_applier = clip_grads.l2_norm_impl = None
+    clip_grads.multi_tensor_scale_impl = None
+    groups = platform.initialize(device="cpu").groups
+    (chunk,) = build_model(LLAMA, ModelOptions(params_dtype=torch.bfloat16), groups, seed=1)
+    model = wrap([chunk], DistributedDataParallelConfig(grad_reduce_in_fp32=True), groups)
+    config = OptimizerConfig(
+        optimizer="adam", lr=0.1, bf16=True, params_dtype=torch.bfloat16, clip_grad=0.1
+    )
+    adam = get_megatron_optimizer(
+        config, model, use_gloo_process_groups=False, pg_collection=groups
+    )
+    batch = random_batch(LLAMA, num_samples=2, seq_length=8)
+    shape = StepShape(num_microbatches=1, micro_batch_size=2, seq_length=8)
+    before = chunk.output_layer.weight.detach().clone()
+    _, apply = train_step(model, adam, [iter([batch])], shape, {"lm loss": 1.0}, groups)
+    updated, norm = apply()
+    return updated, norm, (chunk.output_layer.weight - before).abs().max().item()
+
+
+def test_optimizers_that_need_a_gpu_are_not_taken_on_a_cpu():
+    updated, norm, moved = run_ranks(1, _optimizers)[0]
+    assert updated
+    assert norm > 0.1
+    assert moved == pytest.approx(0.1, rel=0.1)
 
 
 def test_cuda_calls_act_on_the_cpu():
