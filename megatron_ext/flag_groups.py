@@ -553,7 +553,6 @@ IGNORED = {
     "--no-persist-layer-norm": (0, _KERNELS),
     "--use-flash-attn": (0, _KERNELS),
     "--tp-comm-overlap": (0, "its buffers have one width, teacher and student have two"),
-    "--fp8-interval": (1, "Transformer Engine adapts scales at every step"),
     "--no-create-attention-mask-in-dataloader": (0, "masks are made where they are needed"),
     "--dist-ckpt-format": (1, "checkpoints are torch_dist"),
     "--dist-ckpt-strictness": (1, "a missing or unknown tensor is always an error"),
@@ -569,6 +568,7 @@ IGNORED = {
 IGNORED_IN_TRAINING = IGNORED | {
     "--accumulate-allreduce-grads-in-fp32": (0, "the case without --grad-reduce-in-bf16"),
     "--exit-signal-handler": (0, _ALWAYS),
+    "--fp8-interval": (1, "Transformer Engine adapts scales at every step"),
     "--log-throughput": (0, _ALWAYS),
     "--calculate-per-token-loss": (
         0,

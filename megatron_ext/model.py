@@ -76,12 +76,20 @@ class LanguageModel(VocabularyOutput, GPTModel):
 
 def choose_transformer_impl(impl: str | None, device: torch.device) -> str:
     """Return "transformer_engine" or "local"; None takes the first on a GPU that has it."""
-    try:
-        import transformer_engine.pytorch  # noqa: F401
+    available = False
+    if device.type == "cuda" and impl != "local":
+        try:
+            import transformer_engine.pytorch  # noqa: F401
 
-        available = device.type == "cuda"
-    except ImportError:
-        available = False
+            available = True
+        except ImportError:
+            available = False
+        except Exception as error:  # libraries of another CUDA or torch
+            raise UserError(
+                f"Transformer Engine is installed and cannot be imported ({error}); "
+                "--transformer-impl local does without it.",
+                USAGE,
+            ) from error
     if impl == "transformer_engine" and not available:
         raise UserError(
             "--transformer-impl transformer_engine needs a GPU with Transformer Engine installed; "
@@ -256,6 +264,9 @@ def _build_chunk(
     else:
         model = _build_gpt(arch, config, num_layers, **place)
     model.num_tokens = arch.vocab_size
+    if model.pre_process:
+        # megatron-core makes learned positions in float32 and leaves it to its users to convert.
+        model.embedding.to(config.params_dtype)
     for name, parameter in model.named_parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         if ".mlp.experts." in name:

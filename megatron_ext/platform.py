@@ -80,7 +80,10 @@ def initialize(
         )
     if target.type == "cpu":
         emulate_cuda_on_cpu()
-    else:
+    # Read when CUDA starts. megatron-core's overlap of communication counts on the order that one
+    # connection keeps, and asserts it under sequence parallelism.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if target.type == "cuda":
         torch.cuda.set_device(target)
     if target.type == "cpu" or not moe_utils.HAVE_TE:
         moe_utils.te_general_gemm = None  # the router's; not defined without Transformer Engine
@@ -110,8 +113,16 @@ def choose_device(device: str | None) -> torch.device:
         raise UserError("--device cuda: this machine has no usable GPU; use --device cpu.", USAGE)
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    # srun may show each task its own GPU only.
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if count == 1 and "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        index = 0  # srun may show each of its tasks a GPU of its own
+    if index >= count:
+        raise UserError(
+            f"LOCAL_RANK {index}: this machine shows {count} GPUs; start no more ranks on it "
+            "(--nproc-per-node), or use --device cpu.",
+            USAGE,
+        )
+    return torch.device("cuda", index)
 
 
 def set_seed(seed: int, groups: ProcessGroupCollection) -> None:
@@ -189,13 +200,26 @@ def emulate_cuda_on_cpu() -> None:
     core_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     core_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     core_random.CudaRNGStatesTracker.fork = _fork_cpu_generator
+    _use_torch_for_optimizers()
     # torch.compile, of squared ReLU and other small functions: it wants a C++ compiler and seconds.
     torch._dynamo.config.disable = True
     # The all-to-all of experts copies its sizes to the host on a stream of its own.
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _list_splits
-    # Asserted by the tensor-parallel linear layers under sequence parallelism.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _use_torch_for_optimizers() -> None:
+    """Take torch's optimizers where Transformer Engine or Apex is installed, which need a GPU."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import optimizer as steps
+
+    optimizer.Adam, optimizer.SGD = torch.optim.AdamW, torch.optim.SGD
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    for module in (clip_grads, steps):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
 
 
 def _is_cuda(device: Any) -> bool:

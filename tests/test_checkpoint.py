@@ -1,5 +1,7 @@
 """Checkpoint folders: resume bit for bit, any layout reads any other's, damage is seen."""
 
+import contextlib
+import io
 import json
 import os
 import pickle
@@ -143,6 +145,42 @@ def check_resume(arch, world_size, extra, tmp_path):
         assert losses == losses_after
         assert held.keys() == held_after.keys()
         assert all(torch.equal(held[key], held_after[key]) for key in held)
+
+
+def resumed_without_optimizer(folder, extra):
+    """Return how far a step with a fresh optimizer moves the weights, relative to their size."""
+    run = make_run(LLAMA, folder, [*extra, "--no-load-optim"], seed=99)
+    state.restore(run, checkpoint.read(folder))
+    before = weights_of(run)
+    do_steps(run, 2, 4)
+    after = weights_of(run)
+    return max(((after[k] - x).norm() / x.norm()).item() for k, x in before.items())
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["--bf16"], ["--bf16", "--use-distributed-optimizer"]], ids=str
+)
+def test_without_its_state_an_optimizer_begins_at_the_weights(extra, tmp_path):
+    run_ranks(1, uninterrupted, LLAMA, str(tmp_path), extra)
+    (moved,) = run_ranks(1, resumed_without_optimizer, str(tmp_path), extra)
+    assert 0 < moved < 0.2
+
+
+def written_on_another_device(folder):
+    """Return the message of a run that continues with a checkpoint whose generator is another."""
+    run = make_run(GPT2, folder, ["--no-load-optim"])
+    generator = torch.cuda.get_rng_state
+    torch.cuda.get_rng_state = lambda: torch.zeros(16, dtype=torch.uint8)  # as CUDA's
+    state.save(run)
+    torch.cuda.get_rng_state = generator
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        state.restore(run, checkpoint.read(folder))
+    do_steps(run, 0, 1)
+    return said.getvalue()
+
+
+def test_random_state_of_another_device_is_left(tmp_path):
+    assert "another kind of device" in run_ranks(1, written_on_another_device, str(tmp_path))[0]
 
 
 def resume_elsewhere(arch, folder, extra):

@@ -100,7 +100,7 @@ def save_and_load(folder, arch, written, read, remembered=None):
     return logits(arch, chunks), logits(arch, others), known
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gpt2", "nemotron", "moe"])
 @pytest.mark.parametrize(("written", "read"), [({}, ENGINE), (ENGINE, {}), (ENGINE, ENGINE)])
 def test_either_kind_of_layers_reads_the_other(name, written, read, tmp_path):
     args = (str(tmp_path), MODELS[name], written, read)

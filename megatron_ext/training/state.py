@@ -286,6 +286,8 @@ def restore(run: Run, source: checkpoint.Checkpoint) -> None:
         run.optimizer.load_state_dict(loaded["optimizer"])
         torch_adam.unshare_steps(run.optimizer)
         _restore_schedule(run, loaded["opt_param_scheduler"], source)
+    else:
+        run.optimizer.reload_model_params()  # its float32 copies of what was there before
     if "rng_state" in state:
         _set_rng_state(loaded["rng_state"])
     run.counters.iteration = source.iteration
@@ -370,5 +372,8 @@ def _set_rng_state(loaded: list[dict[str, Any]]) -> None:
     random.setstate(state["random_rng_state"])
     numpy.random.set_state(state["np_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])
+    if state["cuda_rng_state"].shape != torch.cuda.get_rng_state().shape:
+        warn("the checkpoint was written on another kind of device: dropout begins anew.")
+        return
     torch.cuda.set_rng_state(state["cuda_rng_state"])
     get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
