@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Check this project on a machine with one GPU and write what was found into docs/gpu.md: about 10
-# minutes. See docs/gpu.md. Other Pythons: PYTHON=python3 tools/gpu_check.sh; packages that lie
-# elsewhere (Transformer Engine): PYTHONPATH=/their/folder tools/gpu_check.sh
+# Check this project on a machine with one GPU and write what was found into docs/gpu.md, which see.
+# Another Python: PYTHON=python3 tools/gpu_check.sh; packages that lie elsewhere (Transformer Engine):
+# PYTHONPATH=/their/folder tools/gpu_check.sh
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Fresh memory costs more than the arithmetic on the CPU that trims.

@@ -76,16 +76,18 @@ COMMANDS = {
     ),
     "distil": (f"{DISTIL} --save student --save-interval 3", False),
     "go on": (
-        f"{DISTIL} --save student --save-interval 3".replace("--train-iters 3", "--train-iters 5"),
+        f"{DISTIL} --save student --save-interval 3".replace(
+            "--train-iters 3", "--train-iters 5 --override-opt-param-scheduler"
+        ),
         False,
     ),
     "fused output": (f"{DISTIL} --kd-fused-output", False),
     "hidden states": (f"{DISTIL} --kd-hidden-states 1:1,embedding,mlp:2:2", False),
-    "local layers": (f"{DISTIL} --transformer-impl local", False),
-    "FP8 tensorwise": (f"{DISTIL} {FP8} --fp8-recipe tensorwise --save f --save-interval 3", True),
     "FP8 delayed": (f"{DISTIL} {FP8} --save d --save-interval 3", True),
     "FP8 delayed, go on": (
-        f"{DISTIL} {FP8} --save d --save-interval 3".replace("--train-iters 3", "--train-iters 5"),
+        f"{DISTIL} {FP8} --save d --save-interval 3".replace(
+            "--train-iters 3", "--train-iters 5 --override-opt-param-scheduler"
+        ),
         True,
     ),
     "FP8 of the teacher alone": (f"{DISTIL} {ENGINE} --teacher-fp8-format e4m3", True),
