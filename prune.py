@@ -104,7 +104,7 @@ def rehearse(flags: PruneFlags, world_size: int) -> int:
     num_samples = flags.prune.calibration_samples if measures else 0
     if measures:
         check_passes(flags, source.num_layers, world_size // model_parallel_size(flags.parallel))
-    absent = dry_run.check_data_there(flags, source, (num_samples, 0, 0))
+    absent = dry_run.check_data_there(flags, (source, where), (num_samples, 0, 0))
     targets = [(job.target, job.save or job.plan or "the flags") for job in jobs]
     text, needs = report.of_pruning(flags, (source, where), targets, world_size)
     return dry_run.finish(text, needs, absent, flags.dry.gpu)

@@ -19,6 +19,7 @@ from megatron_ext.estimate_report import Named
 from megatron_ext.flags import TrainFlags, check_against_checkpoint, new_arch
 from megatron_ext.pruning.plan import PRUNABLE
 from megatron_ext.pruning.planner import target_arch
+from megatron_ext.startup import check_tokenizer
 
 # Import pads the vocabulary to a multiple of this by default.
 VOCAB_MULTIPLE = 128
@@ -128,7 +129,7 @@ def train(flags: TrainFlags, world_size: int) -> int:
     num_train = 0 if batch.skip_train else batch.global_batch_size * batch.train_iters
     evaluates = log.eval_iters and (log.eval_interval or batch.skip_train)
     num_valid = batch.global_batch_size * log.eval_iters if evaluates else 0
-    absent = check_data_there(flags, student[0], (num_train, num_valid, num_valid))
+    absent = check_data_there(flags, student, (num_train, num_valid, num_valid))
     text, needs = report.of_training(flags, student, teacher, teacher_parallel, world_size)
     return finish(text, needs, absent, flags.dry.gpu)
 
@@ -143,25 +144,28 @@ def finish(text: str, needs: Mapping[str, int], absent: Sequence[str], gpu: str)
     return 0
 
 
-def check_data_there(flags: Any, arch: Arch, num_samples: tuple[int, int, int]) -> list[str]:
+def check_data_there(flags: Any, model: Named, num_samples: tuple[int, int, int]) -> list[str]:
     """Check tokenizer and data as far as they are there; return what is not.
 
     Args:
         flags: of a program, with data flags.
-        arch: of the model that reads them.
+        model: that reads them.
         num_samples: requested of train, valid and test.
 
     Raises:
         UserError: as ``data.build_tokenizer`` and ``data_check.check_data``; or the tokenizer is
             not the model's.
     """
-    options, vocab_size, absent = flags.data, arch.vocab_size, []
+    (arch, where), options, absent = model, flags.data, []
+    vocab_size = arch.vocab_size
     files = [f for f in (options.tokenizer_model, options.vocab_file, options.merge_file) if f]
     missing = [name for name in files if not Path(name).exists()]
     if missing:
         absent += [f"tokenizer {name}" for name in missing]
     elif options.tokenizer_type:
         vocab_size = data.build_tokenizer(options).vocab_size
+        if Path(where).is_dir():
+            check_tokenizer(checkpoint.read(where), vocab_size, data.tokenizer_sha256(options))
         if vocab_size > arch.padded_vocab_size:
             raise UserError(
                 f"--tokenizer-type {options.tokenizer_type}: {vocab_size} tokens, the model has "

@@ -79,6 +79,8 @@ class Layout:
     """Logits exist in chunks only (--kd-fused-output)."""
     lm_loss: bool = False
     """The language-model loss is computed beside that of distillation."""
+    stored_teacher: bool = False
+    """The teacher's likeliest tokens come from files (--kd-teacher-store)."""
     fp8: bool = False
     """The linear layers compute in FP8; the output layer and attention do not."""
 
@@ -177,7 +179,7 @@ def in_flight(layout: Layout, pieces: int, rank: int) -> int:
 def logits_bytes(student: Arch, teacher: Arch | None, layout: Layout) -> dict[str, int]:
     """Return what the last stage holds of logits and their gradients, one micro-batch.
 
-    Without a teacher the loss is megatron-core's cross entropy: a float32 copy, which becomes the
+    Without any teacher the loss is megatron-core's cross entropy: a float32 copy, which becomes the
     gradient, beside half-precision logits or their gradient.
     """
     width, t = layout.param_bytes, layout.tensor_model_parallel_size
@@ -188,10 +190,10 @@ def logits_bytes(student: Arch, teacher: Arch | None, layout: Layout) -> dict[st
         grads = (layout.tokens + columns) * student.hidden_size * WIDE
         return {"logits": rows * columns * (3 * width + extra), "gradients of outputs": grads}
     elements = layout.tokens * columns
-    if teacher is None:
+    if teacher is None and not layout.stored_teacher:
         return {"logits": elements * (WIDE + (width if width < WIDE else 0))}
-    both = 2 * width + extra
-    return {"logits": elements * both, "gradient of logits": elements * width}
+    kept = (1 if layout.stored_teacher else 2) * width + extra
+    return {"logits": elements * kept, "gradient of logits": elements * width}
 
 
 def rank_memory(

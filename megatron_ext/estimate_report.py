@@ -76,6 +76,7 @@ def train_layout(flags: Any, world_size: int) -> Layout:
         global_batch_size=batch.global_batch_size,
         fused_output=flags.distill.kd_fused_output,
         lm_loss=flags.distill.kd_lm_loss_weight > 0,
+        stored_teacher=flags.distill.kd_teacher_store is not None,
     )
 
 

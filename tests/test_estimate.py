@@ -9,7 +9,9 @@ from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_ext import estimate_report as report
 from megatron_ext import platform
+from megatron_ext.distillation.fused import CHUNK_TOKENS
 from megatron_ext.estimate import (
+    FUSED_TOKENS,
     GPUS,
     Gpu,
     Layout,
@@ -163,6 +165,9 @@ def test_logits():
     assert sum(logits_bytes(LLAMA_8B, LLAMA_8B, wide).values()) == 12 * elements
     both = replace(layout, lm_loss=True)
     assert sum(logits_bytes(LLAMA_8B, LLAMA_8B, both).values()) == 10 * elements
+    stored = replace(layout, stored_teacher=True)
+    assert sum(logits_bytes(LLAMA_8B, None, stored).values()) == 4 * elements
+    assert CHUNK_TOKENS["cuda"] == FUSED_TOKENS
     fused = logits_bytes(LLAMA_8B, LLAMA_8B, replace(layout, fused_output=True))
     assert fused == {
         "logits": 1024 * columns * 6,
