@@ -7,7 +7,7 @@ Letters: t tensor, p pipeline, c context, d data parallel ranks; v model pieces 
 m micro-batches of a rank in a step. A rank here is a pipeline rank: those of a stage are alike.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from megatron_ext.arch import Arch, dim_sizes, forward_flops, is_of_experts, shape, weights
@@ -83,6 +83,7 @@ class Layout:
     """The teacher's likeliest tokens come from files (--kd-teacher-store)."""
     fp8: bool = False
     """The linear layers compute in FP8; the output layer and attention do not."""
+    teacher_fp8: bool = False
 
     @property
     def data_parallel_size(self) -> int:
@@ -306,7 +307,8 @@ def step_seconds(
     for rank in range(layout.pipeline_model_parallel_size):
         again = recomputed_share(student, layout, rank)
         once = token_seconds(student, layout, gpu, rank, 3, again)
-        once += token_seconds(teacher, layout, gpu, rank, 1) if teacher else 0
+        if teacher:
+            once += token_seconds(teacher, replace(layout, fp8=layout.teacher_fp8), gpu, rank, 1)
         seconds.append(layout.tokens * once / mfu)
     return max(seconds) * layout.num_microbatches * (1 + bubble(layout, len(student.stages)))
 
