@@ -21,6 +21,7 @@ from megatron_ext.flags import PruneFlags, TrainFlags, check_against_checkpoint,
 from megatron_ext.pruning.jobs import check_jobs, check_outputs, check_passes
 from megatron_ext.pruning.plan import PRUNABLE
 from megatron_ext.pruning.planner import target_arch
+from megatron_ext.startup import check_tokenizer
 
 # Import pads the vocabulary to a multiple of this by default.
 VOCAB_MULTIPLE = 128
@@ -134,7 +135,7 @@ def train(flags: TrainFlags, world_size: int) -> int:
     num_train = 0 if batch.skip_train else batch.global_batch_size * batch.train_iters
     evaluates = log.eval_iters and (log.eval_interval or batch.skip_train)
     num_valid = batch.global_batch_size * log.eval_iters if evaluates else 0
-    absent = check_data_there(flags, student[0], (num_train, num_valid, num_valid))
+    absent = check_data_there(flags, student, (num_train, num_valid, num_valid))
     text, needs = report.of_training(flags, student, teacher, teacher_parallel, world_size)
     return finish(text, needs, absent, flags.dry.gpu)
 
@@ -148,7 +149,7 @@ def prune(flags: PruneFlags, world_size: int) -> int:
     num_samples = flags.prune.calibration_samples if measures else 0
     if measures:
         check_passes(flags, source.num_layers, world_size // model_parallel_size(flags.parallel))
-    absent = check_data_there(flags, source, (num_samples, 0, 0))
+    absent = check_data_there(flags, (source, where), (num_samples, 0, 0))
     targets = [(job.target, job.save or job.plan or "the flags") for job in jobs]
     text, needs = report.of_pruning(flags, (source, where), targets, world_size)
     return finish(text, needs, absent, flags.dry.gpu)
@@ -164,25 +165,28 @@ def finish(text: str, needs: Mapping[str, int], absent: Sequence[str], gpu: str)
     return 0
 
 
-def check_data_there(flags: Any, arch: Arch, num_samples: tuple[int, int, int]) -> list[str]:
+def check_data_there(flags: Any, model: Named, num_samples: tuple[int, int, int]) -> list[str]:
     """Check tokenizer and data as far as they are there; return what is not.
 
     Args:
         flags: of a program, with data flags.
-        arch: of the model that reads them.
+        model: that reads them.
         num_samples: requested of train, valid and test.
 
     Raises:
         UserError: as ``data.build_tokenizer`` and ``data_check.check_data``; or the tokenizer is
             not the model's.
     """
-    options, vocab_size, absent = flags.data, arch.vocab_size, []
+    (arch, where), options, absent = model, flags.data, []
+    vocab_size = arch.vocab_size
     files = [f for f in (options.tokenizer_model, options.vocab_file, options.merge_file) if f]
     missing = [name for name in files if not Path(name).exists()]
     if missing:
         absent += [f"tokenizer {name}" for name in missing]
     elif options.tokenizer_type:
         vocab_size = data.build_tokenizer(options).vocab_size
+        if Path(where).is_dir():
+            check_tokenizer(checkpoint.read(where), vocab_size, data.tokenizer_sha256(options))
         if vocab_size > arch.padded_vocab_size:
             raise UserError(
                 f"--tokenizer-type {options.tokenizer_type}: {vocab_size} tokens, the model has "

@@ -7,7 +7,7 @@ Letters: t tensor, p pipeline, c context, d data parallel ranks; v model pieces 
 m micro-batches of a rank in a step. A rank here is a pipeline rank: those of a stage are alike.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from megatron_ext.arch import Arch, dim_sizes, forward_flops, is_of_experts, shape, weights
@@ -79,8 +79,11 @@ class Layout:
     """Logits exist in chunks only (--kd-fused-output)."""
     lm_loss: bool = False
     """The language-model loss is computed beside that of distillation."""
+    stored_teacher: bool = False
+    """The teacher's likeliest tokens come from files (--kd-teacher-store)."""
     fp8: bool = False
     """The linear layers compute in FP8; the output layer and attention do not."""
+    teacher_fp8: bool = False
 
     @property
     def data_parallel_size(self) -> int:
@@ -177,7 +180,7 @@ def in_flight(layout: Layout, pieces: int, rank: int) -> int:
 def logits_bytes(student: Arch, teacher: Arch | None, layout: Layout) -> dict[str, int]:
     """Return what the last stage holds of logits and their gradients, one micro-batch.
 
-    Without a teacher the loss is megatron-core's cross entropy: a float32 copy, which becomes the
+    Without any teacher the loss is megatron-core's cross entropy: a float32 copy, which becomes the
     gradient, beside half-precision logits or their gradient.
     """
     width, t = layout.param_bytes, layout.tensor_model_parallel_size
@@ -188,10 +191,10 @@ def logits_bytes(student: Arch, teacher: Arch | None, layout: Layout) -> dict[st
         grads = (layout.tokens + columns) * student.hidden_size * WIDE
         return {"logits": rows * columns * (3 * width + extra), "gradients of outputs": grads}
     elements = layout.tokens * columns
-    if teacher is None:
+    if teacher is None and not layout.stored_teacher:
         return {"logits": elements * (WIDE + (width if width < WIDE else 0))}
-    both = 2 * width + extra
-    return {"logits": elements * both, "gradient of logits": elements * width}
+    kept = (1 if layout.stored_teacher else 2) * width + extra
+    return {"logits": elements * kept, "gradient of logits": elements * width}
 
 
 def rank_memory(
@@ -304,7 +307,8 @@ def step_seconds(
     for rank in range(layout.pipeline_model_parallel_size):
         again = recomputed_share(student, layout, rank)
         once = token_seconds(student, layout, gpu, rank, 3, again)
-        once += token_seconds(teacher, layout, gpu, rank, 1) if teacher else 0
+        if teacher:
+            once += token_seconds(teacher, replace(layout, fp8=layout.teacher_fp8), gpu, rank, 1)
         seconds.append(layout.tokens * once / mfu)
     return max(seconds) * layout.num_microbatches * (1 + bubble(layout, len(student.stages)))
 

@@ -44,6 +44,10 @@ def placed(arch: Arch, parallel: Any) -> Placed:
 def layout_of(flags: Any, world_size: int, **more: Any) -> Layout:
     """Return the layout in the flags of a program; ``more`` as in ``Layout``."""
     parallel, precision = flags.parallel, flags.precision
+    fp8 = getattr(flags, "fp8", None)  # not among every program's flags
+    formats = (None, None)
+    if fp8 is not None:
+        formats = fp8.fp8_format, fp8.teacher_fp8_format or fp8.fp8_format
     return Layout(
         world_size=world_size,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -54,7 +58,8 @@ def layout_of(flags: Any, world_size: int, **more: Any) -> Layout:
         param_bytes=2 if precision.bf16 or precision.fp16 else WIDE,
         micro_batch_size=flags.batch.micro_batch_size,
         seq_length=flags.batch.seq_length,
-        fp8=bool(getattr(precision, "fp8_format", None)),
+        fp8=formats[0] is not None,
+        teacher_fp8=formats[1] not in (None, "none"),
         **more,
     )
 
@@ -76,6 +81,7 @@ def train_layout(flags: Any, world_size: int) -> Layout:
         global_batch_size=batch.global_batch_size,
         fused_output=flags.distill.kd_fused_output,
         lm_loss=flags.distill.kd_lm_loss_weight > 0,
+        stored_teacher=flags.distill.kd_teacher_store is not None,
     )
 
 
@@ -138,7 +144,9 @@ def time_lines(
     tokens = layout.global_batch_size * layout.seq_length
     step = step_seconds(student, teacher, layout, GPUS[dry.gpu], dry.mfu)
     idle = bubble(layout, len(student.stages))
-    kind = "FP8 in linear layers" if layout.fp8 else "bf16"
+    in_fp8 = {"student": layout.fp8, "teacher": layout.teacher_fp8 and teacher is not None}
+    named = [name for name, is_fp8 in in_fp8.items() if is_fp8]
+    kind = f"FP8 in linear layers of {' and '.join(named)}" if named else "bf16"
     lines = [
         f"time on {dry.gpu} at {dry.mfu:.0%} of its peak ({kind}), pipeline bubble {idle:.1%}",
         f"  {step:.4g} s a step, {tokens / step:,.0f} tokens/s",

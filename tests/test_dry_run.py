@@ -24,6 +24,7 @@ def place(tmp_path_factory):
     write_model(str(folder / "teacher"), LLAMA)
     write_model(str(folder / "student"), replace(LLAMA, hidden_size=40, ffn_hidden_size=48))
     write_corpus(folder / "corpus", LLAMA.vocab_size)
+    write_corpus(folder / "wide", 1000)
     return folder
 
 
@@ -126,10 +127,16 @@ def test_an_even_teacher_beside_a_student_of_half_its_layers(place, tmp_path):
             "{p}/half.bin: no such file.",
         ),
         (
-            f"--load {{p}}/student --finetune {RUN} --data-path {{p}}/corpus --tokenizer-type "
-            "NullTokenizer --vocab-size 9 --eval-iters 0",
+            f"--load {{p}}/student --finetune {RUN} --data-path {{p}}/wide --tokenizer-type "
+            "NullTokenizer --vocab-size 99 --eval-iters 0",
             DATA,
-            "{p}/corpus.bin: document 0 has token ids from",
+            "{p}/wide.bin: document 0 has token ids from",
+        ),
+        (
+            f"--load {{p}}/student --finetune {RUN} --mock-data --tokenizer-type NullTokenizer "
+            "--vocab-size 98",
+            CHECKPOINT,
+            "{p}/student/release was trained with 100 tokens, the tokenizer has 99",
         ),
     ],
 )

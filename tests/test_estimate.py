@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_ext import estimate_report as report
 from megatron_ext import platform
+from megatron_ext.distillation.fused import CHUNK_TOKENS
 from megatron_ext.estimate import (
+    FUSED_TOKENS,
     GPUS,
     Gpu,
     Layout,
@@ -74,9 +77,13 @@ def test_time_of_llama_8b_to_4b():
     assert found == pytest.approx(2 * 8192 * (3 * student + teacher) / 1e12)
     # FP8 halves the linear layers and leaves the output layer and attention.
     kept = 2 * (32 * 4096 * 8192 * 4 + 128256 * (3 * 3072 + 4096))
-    found = step_seconds(*models, replace(ONE, fp8=True), Gpu(0, 1.0, 2.0), 1.0)
+    both = replace(ONE, fp8=True, teacher_fp8=True)
+    found = step_seconds(*models, both, Gpu(0, 1.0, 2.0), 1.0)
     assert found == pytest.approx(8192 * (kept + (3 * student + teacher - kept) / 2) / 1e12)
-    assert step_seconds(*models, replace(ONE, fp8=True), GPUS["A100"], 1) == pytest.approx(
+    kept = 2 * (32 * 4096 * 8192 * 3 + 128256 * 3 * 3072)
+    found = step_seconds(*models, replace(ONE, fp8=True), Gpu(0, 1.0, 2.0), 1.0)
+    assert found == pytest.approx(8192 * (kept + teacher + (3 * student - kept) / 2) / 1e12)
+    assert step_seconds(*models, both, GPUS["A100"], 1) == pytest.approx(
         step_seconds(*models, ONE, GPUS["A100"], 1)
     )
 
@@ -98,6 +105,22 @@ def test_activations_of_gpt_are_those_of_the_paper(t):
     sbh = 24 * 3 * h
     assert layer_bytes(arch, layout) == sbh * (10 + 24 / t)
     assert layer_bytes(arch, replace(layout, sequence_parallel=True)) == sbh * 34 / t
+
+
+@pytest.mark.parametrize(
+    ("own", "teacher", "expected"),
+    [
+        (None, None, (False, False)),
+        ("hybrid", None, (True, True)),
+        ("hybrid", "none", (True, False)),
+        (None, "e4m3", (False, True)),
+    ],
+)
+def test_which_model_computes_in_fp8(own, teacher, expected):
+    flags = SimpleNamespace(**vars(flags_of(LLAMA, "", 1)))
+    flags.fp8 = SimpleNamespace(fp8_format=own, teacher_fp8_format=teacher)
+    layout = report.train_layout(flags, 1)
+    assert (layout.fp8, layout.teacher_fp8) == expected
 
 
 def test_recomputation():
@@ -163,6 +186,9 @@ def test_logits():
     assert sum(logits_bytes(LLAMA_8B, LLAMA_8B, wide).values()) == 12 * elements
     both = replace(layout, lm_loss=True)
     assert sum(logits_bytes(LLAMA_8B, LLAMA_8B, both).values()) == 10 * elements
+    stored = replace(layout, stored_teacher=True)
+    assert sum(logits_bytes(LLAMA_8B, None, stored).values()) == 4 * elements
+    assert CHUNK_TOKENS["cuda"] == FUSED_TOKENS
     fused = logits_bytes(LLAMA_8B, LLAMA_8B, replace(layout, fused_output=True))
     assert fused == {
         "logits": 1024 * columns * 6,

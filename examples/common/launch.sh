@@ -50,14 +50,16 @@ alone() {
 
 # Run torchrun and return its ranks' code.
 run_ranks() {
-    local code=0 pid said
+    local code=0 pid said session=(setsid)
     EXIT_CODE_FILE=$(mktemp)
     export EXIT_CODE_FILE
     # torchrun passes SIGTERM on and counts down to a kill; SIGUSR1 would end it, and reaches the
-    # ranks without it. A session of its own, so that a terminal's Ctrl-C comes through here only.
+    # ranks without it. By hand it has a session of its own: a terminal's Ctrl-C comes through here
+    # only. SLURM may know its processes by their session.
+    [ -z "${SLURM_STEP_ID:-}" ] || session=()
     (
         trap '' USR1
-        exec setsid "$@"
+        exec "${session[@]}" "$@"
     ) &
     pid=$!
     if [ -n "${SLURM_STEP_ID:-}" ]; then
