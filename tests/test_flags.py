@@ -413,7 +413,8 @@ TRAIN_OPTIONS = """
     --save-interval --save-retain-interval --seed --seq-length --sequence-parallel --sgd-momentum
     --skip-train --split --squared-relu --start-weight-decay --swiglu --teacher-load
     --tensor-model-parallel-size --tensorboard-dir --test-data-path --tokenizer-model
-    --tokenizer-type --train-data-path --train-iters --transformer-impl --trust-remote-code
+    --tokenizer-type --train-data-path --train-iters --transformer-impl --trust-checkpoint
+    --trust-remote-code
     --untie-embeddings-and-output-weights --use-checkpoint-opt-param-scheduler
     --use-checkpoint-opt_param-scheduler --use-distributed-optimizer --use-rope-scaling
     --use-rotary-position-embeddings --valid-data-path --vocab-file --vocab-size --weight-decay
@@ -433,7 +434,7 @@ PRUNE_OPTIONS = """
     --target-moe-shared-expert-intermediate-size --target-num-attention-heads --target-num-experts
     --target-num-layers --target-num-query-groups --targets
     --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path
-    --transformer-impl --trust-remote-code --vocab-file --vocab-size
+    --transformer-impl --trust-checkpoint --trust-remote-code --vocab-file --vocab-size
 """
 
 
