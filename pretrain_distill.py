@@ -77,9 +77,7 @@ def main() -> int:
         check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
     if flags.distill.kd_teacher_store is not None:
         check_stored_teacher(flags, tokenizer.vocab_size)
-    flags, teacher_parallel = settings.check_models(
-        flags, arch, teacher and teacher.arch, has_weights=start.source is not None
-    )
+    flags, teacher_parallel = settings.check_models(flags, arch, teacher and teacher.arch)
     place = join_ranks(flags, arch.num_layers)
     if flags.checkpoint.verify_integrity:
         for source in filter(None, (start.source, teacher)):

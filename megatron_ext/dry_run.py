@@ -126,11 +126,7 @@ def teacher_of(flags: TrainFlags) -> Named | None:
 def train(flags: TrainFlags, world_size: int) -> int:
     """Rehearse ``pretrain_distill.py``; returns the exit code."""
     student, teacher = student_of(flags), teacher_of(flags)
-    options = flags.checkpoint
-    has_weights = bool(options.load or options.pretrained_checkpoint)
-    flags, teacher_parallel = check_models(
-        flags, student[0], teacher and teacher[0], has_weights=has_weights
-    )
+    flags, teacher_parallel = check_models(flags, student[0], teacher and teacher[0])
     batch, log = flags.batch, flags.log
     num_train = 0 if batch.skip_train else batch.global_batch_size * batch.train_iters
     evaluates = log.eval_iters and (log.eval_interval or batch.skip_train)

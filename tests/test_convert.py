@@ -162,7 +162,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("convert")
     for name in MODELS:
         write_hf(root / name / "hf", name)
-    run_ranks(1, import_all, str(root))
+    run_ranks(1, import_all, str(root), timeout=300)
     return root
 
 

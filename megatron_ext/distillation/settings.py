@@ -16,7 +16,7 @@ from megatron_ext.startup import check_comparable, padded_alike
 
 
 def check_models(
-    flags: TrainFlags, arch: Arch, teacher: Arch | None, *, has_weights: bool
+    flags: TrainFlags, arch: Arch, teacher: Arch | None
 ) -> tuple[TrainFlags, Parallel]:
     """Return the flags with the layout of the model, and the layout of its teacher.
 
@@ -24,7 +24,6 @@ def check_models(
         flags: of the run.
         arch: sizes of the model that is trained.
         teacher: sizes of the other, if there is one.
-        has_weights: the model begins with those of a checkpoint.
 
     Raises:
         UserError: this layout cannot hold them, FP8 not run them, or these losses not compare them.
@@ -45,7 +44,7 @@ def check_models(
         teacher and padded_alike(teacher, arch),
         flags.parallel,
         tokens=flags.batch.micro_batch_size * flags.batch.seq_length,
-        has_weights=has_weights,
+        has_weights=bool(flags.checkpoint.load or flags.checkpoint.pretrained_checkpoint),
     )
     return flags, parallel
 
