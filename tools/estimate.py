@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the estimate of what ``argv`` describes."""
     argv = list(sys.argv[1:] if argv is None else argv)
     typed = {word.partition("=")[0] for word in argv}
-    iters_given = "--train-iters" in typed
-    added = [f"{name}={value}" for name, value in UNASKED.items() if name not in typed]
+    iters_given = bool(typed & {"--train-iters", "--train-samples"})
+    in_samples = {"--train-iters"} if "--train-samples" in typed else set()
+    added = [f"{k}={value}" for k, value in UNASKED.items() if k not in typed | in_samples]
     added += [] if typed & set(DATA) else ["--mock-data"]
     if "--tokenizer-type" not in typed and "--vocab-size" not in typed:
         added.append("--vocab-size=1")
