@@ -144,7 +144,10 @@ def build_datasets(
         for part in getattr(dataset, "datasets", [dataset]):
             part.masks_and_position_ids_are_cacheable = False
     if masked:
-        datasets = [d and masked_view.MaskedTokens(d, special, seed) for d in datasets]
+        datasets = [
+            None if dataset is None else masked_view.MaskedTokens(dataset, special, seed)
+            for dataset in datasets
+        ]
     return tuple(datasets)
 
 
