@@ -150,9 +150,12 @@ def read(root: str, step: int | None = None) -> Checkpoint:
     try:
         common = torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder / 'common.pt'} cannot be read: {reason}", CHECKPOINT) from error
-    if not isinstance(common.get("args"), Namespace):
+        # torch's first lines advise to load it without protection.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or repr(error)
+        raise UserError(
+            f"{folder / 'common.pt'} cannot be read: {reason.splitlines()[0]}", CHECKPOINT
+        ) from error
+    if not isinstance(common, dict) or not isinstance(common.get("args"), Namespace):
         raise UserError(f"{folder}: no saved args: the model's sizes are not known.", CHECKPOINT)
     return Checkpoint(folder, common)
 
