@@ -170,10 +170,14 @@ def read(root: str, step: int | None = None) -> Checkpoint:
     try:
         common = safe_load.load_common(folder)
     except Exception as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
+        # torch's first lines advise to load it without protection.
+        text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or repr(error)
+        reason = text.splitlines()[0].rstrip(".")
         raise UserError(
             f"{folder / safe_load.COMMON} cannot be read: {reason}.", CHECKPOINT
         ) from error
+    if not isinstance(common, dict):
+        raise UserError(f"{folder / safe_load.COMMON}: holds no table of settings.", CHECKPOINT)
     if not isinstance(common.get("args"), Namespace):
         common = {**common, "args": Namespace(**_args_beside(folder))}
     return Checkpoint(folder, common)
