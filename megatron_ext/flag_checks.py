@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_ext import flag_groups as group
+from megatron_ext import own_flags as own
 from megatron_ext.errors import USAGE, UserError
 from megatron_ext.flag_parser import dashed
 
@@ -255,9 +256,9 @@ def checkpoint_problems(checkpoint: group.TrainCheckpoint, *, training: bool) ->
             yield f"{name} needs --load."
 
 
-def distill_problems(distill: group.Distill, precision: group.Precision) -> Iterator[str]:
+def distill_problems(distill: own.Distill, precision: group.Precision) -> Iterator[str]:
     """Distillation flags without a teacher, and settings of a loss that is not taken."""
-    default = group.Distill()
+    default = own.Distill()
     typed = {
         f.name for f in fields(distill) if getattr(distill, f.name) != getattr(default, f.name)
     }
@@ -305,7 +306,7 @@ def data_args_problems(data: group.Data) -> Iterator[str]:
 
 
 def dry_run_problems(dry: Any) -> Iterator[str]:
-    """What only a dry run asks; ``dry``: a ``flag_groups.DryRun`` or the like."""
+    """What only a dry run asks; ``dry``: a ``own_flags.DryRun`` or the like."""
     for field in fields(dry):
         if not dry.dry_run and getattr(dry, field.name) != field.default:
             yield f"{dashed(field.name)} needs --dry-run."
@@ -336,7 +337,7 @@ def data_problems(data: group.Data, *, needed: bool = True) -> Iterator[str]:
         yield f"--tokenizer-type {data.tokenizer_type} needs {options}."
 
 
-def prune_problems(checkpoint: group.Checkpoint, prune: group.Prune) -> Iterator[str]:
+def prune_problems(checkpoint: group.Checkpoint, prune: own.Prune) -> Iterator[str]:
     """Something must be written, and not over the source; what needs activations."""
     lists = prune.targets is not None and prune.target_params is not None
     if not (checkpoint.save or prune.scores or prune.plan or lists):
@@ -346,7 +347,7 @@ def prune_problems(checkpoint: group.Checkpoint, prune: group.Prune) -> Iterator
             f"--save {checkpoint.save} is also --load: the pruned model would stand among the "
             "source's iterations."
         )
-    default = group.Prune()
+    default = own.Prune()
     aggregation = [f"importance_{name}" for name in ("batch", "sequence", "neurons", "heads")]
     depth = ("depth_importance", "depth_block", "depth_rescore", "prune_iterations")
     for name in (*aggregation, *depth):
@@ -380,7 +381,7 @@ def prune_problems(checkpoint: group.Checkpoint, prune: group.Prune) -> Iterator
         )
 
 
-def _search_problems(prune: group.Prune) -> Iterator[str]:
+def _search_problems(prune: own.Prune) -> Iterator[str]:
     if prune.target_params is not None and prune.search_space is None:
         yield (
             f"--target-params {prune.target_params:g} needs --search-space, a file with the values "
@@ -388,7 +389,7 @@ def _search_problems(prune: group.Prune) -> Iterator[str]:
         )
     for name in ("search_space", "target_tolerance"):
         value = getattr(prune, name)
-        if prune.target_params is None and value != getattr(group.Prune(), name):
+        if prune.target_params is None and value != getattr(own.Prune(), name):
             yield f"{dashed(name)} {value} needs --target-params."
 
 

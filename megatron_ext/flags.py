@@ -1,7 +1,8 @@
 """The command lines of the two programs, parsed and checked before any process group exists.
 
 flag_parser   dataclasses as flags: knows no flag
-flag_groups   the flags: add one there
+flag_groups   Megatron-LM's flags, own_flags those it does not have: add one there
+ignored_flags those that have no effect here
 model_flags   the flags that describe a model, and how they meet a checkpoint
 flag_checks   what may not go together between flags
 flags         (here) what each program gets, and whether a model fits a layout
@@ -15,11 +16,13 @@ from typing import Annotated, Any
 from megatron_ext import flag_checks as check
 from megatron_ext import flag_groups as group
 from megatron_ext import fp8
+from megatron_ext import own_flags as own
 from megatron_ext.arch import Arch
 from megatron_ext.data_args import with_data_args
 from megatron_ext.distillation.kd_cfg import read_kd_cfg
 from megatron_ext.errors import USAGE, UserError
 from megatron_ext.flag_parser import build, dashed, flags_as_dict, format_flags, missing, read
+from megatron_ext.ignored_flags import IGNORED, IGNORED_IN_TRAINING
 from megatron_ext.model_flags import (
     Sizes,
     check_against_checkpoint,
@@ -59,8 +62,8 @@ class TrainFlags:
     data: group.TrainData
     checkpoint: group.TrainCheckpoint
     log: group.Log
-    distill: group.Distill
-    dry: group.TrainDryRun
+    distill: own.Distill
+    dry: own.TrainDryRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +75,8 @@ class PruneFlags:
     precision: group.Precision
     data: group.Data
     checkpoint: group.Checkpoint
-    prune: group.Prune
-    dry: group.DryRun
+    prune: own.Prune
+    dry: own.DryRun
 
 
 def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
@@ -85,7 +88,7 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
     Raises:
         UserError: with code ``USAGE``, for the first problem; missing flags all at once.
     """
-    typed = read(TrainFlags, argv, group.IGNORED_IN_TRAINING)
+    typed = read(TrainFlags, argv, IGNORED_IN_TRAINING)
     if "export_kd_cfg" in typed:
         typed = read_kd_cfg(typed["export_kd_cfg"]) | typed
     training = not typed.get("skip_train")
@@ -139,7 +142,7 @@ def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
     Raises:
         UserError: with code ``USAGE``, for the first problem; missing flags all at once.
     """
-    typed = read(PruneFlags, argv, group.IGNORED)
+    typed = read(PruneFlags, argv, IGNORED)
     check.refuse(_missing(missing(PruneFlags, typed) + ["--load"] * ("load" not in typed)))
     flags = build(PruneFlags, typed)
     check.refuse(check.dry_run_problems(flags.dry))
@@ -203,7 +206,7 @@ def check_experts(archs: Iterable[Arch], parallel: group.Parallel) -> None:
             raise UserError(f"{dashed(name)}: no model of this run has experts.", USAGE)
 
 
-def check_targets(arch: Arch, targets: Iterable[Arch], prune: group.Prune) -> None:
+def check_targets(arch: Arch, targets: Iterable[Arch], prune: own.Prune) -> None:
     """Check that what ``prune`` asks for fits pruning ``arch`` to each of ``targets``.
 
     No layout enters: a plan is the same for any number of ranks, and the program that loads the
@@ -233,7 +236,7 @@ def _residual_problems(arch: Arch, target: Arch, head_residual: str) -> Iterator
         )
 
 
-def _depth_problems(num_layers: int, target: int, prune: group.Prune) -> Iterator[str]:
+def _depth_problems(num_layers: int, target: int, prune: own.Prune) -> Iterator[str]:
     block, cut = prune.depth_block, num_layers - target
     if prune.depth_rescore and cut % block:
         yield (

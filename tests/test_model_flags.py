@@ -7,7 +7,7 @@ import pytest
 from megatron_ext.arch import Arch
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.flag_checks import stages
-from megatron_ext.flag_groups import Prune, TrainParallel
+from megatron_ext.flag_groups import TrainParallel
 from megatron_ext.flags import (
     check_against_checkpoint,
     check_experts,
@@ -17,6 +17,7 @@ from megatron_ext.flags import (
     new_arch,
     virtual_pipeline_size,
 )
+from megatron_ext.own_flags import Prune
 from megatron_ext.pruning.plan import PRUNABLE
 from megatron_ext.pruning.planner import target_arch
 from tests.test_flags import NEW, refused, train

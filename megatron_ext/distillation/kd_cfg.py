@@ -24,7 +24,7 @@ KINDS = {"": "", ".self_attention": "attention:", ".pre_mlp_layernorm": "mlp:"}
 
 
 def read_kd_cfg(path: str | os.PathLike) -> dict[str, Any]:
-    """Return what the file says, by the names of ``flag_groups.Distill``.
+    """Return what the file says, by the names of ``own_flags.Distill``.
 
     Raises:
         UserError: it cannot be read, or says what this project does otherwise.

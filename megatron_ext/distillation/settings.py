@@ -9,8 +9,9 @@ from megatron_ext.distillation.hidden import HiddenStates, Pair, parse_pairs
 from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.distillation.placement import layouts_of_both
 from megatron_ext.errors import USAGE, UserError
-from megatron_ext.flag_groups import Distill, Parallel
+from megatron_ext.flag_groups import Parallel
 from megatron_ext.flags import TrainFlags, check_experts, check_layout
+from megatron_ext.own_flags import Distill
 from megatron_ext.pruning.plan import load_plan
 from megatron_ext.startup import check_comparable, padded_alike
 
