@@ -264,9 +264,9 @@ def dim_sizes(arch: Arch) -> dict[str, int]:
         "head_dim": arch.kv_channels,
         "vocab": arch.padded_vocab_size,
         "position": arch.max_position_embeddings,
-        "tokentype": arch.num_tokentypes,
         **(experts if arch.num_experts else {}),
         **(shared if shared_ffn else {}),
+        **({"tokentype": arch.num_tokentypes} if arch.num_tokentypes else {}),
     }
 
 

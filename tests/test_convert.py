@@ -113,10 +113,10 @@ TARGETS = {
     "qwen2.5 7B": f"{LAYERS} {WIDTH} {DENSE} --target-num-attention-heads 4",
     "qwen3": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     "nemotron": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
-    # Its head_dim is hidden_size / heads, always.
+    # The head_dim of these is hidden_size / heads, always.
     "gpt2": f"{LAYERS} --target-hidden-size 24 --target-num-attention-heads 3 {DENSE}",
-    "bert": f"{LAYERS} --target-hidden-size 36 --target-num-attention-heads 3 {DENSE}",
-    "megatron-bert": f"{LAYERS} --target-hidden-size 36 --target-num-attention-heads 3 {DENSE}",
+    "bert": f"{LAYERS} --target-hidden-size 36 --target-num-attention-heads 6 {DENSE}",
+    "megatron-bert": f"{LAYERS} --target-hidden-size 36 --target-num-attention-heads 6 {DENSE}",
     "mixtral": f"{LAYERS} {WIDTH} {GROUPS} {EXPERT_SIZES}",
     "qwen3_moe": f"{LAYERS} {WIDTH} {GROUPS} {EXPERT_SIZES}",
 }

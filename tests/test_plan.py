@@ -1,7 +1,7 @@
 """Plans: what is kept, how units spread over tensor axes, what a file may not say."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -158,7 +158,11 @@ def test_round_trip(tmp_path):
     save_plan(tmp_path / "plan.json", plan)
     assert load_plan(tmp_path / "plan.json") == plan
     lines = (tmp_path / "plan.json").read_text().splitlines()
-    assert len(lines) < 100  # one per size and per vector: people read it
+    sizes = [line for line in lines if any(f'"{f.name}": ' in line for f in fields(LLAMA))]
+    assert len(sizes) == 2 * len(fields(LLAMA))  # a line per size and per vector: people read it
+    vectors = [line for line in lines if "[" in line]
+    assert len(vectors) == 2 + 2 * len(plan.layers)  # layers, hidden; heads and ffn of each layer
+    assert all(line.rstrip(",").endswith("]") for line in vectors)
     check_plan(plan, LLAMA)
     check_plan(plan, replace(LLAMA, hidden_dropout=0.1))
 
