@@ -131,6 +131,7 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
         check.model_problems(flags.sizes),
         check.checkpoint_problems(flags.checkpoint, training=training),
         check.distill_problems(flags.distill, flags.precision),
+        check.log_problems(flags.log),
         check.data_problems(data),
     )
     parallel = without_idle_sequence_parallel(parallel)
