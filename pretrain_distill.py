@@ -40,7 +40,7 @@ from megatron_ext.startup import (
     padded_alike,
 )
 from megatron_ext.together import on_all_ranks
-from megatron_ext.training import state
+from megatron_ext.training import phase, state
 from megatron_ext.training.log import Log
 from megatron_ext.training.loop import MakeBatches, train, validate
 from megatron_ext.training.step import Batch
@@ -64,6 +64,9 @@ def main() -> int:
     if flags.dry.dry_run:
         return dry_run.train(flags, flags.dry.world_size or world_size)
     start = find_start(flags)
+    if start.resume:
+        done = start.source.args["consumed_train_samples"]
+        flags = phase.with_steps_left(flags, start.source.iteration, done)
     teacher_load = flags.distill.teacher_load
     teacher = checkpoint.read(teacher_load) if teacher_load else None
     tokenizer = data.build_tokenizer(flags.data)
