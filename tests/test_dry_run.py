@@ -204,6 +204,7 @@ def test_conversions(place, tmp_path):
     code, stdout, stderr = convert(f"import --dry-run --hf {tmp_path} --save x --load-config {{c}}")
     assert (code, stderr) == (0, "")
     assert "8,030,261,248 parameters" in stdout
+    assert stdout.endswith("bfloat16    16.06 GB on disk\nOK\n")
     # A folder that is there counts before --load-config.
     config = json.loads(Path(CONFIG).read_text()) | {"num_hidden_layers": 16}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -217,8 +218,8 @@ def test_conversions(place, tmp_path):
     assert (code, "other sizes" in stderr) == (CHECKPOINT, True)
     code, _, stderr = convert(f"{line.replace('mistral', 'gpt2')}")
     assert (code, stderr.startswith("ERROR: --model-type gpt2: ")) == (USAGE, True)
-    code, _, stderr = convert("export --load x --hf y --world-size 4")
-    assert (code, stderr) == (USAGE, "ERROR: --world-size needs --dry-run.\n")
+    code, _, stderr = convert("export --load x --hf y --load-config {c}")
+    assert (code, stderr) == (USAGE, "ERROR: --load-config needs --dry-run.\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
 
 
