@@ -14,7 +14,8 @@ from megatron_ext import estimate_report as report
 from megatron_ext.arch import Arch
 from megatron_ext.convert.config import arch_of
 from megatron_ext.distillation.settings import check_models, check_stored_teacher
-from megatron_ext.errors import CHECKPOINT, UserError
+from megatron_ext.errors import CHECKPOINT, USAGE, UserError
+from megatron_ext.estimate import GPUS
 from megatron_ext.estimate_report import Named
 from megatron_ext.flag_checks import model_parallel_size
 from megatron_ext.flags import (
@@ -28,7 +29,7 @@ from megatron_ext.pruning.jobs import check_jobs, check_outputs, check_passes, g
 from megatron_ext.pruning.plan import PRUNABLE
 from megatron_ext.pruning.planner import target_arch
 from megatron_ext.pruning.scores import check_scores, load_scores
-from megatron_ext.startup import check_tokenizer
+from megatron_ext.startup import check_fp8_layers, check_tokenizer, fp8_settings
 
 # Import pads the vocabulary to a multiple of this by default.
 VOCAB_MULTIPLE = 128
@@ -139,6 +140,7 @@ def train(flags: TrainFlags, world_size: int) -> int:
     flags, teacher_parallel = check_models(
         flags, student[0], teacher and teacher[0], has_weights=student[1] != NEW
     )
+    check_fp8_there(flags)
     batch, log = flags.batch, flags.log
     num_train = 0 if batch.skip_train else batch.global_batch_size * batch.train_iters
     evaluates = log.eval_iters and (log.eval_interval or batch.skip_train)
@@ -152,6 +154,16 @@ def train(flags: TrainFlags, world_size: int) -> int:
         check_stored_teacher(flags, data.build_tokenizer(flags.data).vocab_size)
     text, needs = report.of_training(flags, student, teacher, teacher_parallel, world_size)
     return finish(text, needs, absent, flags.dry.gpu)
+
+
+def check_fp8_there(flags: TrainFlags) -> None:
+    """Refuse FP8 on layers without it, as the program does, and on a --gpu without it."""
+    on_cpu = flags.parallel.device == "cpu"
+    engine = "local" if on_cpu else "transformer_engine"
+    check_fp8_layers(flags.fp8, flags.parallel.transformer_impl or engine)
+    if GPUS[flags.dry.gpu].fp8 is None:
+        for typed in fp8_settings(flags.fp8):
+            raise UserError(f"{typed}: --gpu {flags.dry.gpu} has no FP8.", USAGE)
 
 
 def prune(flags: PruneFlags, world_size: int) -> int:

@@ -131,6 +131,16 @@ def test_an_even_teacher_beside_a_student_of_half_its_layers(place, tmp_path):
         ),
         (f"--load x --load-config {{p}}/corpus.idx {RUN} {MOCK}", CHECKPOINT, "--load-config {p}"),
         (
+            f"--load x --load-config {{c}} {RUN} {MOCK} --fp8-format e4m3 --transformer-impl local",
+            USAGE,
+            "--fp8-format e4m3 needs a GPU with Transformer Engine installed, and",
+        ),
+        (
+            f"--load x --load-config {{c}} {RUN} {MOCK} --fp8-format e4m3 --gpu A100",
+            USAGE,
+            "--fp8-format e4m3: --gpu A100 has no FP8.",
+        ),
+        (
             f"--load {{p}}/student --finetune {RUN} --data-path {{p}}/half --tokenizer-type "
             "NullTokenizer --vocab-size 99 --eval-iters 0",
             DATA,
