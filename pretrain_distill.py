@@ -20,8 +20,6 @@ from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, Dist
 from megatron_ext.distillation.stored import (
     StoredDistillationModel,
     WithStoredTeacher,
-    check_store,
-    read_index,
 )
 from megatron_ext.errors import CHECKPOINT, UserError, run_main
 from megatron_ext.flag_groups import Parallel
@@ -42,7 +40,7 @@ from megatron_ext.startup import (
     padded_alike,
 )
 from megatron_ext.together import on_all_ranks
-from megatron_ext.training import state
+from megatron_ext.training import phase, state
 from megatron_ext.training.log import Log
 from megatron_ext.training.loop import MakeBatches, train, validate
 from megatron_ext.training.step import Batch
@@ -66,6 +64,9 @@ def main() -> int:
     if flags.dry.dry_run:
         return dry_run.train(flags, flags.dry.world_size or world_size)
     start = find_start(flags)
+    if start.resume:
+        done = start.source.args["consumed_train_samples"]
+        flags = phase.with_steps_left(flags, start.source.iteration, done)
     teacher_load = flags.distill.teacher_load
     teacher = checkpoint.read(teacher_load) if teacher_load else None
     tokenizer = data.build_tokenizer(flags.data)
@@ -76,8 +77,10 @@ def main() -> int:
     for source in filter(None, (start.source, teacher)):
         check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
     if flags.distill.kd_teacher_store is not None:
-        check_stored_teacher(flags, tokenizer.vocab_size)
-    flags, teacher_parallel = settings.check_models(flags, arch, teacher and teacher.arch)
+        settings.check_stored_teacher(flags, tokenizer.vocab_size)
+    flags, teacher_parallel = settings.check_models(
+        flags, arch, teacher and teacher.arch, has_weights=start.source is not None
+    )
     place = join_ranks(flags, arch.num_layers)
     if flags.checkpoint.verify_integrity:
         for source in filter(None, (start.source, teacher)):
@@ -122,18 +125,6 @@ def choose_arch(flags: TrainFlags, start: Start, vocab_size: int) -> Arch:
     if start.source is None:
         return new_arch(flags.sizes, vocab_size)
     return check_against_checkpoint(flags.sizes, start.source.arch)
-
-
-def check_stored_teacher(flags: TrainFlags, vocab_size: int) -> None:
-    """Refuse what was stored for other settings than this run's."""
-    check_store(
-        read_index(flags.distill.kd_teacher_store),
-        top_k=flags.distill.kd_top_k,
-        temperature=flags.distill.kd_temperature,
-        vocab_size=vocab_size,
-        seq_length=flags.batch.seq_length,
-        tokenizer_sha256=data.tokenizer_sha256(flags.data),
-    )
 
 
 def build(

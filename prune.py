@@ -31,7 +31,7 @@ from megatron_ext import (
 )
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import Checkpoint
-from megatron_ext.errors import USAGE, UserError, run_main
+from megatron_ext.errors import UserError, run_main
 from megatron_ext.flags import (
     PruneFlags,
     check_layout,
@@ -52,9 +52,10 @@ from megatron_ext.pruning.jobs import (
     check_jobs,
     check_outputs,
     check_passes,
+    given_plan,
     save_targets,
 )
-from megatron_ext.pruning.plan import Plan, check_plan, load_plan, save_plan
+from megatron_ext.pruning.plan import Plan, save_plan
 from megatron_ext.pruning.planner import make_plan, summary
 from megatron_ext.pruning.scores import (
     Scores,
@@ -129,23 +130,9 @@ def get_plan(
     flags: PruneFlags, source: Checkpoint, place: Platform, job: Job, scores: Callable[[], Scores]
 ) -> Plan:
     """Return the plan of --plan, or make one from scores and write it there. Collective."""
-    path, head_residual = job.plan, flags.prune.head_residual
+    path = job.plan
     if _exists(path):
-        plan = load_plan(path)
-        check_plan(plan, source.arch)
-        if job.target not in (source.arch, plan.target):
-            raise UserError(
-                f"--plan {path} leads to other sizes than the --target flags: remove the file to "
-                "plan again, or the flags to use it.",
-                USAGE,
-            )
-        if head_residual not in ("none", plan.head_residual):
-            raise UserError(
-                f"--plan {path} was made with --head-residual {plan.head_residual}: remove the "
-                "file to plan again, or the flag to use it.",
-                USAGE,
-            )
-        return plan
+        return given_plan(job, source.arch, flags.prune.head_residual)
     plan = plan_from_scores(flags, source, place, job.target, scores())
     if path:
         on_first_rank(lambda: save_plan(path, plan))

@@ -13,18 +13,28 @@ from megatron_ext import checkpoint, data, data_check
 from megatron_ext import estimate_report as report
 from megatron_ext.arch import Arch
 from megatron_ext.convert.config import arch_of
-from megatron_ext.distillation.settings import check_models
-from megatron_ext.errors import CHECKPOINT, UserError
+from megatron_ext.distillation.settings import check_models, check_stored_teacher
+from megatron_ext.errors import CHECKPOINT, USAGE, UserError
+from megatron_ext.estimate import GPUS
 from megatron_ext.estimate_report import Named
 from megatron_ext.flag_checks import model_parallel_size
-from megatron_ext.flags import PruneFlags, TrainFlags, check_against_checkpoint, new_arch
-from megatron_ext.pruning.jobs import check_jobs, check_outputs, check_passes
+from megatron_ext.flags import (
+    PruneFlags,
+    TrainFlags,
+    check_against_checkpoint,
+    measures,
+    new_arch,
+)
+from megatron_ext.pruning.jobs import check_jobs, check_outputs, check_passes, given_plan
 from megatron_ext.pruning.plan import PRUNABLE
 from megatron_ext.pruning.planner import target_arch
-from megatron_ext.startup import check_tokenizer
+from megatron_ext.pruning.scores import check_scores, load_scores
+from megatron_ext.startup import check_fp8_layers, check_tokenizer, fp8_settings
 
 # Import pads the vocabulary to a multiple of this by default.
 VOCAB_MULTIPLE = 128
+NEW = "the flags"
+"""Where the sizes of a new model stand."""
 
 
 def found_arch(folder: str | None, step: int | None = None) -> Arch | None:
@@ -87,7 +97,7 @@ def student_of(flags: TrainFlags) -> Named:
     """
     options, config = flags.checkpoint, flags.dry.load_config
     for folder, step in (
-        (options.save, None),
+        (options.save if options.save != options.load else None, None),
         (options.load, options.ckpt_step),
         (options.pretrained_checkpoint, None),
     ):
@@ -95,9 +105,10 @@ def student_of(flags: TrainFlags) -> Named:
         if arch is not None:
             return check_against_checkpoint(flags.sizes, arch), str(folder)
     may_be_new = options.load in (None, options.save) and not options.pretrained_checkpoint
+    may_be_new &= not (options.load and options.exit_on_missing_checkpoint)
     if config is None and may_be_new:
         tokenizer = data.build_tokenizer(flags.data)
-        return new_arch(flags.sizes, tokenizer.vocab_size), "the flags"
+        return new_arch(flags.sizes, tokenizer.vocab_size), NEW
     flag = "--pretrained-checkpoint" if options.load is None else "--load"
     arch, where = arch_at(flag, options.load or options.pretrained_checkpoint, None, config)
     return with_sizes(arch, flags.sizes, may_cut=True), where
@@ -126,27 +137,57 @@ def teacher_of(flags: TrainFlags) -> Named | None:
 def train(flags: TrainFlags, world_size: int) -> int:
     """Rehearse ``pretrain_distill.py``; returns the exit code."""
     student, teacher = student_of(flags), teacher_of(flags)
-    flags, teacher_parallel = check_models(flags, student[0], teacher and teacher[0])
+    flags, teacher_parallel = check_models(
+        flags, student[0], teacher and teacher[0], has_weights=student[1] != NEW
+    )
+    check_fp8_there(flags)
     batch, log = flags.batch, flags.log
     num_train = 0 if batch.skip_train else batch.global_batch_size * batch.train_iters
     evaluates = log.eval_iters and (log.eval_interval or batch.skip_train)
     num_valid = batch.global_batch_size * log.eval_iters if evaluates else 0
-    absent = check_data_there(flags, student, (num_train, num_valid, num_valid))
+    models = [student, *([teacher] if teacher else [])]
+    absent = check_data_there(flags, models, (num_train, num_valid, num_valid))
+    store = flags.distill.kd_teacher_store
+    if store is not None and not Path(store).exists():
+        absent.append(f"stored teacher {store}")
+    elif store is not None and not absent:
+        check_stored_teacher(flags, data.build_tokenizer(flags.data).vocab_size)
     text, needs = report.of_training(flags, student, teacher, teacher_parallel, world_size)
     return finish(text, needs, absent, flags.dry.gpu)
 
 
+def check_fp8_there(flags: TrainFlags) -> None:
+    """Refuse FP8 on layers without it, as the program does, and on a --gpu without it."""
+    on_cpu = flags.parallel.device == "cpu"
+    engine = "local" if on_cpu else "transformer_engine"
+    check_fp8_layers(flags.fp8, flags.parallel.transformer_impl or engine)
+    if GPUS[flags.dry.gpu].fp8 is None:
+        for typed in fp8_settings(flags.fp8):
+            raise UserError(f"{typed}: --gpu {flags.dry.gpu} has no FP8.", USAGE)
+
+
 def prune(flags: PruneFlags, world_size: int) -> int:
     """Rehearse ``prune.py``; returns the exit code."""
-    options, measures = flags.checkpoint, flags.prune.importance == "activation"
+    options, is_measured = flags.checkpoint, measures(flags.checkpoint, flags.prune)
     source, where = arch_at("--load", options.load, options.ckpt_step, flags.dry.load_config)
     jobs, found = check_jobs(flags, source)
     check_outputs(flags, jobs, found)
-    num_samples = flags.prune.calibration_samples if measures else 0
-    if measures:
+    residual, scores = flags.prune.head_residual, flags.prune.scores
+    plans = [
+        given_plan(job, source, residual) if job.plan and Path(job.plan).exists() else None
+        for job in jobs
+    ]
+    if None in plans and scores and Path(scores).exists():
+        check_scores(load_scores(scores), source)
+    absent = []
+    if is_measured:
         check_passes(flags, source.num_layers, world_size // model_parallel_size(flags.parallel))
-    absent = check_data_there(flags, (source, where), (num_samples, 0, 0))
-    targets = [(job.target, job.save or job.plan or "the flags") for job in jobs]
+        num_samples = flags.prune.calibration_samples
+        absent = check_data_there(flags, [(source, where)], (num_samples, 0, 0))
+    targets = [
+        (plan.target if plan else job.target, job.save or job.plan or NEW)
+        for job, plan in zip(jobs, plans, strict=True)
+    ]
     text, needs = report.of_pruning(flags, (source, where), targets, world_size)
     return finish(text, needs, absent, flags.dry.gpu)
 
@@ -161,34 +202,38 @@ def finish(text: str, needs: Mapping[str, int], absent: Sequence[str], gpu: str)
     return 0
 
 
-def check_data_there(flags: Any, model: Named, num_samples: tuple[int, int, int]) -> list[str]:
+def check_data_there(
+    flags: Any, models: Sequence[Named], num_samples: tuple[int, int, int]
+) -> list[str]:
     """Check tokenizer and data as far as they are there; return what is not.
 
     Args:
         flags: of a program, with data flags.
-        model: that reads them.
+        models: that read them.
         num_samples: requested of train, valid and test.
 
     Raises:
         UserError: as ``data.build_tokenizer`` and ``data_check.check_data``; or the tokenizer is
-            not the model's.
+            not that of a model.
     """
-    (arch, where), options, absent = model, flags.data, []
-    vocab_size = arch.vocab_size
+    options, absent = flags.data, []
+    vocab_size = models[0][0].vocab_size
     files = [f for f in (options.tokenizer_model, options.vocab_file, options.merge_file) if f]
     missing = [name for name in files if not Path(name).exists()]
     if missing:
         absent += [f"tokenizer {name}" for name in missing]
-    elif options.tokenizer_type:
+    else:
         vocab_size = data.build_tokenizer(options).vocab_size
-        if Path(where).is_dir():
-            check_tokenizer(checkpoint.read(where), vocab_size, data.tokenizer_sha256(options))
-        if vocab_size > arch.padded_vocab_size:
-            raise UserError(
-                f"--tokenizer-type {options.tokenizer_type}: {vocab_size} tokens, the model has "
-                f"{arch.padded_vocab_size}: give the model's own tokenizer.",
-                CHECKPOINT,
-            )
+        for arch, where in models:
+            if Path(where).is_dir():
+                source = checkpoint.read(where).with_tokens(vocab_size)
+                check_tokenizer(source, vocab_size, data.tokenizer_sha256(options))
+            elif vocab_size > arch.padded_vocab_size:
+                raise UserError(
+                    f"--tokenizer-type {options.tokenizer_type}: {vocab_size} tokens, {where} has "
+                    f"{arch.padded_vocab_size}: give the model's own tokenizer.",
+                    CHECKPOINT,
+                )
     if options.mock_data or not any(num_samples):
         return absent
     prefixes = data_check.all_prefixes(data_check.sources(options, num_samples))

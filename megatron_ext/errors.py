@@ -57,7 +57,10 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = error.code
     if path := os.environ.get("EXIT_CODE_FILE"):
         # Every rank: torchrun ends the others as soon as it sees one that failed.
-        Path(path).write_text(f"{code}\n")
+        try:
+            Path(path).write_text(f"{code}\n")
+        except OSError as error:
+            warn(f"EXIT_CODE_FILE {path} cannot be written: {error}.")
     sys.exit(code)
 
 

@@ -305,6 +305,13 @@ def data_args_problems(data: group.Data) -> Iterator[str]:
             yield f"{dashed(name)} and the paths on the command line: give one of them."
 
 
+def log_problems(log: group.Log) -> Iterator[str]:
+    """Flags of a logger that is not asked for."""
+    for name in ("wandb_exp_name", "wandb_entity", "wandb_save_dir"):
+        if getattr(log, name) is not None and log.wandb_project is None:
+            yield f"{dashed(name)} {getattr(log, name)} needs --wandb-project."
+
+
 def dry_run_problems(dry: Any) -> Iterator[str]:
     """What only a dry run asks; ``dry``: a ``own_flags.DryRun`` or the like."""
     for field in fields(dry):

@@ -40,6 +40,7 @@ __all__ = [
     "check_targets",
     "flags_as_dict",
     "format_flags",
+    "measures",
     "megatron_command_line",
     "new_arch",
     "parse_prune",
@@ -130,6 +131,7 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
         check.model_problems(flags.sizes),
         check.checkpoint_problems(flags.checkpoint, training=training),
         check.distill_problems(flags.distill, flags.precision),
+        check.log_problems(flags.log),
         check.data_problems(data),
     )
     parallel = without_idle_sequence_parallel(parallel)
@@ -147,12 +149,6 @@ def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
     flags = build(PruneFlags, typed)
     check.refuse(check.dry_run_problems(flags.dry))
     world_size = flags.dry.world_size or world_size
-    # No data are read where a plan is given, or scores that are not measured again, or scores need
-    # none.
-    given = [flags.prune.plan] + [flags.prune.scores] * (flags.prune.prune_iterations == 1)
-    measures = flags.prune.importance == "activation"
-    measures &= any((flags.checkpoint.save, flags.prune.scores, flags.prune.plan))
-    measures &= not any(path is not None and Path(path).exists() for path in given)
     check.refuse(check.data_args_problems(flags.data))
     flags = replace(flags, data=with_data_args(flags.data))
     check.refuse(
@@ -160,9 +156,19 @@ def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
         check.virtual_stage_problems(flags.parallel),
         check.precision_problems(flags.precision),
         check.prune_problems(flags.checkpoint, flags.prune),
-        check.data_problems(flags.data, needed=measures),
+        check.data_problems(flags.data, needed=measures(flags.checkpoint, flags.prune)),
     )
     return replace(flags, parallel=without_idle_sequence_parallel(flags.parallel))
+
+
+def measures(checkpoint: group.Checkpoint, prune: own.Prune) -> bool:
+    """Whether ``prune.py`` reads data: no plan is there, nor scores that are not measured again."""
+    given = [prune.plan] + [prune.scores] * (prune.prune_iterations == 1)
+    return (
+        prune.importance == "activation"
+        and any((checkpoint.save, prune.scores, prune.plan))
+        and not any(path is not None and Path(path).exists() for path in given)
+    )
 
 
 def virtual_pipeline_size(parallel: group.Parallel, num_layers: int) -> int | None:

@@ -142,6 +142,8 @@ def _model_problems(
     if split > 1 and settings["fp8_recipe"] == "blockwise":
         wide = GATHERED_BLOCK
     name = f"FP8 ({settings['fp8']}, {settings['fp8_recipe']})"
+    if arch.is_bert:
+        yield f"{name}: a BertModel has local layers here, which have no FP8; leave it out."
     for size, value, step in _steps(arch, tp, align, wide):
         if value % step:
             low = value // step * step

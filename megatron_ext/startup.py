@@ -88,25 +88,31 @@ def _check_attention(flags: Any, impl: str) -> None:
         )
 
 
+def fp8_settings(fp8: Fp8) -> dict[str, dict[str, Any]]:
+    """Return the settings of models that are to run in FP8, by how they would be typed."""
+    models = {"fp8_format": of_student(fp8), "teacher_fp8_format": of_teacher(fp8)}
+    return {f"{dashed(name)} {found['fp8']}": found for name, found in models.items() if found}
+
+
+def check_fp8_layers(fp8: Fp8, transformer_impl: str) -> None:
+    """Refuse FP8 without Transformer Engine's layers."""
+    for typed in fp8_settings(fp8):
+        if transformer_impl != "transformer_engine":
+            raise UserError(
+                f"{typed} needs a GPU with Transformer Engine installed, and --transformer-impl "
+                "transformer_engine.",
+                USAGE,
+            )
+
+
 def check_fp8(fp8: Fp8, options: ModelOptions) -> None:
     """Refuse FP8 where layers or GPU cannot run it.
 
     Raises:
         UserError: with code ``USAGE``, with Transformer Engine's reason.
     """
-    for name, settings in (
-        ("fp8_format", of_student(fp8)),
-        ("teacher_fp8_format", of_teacher(fp8)),
-    ):
-        if not settings:
-            continue
-        typed = f"{dashed(name)} {settings['fp8']}"
-        if options.transformer_impl != "transformer_engine":
-            raise UserError(
-                f"{typed} needs a GPU with Transformer Engine installed, and --transformer-impl "
-                "transformer_engine.",
-                USAGE,
-            )
+    check_fp8_layers(fp8, options.transformer_impl)
+    for typed, settings in fp8_settings(fp8).items():
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
         check = {

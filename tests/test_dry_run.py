@@ -2,15 +2,25 @@
 
 import json
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_ext.distillation import stored
 from megatron_ext.errors import CHECKPOINT, DATA, USAGE
 from tests.models import LLAMA
-from tests.programs import ROOT, data_flags, run_here, write_corpus, write_model
+from tests.programs import (
+    ROOT,
+    data_flags,
+    fail,
+    run_here,
+    succeed,
+    write_corpus,
+    write_model,
+)
 
 CONFIG = str(ROOT / "examples/llama3.1-8b-to-4b/teacher.json")
 RUN = "--seq-length 16 --micro-batch-size 1 --train-iters 4 --lr 1e-3"
@@ -121,6 +131,16 @@ def test_an_even_teacher_beside_a_student_of_half_its_layers(place, tmp_path):
         ),
         (f"--load x --load-config {{p}}/corpus.idx {RUN} {MOCK}", CHECKPOINT, "--load-config {p}"),
         (
+            f"--load x --load-config {{c}} {RUN} {MOCK} --fp8-format e4m3 --transformer-impl local",
+            USAGE,
+            "--fp8-format e4m3 needs a GPU with Transformer Engine installed, and",
+        ),
+        (
+            f"--load x --load-config {{c}} {RUN} {MOCK} --fp8-format e4m3 --gpu A100",
+            USAGE,
+            "--fp8-format e4m3: --gpu A100 has no FP8.",
+        ),
+        (
             f"--load {{p}}/student --finetune {RUN} --data-path {{p}}/half --tokenizer-type "
             "NullTokenizer --vocab-size 99 --eval-iters 0",
             DATA,
@@ -194,6 +214,7 @@ def test_conversions(place, tmp_path):
     code, stdout, stderr = convert(f"import --dry-run --hf {tmp_path} --save x --load-config {{c}}")
     assert (code, stderr) == (0, "")
     assert "8,030,261,248 parameters" in stdout
+    assert stdout.endswith("bfloat16    16.06 GB on disk\nOK\n")
     # A folder that is there counts before --load-config.
     config = json.loads(Path(CONFIG).read_text()) | {"num_hidden_layers": 16}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -207,8 +228,8 @@ def test_conversions(place, tmp_path):
     assert (code, "other sizes" in stderr) == (CHECKPOINT, True)
     code, _, stderr = convert(f"{line.replace('mistral', 'gpt2')}")
     assert (code, stderr.startswith("ERROR: --model-type gpt2: ")) == (USAGE, True)
-    code, _, stderr = convert("export --load x --hf y --world-size 4")
-    assert (code, stderr) == (USAGE, "ERROR: --world-size needs --dry-run.\n")
+    code, _, stderr = convert("export --load x --hf y --load-config {c}")
+    assert (code, stderr) == (USAGE, "ERROR: --load-config needs --dry-run.\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
 
 
@@ -228,3 +249,112 @@ def test_the_estimate_is_that_of_the_dry_run():
     argv = shlex.split(f"{sizes} --vocab-size 999 --seq-length 64 --micro-batch-size 2")
     code, stdout, _ = run_here(["tools/estimate.py", *argv])
     assert (code, "vocabulary 1024; from the flags" in stdout, "days" in stdout) == (0, True, False)
+
+
+def test_a_checkpoint_that_does_not_know_its_tokens(place, tmp_path):
+    """Regression: dry runs refused what the programs take, checkpoints of Megatron-LM."""
+    shutil.copytree(place / "teacher", tmp_path / "foreign")
+    path = tmp_path / "foreign/release/common.pt"
+    common = torch.load(path, weights_only=False)
+    vars(common["args"]).update(vocab_size=None, tokenizer_type="NullTokenizer")
+    torch.save(common, path)
+    source = f"--load {tmp_path}/foreign"
+    code, _, stderr = dry("pretrain_distill.py", f"{source} --finetune {RUN} {MOCK}")
+    assert (code, stderr) == (0, "")
+    line = f"{source} --save {tmp_path}/x --calibration-samples 8 {data_of(place)}"
+    code, _, stderr = dry("prune.py", line)
+    assert (code, stderr) == (0, "")
+
+
+def test_the_tokenizer_of_the_teacher(place):
+    """Regression: that of the student alone was compared."""
+    line = (
+        f"--load x --load-config {{c}} --hidden-size 48 --teacher-load {place}/teacher {RUN} "
+        "--mock-data --tokenizer-type NullTokenizer --vocab-size 128255"
+    )
+    code, said = refused("pretrain_distill.py", line)
+    assert code == CHECKPOINT
+    assert said.startswith(f"{place}/teacher/release was trained with 100 tokens"), said
+
+
+def test_a_stored_teacher(place, tmp_path):
+    """Regression: the folder was not looked at."""
+    line = f"--load {place}/student --finetune {RUN} {MOCK} --kd-teacher-store {tmp_path}/store"
+    code, stdout, _ = dry("pretrain_distill.py", line)
+    assert (code, f"not checked stored teacher {tmp_path}/store" in stdout) == (0, True)
+    stored.begin(
+        tmp_path / "store",
+        stored.StoreIndex(
+            top_k=4,
+            temperature=2.0,
+            seq_length=16,
+            vocab_size=100,
+            tokenizer_sha256=None,
+            num_samples=4,
+            samples_per_file=4,
+            teacher="t",
+        ),
+    )
+    code, said = refused("pretrain_distill.py", line)
+    assert (code, said.startswith("the stored teacher has temperature 2.0, this run 1.0")) == (
+        DATA,
+        True,
+    )
+
+
+def test_a_run_that_must_not_begin_anew(place, tmp_path):
+    """Regression: a dry run said OK to what the program refuses."""
+    sizes = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 16"
+    line = (
+        f"--load {tmp_path}/a --save {tmp_path}/a --save-interval 1 {sizes} {RUN} {MOCK} "
+        "--exit-on-missing-checkpoint"
+    )
+    code, said = refused("pretrain_distill.py", line)
+    assert (code, said.startswith(f"--load {tmp_path}/a: no checkpoint there")) == (
+        CHECKPOINT,
+        True,
+    )
+
+
+def test_fp8_weights_of_a_new_model(tmp_path):
+    """Regression: --load was taken for weights, also where it names the run's own empty folder."""
+    sizes = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 16"
+    line = (
+        f"--load {tmp_path}/a --save {tmp_path}/a --save-interval 1 {sizes} {RUN} {MOCK} --bf16 "
+        "--fp8-format e4m3 --fp8-param-gather --use-distributed-optimizer"
+    )
+    code, said = refused("pretrain_distill.py", line)
+    assert (code, said.startswith("--fp8-param-gather: new weights are not drawn in FP8")) == (
+        USAGE,
+        True,
+    )
+    assert fail("pretrain_distill", shlex.split(line)) == (code, said)
+
+
+def test_a_plan_that_is_there(place, tmp_path):
+    """Regression: data were asked for that no step reads, and the plan was not looked at."""
+    plan = f"--plan {tmp_path}/plan.json"
+    base = f"--load {place}/teacher --save {tmp_path}/x --seq-length 16 --micro-batch-size 1"
+    making = f"{base} --importance magnitude --target-hidden-size 40 {plan}"
+    succeed("prune", shlex.split(making.replace(f"--save {tmp_path}/x", "")))
+    code, stdout, stderr = dry("prune.py", f"{base} {plan}")
+    assert (code, stderr) == (0, "")
+    assert "forward passes" not in stdout
+    assert f"hidden 40, ffn 80, heads 4/2, vocabulary 104; to {tmp_path}/x" in stdout
+    code, said = refused("prune.py", f"{base} {plan} --target-hidden-size 24")
+    assert (code, "leads to other sizes than the --target flags" in said) == (USAGE, True)
+    (tmp_path / "scores.safetensors").write_text("no scores")
+    scores = f"--scores {tmp_path}/scores.safetensors"
+    code, said = refused("prune.py", f"{base} {scores} --target-hidden-size 24")
+    assert (code, said.startswith(f"{scores} cannot be read")) == (CHECKPOINT, True), said
+
+
+def test_data_without_a_tokenizer(place):
+    """Regression: a dry run said OK to what the programs refuse."""
+    data = f"--data-path {place}/corpus"
+    line = f"--load {place}/teacher --save {place}/new --target-hidden-size 40 {data}"
+    line += " --seq-length 16 --micro-batch-size 1 --calibration-samples 8"
+    code, said = refused("prune.py", line)
+    assert (code, said.startswith("--tokenizer-type None: choose")) == (USAGE, True)
+    code, said = refused("pretrain_distill.py", f"--load {place}/student --finetune {RUN} {data}")
+    assert (code, said.startswith("--tokenizer-type None: choose")) == (USAGE, True)

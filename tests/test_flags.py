@@ -116,6 +116,7 @@ REFUSED = [
     ("--train-samples 20", 1, "--train-iters counts steps and --train-samples samples"),
     ("--lr-decay-samples 20", 1, "--lr-decay-samples needs --train-samples"),
     ("--lr-warmup-samples 20", 1, "--lr-warmup-samples needs --train-samples"),
+    ("--wandb-exp-name n", 1, "--wandb-exp-name n needs --wandb-project"),
     ("--manual-gc-interval 2", 1, "--manual-gc-interval 2 needs --manual-gc"),
     ("--data-args-path x --data-path a", 1, "--data-args-path and the paths on the command line"),
     (

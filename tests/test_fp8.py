@@ -13,7 +13,7 @@ from megatron_ext.errors import USAGE, UserError
 from megatron_ext.flag_groups import TrainParallel
 from megatron_ext.fp8 import Fp8
 from megatron_ext.model import ModelOptions, transformer_config
-from tests.models import LLAMA, MOE
+from tests.models import BERT, LLAMA, MOE
 from tests.programs import data_flags, fail, write_corpus, write_model
 from tests.ranks import run_ranks
 
@@ -150,6 +150,8 @@ SMALL_MOE = replace(
             "--num-query-groups 1 must be a multiple of 2; .* 2",
         ),
         ({}, {"tokens": 40}, "40 tokens must be a multiple of 16"),
+        # Regression: its local layers left FP8 out without a word.
+        (vars(BERT), {}, "a BertModel has local layers here, which have no FP8"),
         (
             {},
             {"tokens": 48, "sequence_parallel": True} | TP2,

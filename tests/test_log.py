@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ext import checkpoint
 from megatron_ext.errors import USAGE
@@ -42,6 +43,25 @@ class Board:
 
 def with_board():
     sys.modules["wandb"] = Board()
+
+
+class LostBoard(Board):
+    """Its connection is lost."""
+
+    def log(self, metrics, step):
+        raise ConnectionError("no route")
+
+    def finish(self):
+        raise AssertionError("told again")
+
+
+def with_lost_boards():
+    sys.modules["wandb"] = LostBoard()
+
+    def add_scalar(*_):
+        raise FileNotFoundError("events")
+
+    SummaryWriter.add_scalar = add_scalar
 
 
 def with_board_without_key():
@@ -86,3 +106,13 @@ def test_a_full_disk_costs_metrics_not_the_run(tmp_path):
     assert outcomes[0].stderr.count("no metrics are written from here on") == 1
     assert "iteration        3/" in outcomes[0].stdout
     assert checkpoint.find(str(tmp_path / "save"))
+
+
+def test_boards_that_fail_in_the_middle_cost_metrics_not_the_run(tmp_path):
+    """Regression: rank 0 ended with a traceback, and the others waited for it."""
+    argv = [*arguments(tmp_path), "--wandb-project", "p", "--tensorboard-dir", str(tmp_path / "t")]
+    outcomes = run_program("pretrain_distill", argv, 2, with_lost_boards)
+    assert [o.code for o in outcomes] == [0, 0], outcomes[0].stderr
+    for words in ("--wandb-project: no route; ", "--tensorboard-dir: events; "):
+        assert outcomes[0].stderr.count(words) == 1
+    assert len((tmp_path / "save/metrics.jsonl").read_text().splitlines()) == 3

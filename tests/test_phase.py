@@ -1,5 +1,8 @@
 """A run that goes on with another batch size, sequence length or blend."""
 
+import math
+import shlex
+
 import pytest
 
 from megatron_ext import data
@@ -129,3 +132,26 @@ def test_another_schedule_is_refused_in_one_line(place, corpora):
     assert "0.001" in message
     assert "0.003" in message
     succeed(NAME, flags(corpora[0], save, "--lr 1e-3 --override-opt-param-scheduler"))
+
+
+def test_larger_batches_of_a_run_in_samples(place, corpora):
+    """Regression: steps were counted as if all had been of the present size; it ended early."""
+    save = str(place / "samples")
+    run = "--train-samples 32 --lr-warmup-samples 8 --global-batch-size"
+    of_steps = "--lr-warmup-iters 2 --lr-decay-iters 8 --global-batch-size 4 --train-iters 8 "
+    first, second = (
+        shlex.split(shlex.join(flags(corpora[0], save, f"{run} {more}")).replace(of_steps, ""))
+        for more in ("4 --exit-interval 4", "8")
+    )
+    (outcome,) = run_program(NAME, first)
+    assert outcome.code == INTERRUPTED, outcome.stderr
+    succeed(NAME, second)
+    lines = read_metrics(save)
+    assert [line["consumed-samples"] for line in lines] == [4, 8, 12, 16, 24, 32]
+    # Warm-up over 8 samples, then a cosine over the other 24; a step takes the rate it begins at.
+    expected = [0, 1.5e-3, 3e-3, *(cosine(done) for done in (4, 8, 16))]
+    assert [line["learning-rate"] for line in lines] == pytest.approx(expected)
+
+
+def cosine(done):
+    return 3e-4 + 2.7e-3 * (1 + math.cos(math.pi * done / 24)) / 2

@@ -20,6 +20,7 @@ from tests.programs import (
     fail,
     kill_all,
     read_metrics,
+    run_program,
     wait_until,
     write_corpus,
     write_model,
@@ -96,6 +97,17 @@ def test_a_stop_reaches_the_run_and_leaves_a_checkpoint(place, tmp_path):
     assert "start again to go on" in stderr
     assert not (tmp_path / "shallow").exists()
     assert not (tmp_path / "ranking.md").exists()
+
+
+def test_a_run_that_stopped_by_itself_under_torchrun(place, tmp_path):
+    """Regression: torchrun's 1 was taken for a failure, e.g. with --exit-duration-in-mins."""
+    folder, flags = place
+    launch = shlex.quote("""bash -c 'echo 75 >"$EXIT_CODE_FILE"; exit 1'""")
+    argv = arguments(folder, tmp_path, flags, launch=launch)
+    (outcome,) = run_program("tools.rank_candidates", argv)
+    assert outcome.code == INTERRUPTED
+    assert outcome.stderr == "stopped; start again to go on\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

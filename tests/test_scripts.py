@@ -1,6 +1,7 @@
 """Shell scripts and the Dockerfile: linted, and what the Dockerfile installs."""
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,18 @@ def test_hadolint():
     command = [linter("hadolint"), "Dockerfile"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_programs_find_what_is_not_installed():
+    """Regression: tools/bench/convert.py did not find the package tools, where it was started."""
+    texts = {path: path.read_text() for path in (ROOT / "tools").rglob("*.py")}
+    lost = [
+        path.name
+        for path, text in texts.items()
+        if "__main__" in text and re.search(r"^(from|import) (tools|tests)\b", text, re.M)
+        if "sys.path.insert" not in text
+    ]
+    assert lost == []
 
 
 PROJECT = """

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ext.errors import UserError
+from megatron_ext.errors import INTERRUPTED, UserError, run_main
 from megatron_ext.together import gather, on_all_ranks, on_first_rank
 from tests.ranks import run_ranks
 
@@ -61,3 +61,16 @@ def test_alone_without_torch_distributed():
 
 def _raise(text):
     raise ValueError(text)
+
+
+@pytest.mark.parametrize("file", ["code", "missing/code"])
+def test_the_code_of_a_run_is_its_own(file, tmp_path, monkeypatch, capsys):
+    """Regression: a file of EXIT_CODE_FILE that cannot be written gave a traceback and 1."""
+    monkeypatch.setenv("EXIT_CODE_FILE", str(tmp_path / file))
+    with pytest.raises(SystemExit) as caught:
+        run_main(lambda: INTERRUPTED)
+    assert caught.value.code == INTERRUPTED
+    if file == "code":
+        assert (tmp_path / file).read_text() == "75\n"
+    else:
+        assert capsys.readouterr().err.startswith(f"WARNING: EXIT_CODE_FILE {tmp_path}/missing")

@@ -7,7 +7,6 @@ One process, or several with torchrun, which share the reading and writing. No m
 GPU used. Weights are read from safetensors only.
 """
 
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -41,9 +40,6 @@ class Dry:
 
     dry_run: bool = flag(
         False, "check flags and sizes, print what it takes and OK; read and write no weights"
-    )
-    world_size: int | None = flag(
-        None, "of --dry-run: processes; default WORLD_SIZE of the environment, or 1", at_least=1
     )
     load_config: str | None = flag(
         None, "of --dry-run: config.json of what is to be read, where it is not there yet"
@@ -172,7 +168,7 @@ def rehearse_import(options: Import, dry: Dry) -> None:
     arch = config_arch(
         "--hf" if own.exists() else "--load-config", path, options.make_vocab_size_divisible_by
     )
-    finish(f"{model_line('model', arch, path)}\n{share_line(arch, dry)}")
+    finish(arch, path)
 
 
 def rehearse_export(options: Export, sizes: dict[str, Any], dry: Dry) -> None:
@@ -192,22 +188,13 @@ def rehearse_export(options: Export, sizes: dict[str, Any], dry: Dry) -> None:
         config_of(arch, FAMILIES[name], origin, "bfloat16")
     except ValueError as error:
         raise UserError(f"--model-type {name}: {error}.", USAGE) from None
-    finish(f"{model_line('model', arch, where)}\n{share_line(arch, dry)}")
+    finish(arch, where)
 
 
-def share_line(arch: Arch, dry: Dry) -> str:
-    """Return what a process holds, and the folder, of bfloat16 weights."""
-    ranks = dry.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    size = 2 * num_parameters(arch) / 1e9
-    return (
-        f"{'bfloat16':12}{size:.2f} GB on disk; {size / ranks:.2f} GB of host memory in each of "
-        f"{ranks} processes"
-    )
-
-
-def finish(text: str) -> None:
-    """Print a report and OK."""
-    print(f"{text}\nOK")
+def finish(arch: Arch, where: str) -> None:
+    """Print a model, its size on disk and OK. In memory a process holds one piece or file of it."""
+    print(model_line("model", arch, where))
+    print(f"{'bfloat16':12}{2 * num_parameters(arch) / 1e9:.2f} GB on disk\nOK")
 
 
 def check_free(save: str) -> None:

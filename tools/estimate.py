@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse_train([*argv, "--dry-run", *added], world_size)
     world_size = flags.dry.world_size or world_size
     student, teacher = dry_run.student_of(flags), dry_run.teacher_of(flags)
-    flags, teacher_parallel = check_models(flags, student[0], teacher[0] if teacher else None)
+    flags, teacher_parallel = check_models(
+        flags, student[0], teacher and teacher[0], has_weights=student[1] != dry_run.NEW
+    )
     text, needs = report.of_training(flags, student, teacher, teacher_parallel, world_size)
     print(text if iters_given else text.rpartition("\n")[0])
     print(report.fit_line(needs, GPUS))

@@ -11,10 +11,13 @@ how far the order at each evaluation agrees with the last. Started again, it goe
 """
 
 import json
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,7 +124,8 @@ def retrain(options: Search, name: str, rest: Sequence[str]) -> bool:
     """
     command = [*shlex.split(options.launch), str(PROGRAM), "--load", f"{options.candidates}/{name}"]
     command += ["--save", f"{options.save}/{name}", "--teacher-load", options.teacher_load, *rest]
-    process = subprocess.Popen(command)
+    said = Path(tempfile.mkdtemp()) / "code"  # torchrun returns 1, whatever its ranks return
+    process = subprocess.Popen(command, env=os.environ | {"EXIT_CODE_FILE": str(said)})
     asked = []
 
     def pass_on(number: int, _: Any) -> None:
@@ -134,7 +138,10 @@ def retrain(options: Search, name: str, rest: Sequence[str]) -> bool:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if asked or code == INTERRUPTED:  # torchrun returns 1, whatever its ranks return
+    if said.exists():
+        code = int(said.read_text())
+    shutil.rmtree(said.parent)
+    if asked or code == INTERRUPTED:
         return True
     if code:
         raise UserError(f"candidate {name} ended with code {code}; see above.", RUNTIME)

@@ -5,9 +5,11 @@ from dataclasses import replace
 from megatron_ext import fp8
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.data import tokenizer_sha256
 from megatron_ext.distillation.hidden import HiddenStates, Pair, parse_pairs
 from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.distillation.placement import layouts_of_both
+from megatron_ext.distillation.stored import check_store, read_index
 from megatron_ext.errors import USAGE, UserError
 from megatron_ext.flag_groups import Parallel
 from megatron_ext.flags import TrainFlags, check_experts, check_layout
@@ -17,7 +19,7 @@ from megatron_ext.startup import check_comparable, padded_alike
 
 
 def check_models(
-    flags: TrainFlags, arch: Arch, teacher: Arch | None
+    flags: TrainFlags, arch: Arch, teacher: Arch | None, *, has_weights: bool
 ) -> tuple[TrainFlags, Parallel]:
     """Return the flags with the layout of the model, and the layout of its teacher.
 
@@ -25,6 +27,7 @@ def check_models(
         flags: of the run.
         arch: sizes of the model that is trained.
         teacher: sizes of the other, if there is one.
+        has_weights: the model begins with those of a checkpoint.
 
     Raises:
         UserError: this layout cannot hold them, FP8 not run them, or these losses not compare them.
@@ -45,7 +48,7 @@ def check_models(
         teacher and padded_alike(teacher, arch),
         flags.parallel,
         tokens=flags.batch.micro_batch_size * flags.batch.seq_length,
-        has_weights=bool(flags.checkpoint.load or flags.checkpoint.pretrained_checkpoint),
+        has_weights=has_weights,
     )
     return flags, parallel
 
@@ -57,6 +60,18 @@ def check_teacher(arch: Arch, teacher: Arch, flags: TrainFlags, parallel: Parall
     if top_k is not None and top_k > arch.vocab_size:
         raise UserError(f"--kd-top-k {top_k}: the vocabulary has {arch.vocab_size} tokens.", USAGE)
     check_layout(padded_alike(teacher, arch), parallel, seq_length=flags.batch.seq_length)
+
+
+def check_stored_teacher(flags: TrainFlags, vocab_size: int) -> None:
+    """Refuse what was stored for other settings than this run's."""
+    check_store(
+        read_index(flags.distill.kd_teacher_store),
+        top_k=flags.distill.kd_top_k,
+        temperature=flags.distill.kd_temperature,
+        vocab_size=vocab_size,
+        seq_length=flags.batch.seq_length,
+        tokenizer_sha256=tokenizer_sha256(flags.data),
+    )
 
 
 def logit_loss(distill: Distill) -> LogitLoss:

@@ -15,7 +15,7 @@ from megatron_ext.flags import (
     check_targets,
     virtual_pipeline_size,
 )
-from megatron_ext.pruning.plan import PRUNABLE
+from megatron_ext.pruning.plan import PRUNABLE, Plan, check_plan, load_plan
 from megatron_ext.pruning.planner import read_targets, target_arch
 from megatron_ext.pruning.scores import written_aside
 from megatron_ext.pruning.search import as_yaml, candidates, read_space, table
@@ -104,6 +104,29 @@ def find_jobs(flags: PruneFlags, source: Arch, found: Found | None) -> list[Job]
         )
         for name, target in targets.items()
     ]
+
+
+def given_plan(job: Job, source: Arch, head_residual: str) -> Plan:
+    """Return the plan that is there for ``job``, checked against the model and the flags.
+
+    Raises:
+        UserError: naming the file.
+    """
+    plan = load_plan(job.plan)
+    check_plan(plan, source)
+    if job.target not in (source, plan.target):
+        raise UserError(
+            f"--plan {job.plan} leads to other sizes than the --target flags: remove the file to "
+            "plan again, or the flags to use it.",
+            USAGE,
+        )
+    if head_residual not in ("none", plan.head_residual):
+        raise UserError(
+            f"--plan {job.plan} was made with --head-residual {plan.head_residual}: remove the "
+            "file to plan again, or the flag to use it.",
+            USAGE,
+        )
+    return plan
 
 
 def check_outputs(flags: PruneFlags, jobs: Sequence[Job], found: Found | None) -> None:

@@ -1,4 +1,4 @@
-"""What a run says: Megatron-LM's log line, metrics.jsonl, TensorBoard and a progress bar.
+"""What a run says: Megatron-LM's log line, metrics.jsonl, TensorBoard, Weights & Biases, a bar.
 
 All of it on rank 0, which knows the losses because a step broadcasts them.
 """
@@ -8,6 +8,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from megatron_ext.errors import USAGE, UserError, warn
 from megatron_ext.flags import TrainFlags, flags_as_dict, format_flags
 from megatron_ext.together import on_first_rank
+
+SINKS = {"metrics": "metrics.jsonl", "board": "--tensorboard-dir", "wandb": "--wandb-project"}
 
 
 class Log:
@@ -125,26 +128,37 @@ class Log:
 
     def close(self) -> None:
         """Write out what is buffered."""
-        for sink in (self.metrics, self.board, self.bar):
-            if sink is not None:
-                sink.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        self._tell("metrics", lambda file: file.close())
+        self._tell("board", lambda board: board.close())
+        self._tell("wandb", lambda run: run.finish())
+        if self.bar is not None:
+            self.bar.close()
 
     def _write(self, iteration: int, metrics: dict[str, float]) -> None:
-        if self.metrics is not None:
-            try:
-                print(
-                    json.dumps({"iteration": iteration, **metrics}), file=self.metrics, flush=True
-                )
-            except OSError as error:  # a full disk: what was learnt is worth more than its log
-                warn(f"{self.metrics.name}: {error}; no metrics are written from here on.")
-                self.metrics = None
-        if self.board is not None:
+        line = json.dumps({"iteration": iteration, **metrics})
+
+        def add_scalars(board: Any) -> None:
             for name, value in metrics.items():
-                self.board.add_scalar(name, value, iteration)
-        if self.wandb is not None:
-            self.wandb.log(metrics, step=iteration)
+                board.add_scalar(name, value, iteration)
+
+        self._tell("metrics", lambda file: print(line, file=file, flush=True))
+        self._tell("board", add_scalars)
+        self._tell("wandb", lambda run: run.log(metrics, step=iteration))
+
+    def _tell(self, name: str, action: Callable[[Any], None]) -> None:
+        """Call ``action`` with an open sink. One that fails is told nothing more.
+
+        A full disk or a lost connection: what is learnt is worth more than its log, and a rank that
+        raised alone would leave the others waiting.
+        """
+        sink = getattr(self, name)
+        if sink is None:
+            return
+        try:
+            action(sink)
+        except Exception as error:
+            setattr(self, name, None)
+            warn(f"{SINKS[name]}: {error}; no metrics are written from here on.")
 
     def _line(self, iteration: int, losses: dict[str, float], metrics: dict[str, Any]) -> str:
         batch, seconds = self.flags.batch, metrics["iteration-time"]

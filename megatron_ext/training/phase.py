@@ -4,13 +4,15 @@ Weights, optimizer state and the iteration go on. What is counted in samples is 
 
 * Another sequence length or blend is another data set: it begins at its first sample.
 * Another batch size goes on in the same data set, at the next sample.
-* The schedule of megatron-core counts samples; it stays where it is in iterations.
+* The schedule of megatron-core counts samples; it stays where it is in iterations. In a run of
+  --train-samples it stays where it is in samples, and the samples left make the iterations left.
 
 Pure functions on a checkpoint's saved args; no collectives.
 """
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_ext.flags import TrainFlags
@@ -41,6 +43,15 @@ def consumed_data_samples(saved: Mapping[str, Any], flags: TrainFlags) -> int:
     if changes(saved, flags):
         return 0
     return saved.get("consumed_data_samples", saved["consumed_train_samples"])
+
+
+def with_steps_left(flags: TrainFlags, iteration: int, consumed_train_samples: int) -> TrainFlags:
+    """Return ``flags`` whose --train-iters end a run of --train-samples that goes on from there."""
+    batch = flags.batch
+    if batch.train_samples is None:
+        return flags
+    steps = max(0, batch.train_samples - consumed_train_samples) // batch.global_batch_size
+    return replace(flags, batch=replace(batch, train_iters=iteration + steps))
 
 
 def rescaled_schedule(schedule: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:

@@ -154,8 +154,9 @@ def _optimizer_config(flags: TrainFlags, params_dtype: torch.dtype) -> Optimizer
 def _make_schedule(flags: TrainFlags, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Return the schedule of learning rate and weight decay; megatron-core counts it in samples."""
     options, batch_size = flags.optimizer, flags.batch.global_batch_size
-    decay_iters = options.lr_decay_iters or flags.batch.train_iters or 1
-    decay_samples = options.lr_decay_samples or decay_iters * batch_size
+    num_samples = flags.batch.train_samples or (flags.batch.train_iters or 1) * batch_size
+    decay_samples = options.lr_decay_samples or (options.lr_decay_iters or 0) * batch_size
+    decay_samples = decay_samples or num_samples
     warmup_samples = options.lr_warmup_samples or options.lr_warmup_iters * batch_size
     if options.lr_warmup_fraction is not None:
         warmup_samples = int(options.lr_warmup_fraction * decay_samples)
@@ -171,7 +172,7 @@ def _make_schedule(flags: TrainFlags, optimizer: MegatronOptimizer) -> Optimizer
         lr_decay_style=options.lr_decay_style,
         start_wd=start_wd if has_incr else options.weight_decay,
         end_wd=end_wd if has_incr else options.weight_decay,
-        wd_incr_steps=(flags.batch.train_iters or 1) * batch_size,
+        wd_incr_steps=num_samples,
         wd_incr_style=options.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=options.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=options.override_opt_param_scheduler,
@@ -309,6 +310,8 @@ def num_data_samples(run: Run) -> int:
 def _restore_schedule(run: Run, saved: dict[str, Any], source: checkpoint.Checkpoint) -> None:
     batch_size = run.flags.batch.global_batch_size
     before = source.args.get("global_batch_size") or batch_size
+    if run.flags.batch.train_samples is not None:
+        before = batch_size  # it counts as the run does
     try:
         run.schedule.load_state_dict(phase.rescaled_schedule(saved, before, batch_size))
     except AssertionError as error:

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.convert.config import config_of
 from megatron_ext.convert.exporter import index_of, into_shards, shard_names
