@@ -37,6 +37,11 @@ def test_depths_that_do_not_divide():
     ]
 
 
+def test_pieces_that_follow_from_the_depth_are_the_same_in_both():
+    """Regression: the pieces of 2 layers were those of the student alone, one a rank: no pieces."""
+    assert layouts(4, 8, num_layers_per_virtual_pipeline_stage=2) == ["Et|t|t|tL", "Ett|tt|tt|ttL"]
+
+
 def test_layers_that_are_compared_meet():
     assert layouts(4, 8, "3:2") == ["Ettt|tL", "Etttt|ttttL"]
     assert layouts(4, 8, "4:1") == ["Et|tttL", "Etttt|ttttL"]

@@ -44,7 +44,8 @@ def layouts_of_both(
     own = _assign(student_layers, num_stages, pinned)
     if typed_counts is not None and sum(typed_counts) == student_layers:
         own = typed_counts
-    if all(len(set(each)) == 1 for each in (own, counts)):
+    pieces = {virtual_pipeline_size(parallel, depth) for depth in (student_layers, teacher_layers)}
+    if len(pieces) == 1 and all(len(set(each)) == 1 for each in (own, counts)):
         return parallel, parallel  # as megatron-core cuts them by itself
     return tuple(
         replace(parallel, pipeline_model_parallel_layout=_layout(each)) for each in (own, counts)
