@@ -16,12 +16,13 @@ from megatron.core.transformer import enums
 from safetensors.torch import load_file
 
 from megatron_ext import checkpoint, checkpoint_writer, platform, saved_args
+from megatron_ext.arch import LAYER_PREFIXES
 from megatron_ext.bridge import args_of
 from megatron_ext.errors import CHECKPOINT, USAGE
 from megatron_ext.model import ModelOptions, build_model
 from megatron_ext.slices import layer_key
 from megatron_ext.training.state import restore_weights
-from tests.models import GPT2, LLAMA, MOE, random_batch
+from tests.models import BERT, GPT2, LLAMA, MOE, random_batch
 from tests.programs import (
     assert_same_bytes,
     data_flags,
@@ -55,7 +56,7 @@ def rewrite(source, root, form, args, name="iter_0000005", objects=()):
     prefix, per_layer, is_object = FORMS[form]
     state = {}
     for key, tensor in read_tensors(source).items():
-        is_split = per_layer and key.startswith("decoder.layers.")
+        is_split = per_layer and key.startswith(LAYER_PREFIXES)
         parts = enumerate(tensor) if is_split else [(None, tensor)]
         for layer, part in parts:
             named = prefix + (key if layer is None else layer_key(key, layer))
@@ -121,6 +122,37 @@ def test_every_form_is_the_same_model(forms, tp, pp):
         for form, found in zip(FORMS, rank[1:], strict=True):
             for name in found if pp > 1 else [...]:
                 assert torch.equal(found[name], rank[0][name]), f"{form} {name}"
+
+
+def padded_on_two_ranks(root, padded_vocab_size):
+    groups = platform.initialize(tensor_model_parallel_size=2).groups
+    found = {}
+    for form in ("own", *FORMS):
+        source = checkpoint.read(str(root / form))
+        arch = replace(source.arch, padded_vocab_size=padded_vocab_size)
+        (model,) = build_model(arch, ModelOptions(), groups)
+        restore_weights([model], source, repad=True)
+        found[form] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return found
+
+
+def test_a_vocabulary_padded_so_that_a_rank_has_no_row_of_it(tmp_path):
+    """BERT's has a bias too."""
+    write_model(str(tmp_path / "own"), BERT)
+    run_ranks(1, rewrite_all, tmp_path, BERT.to_args())
+    rows = 4 * BERT.padded_vocab_size
+    whole, ranks = (
+        read_tensors(str(tmp_path / "own")),
+        run_ranks(2, padded_on_two_ranks, tmp_path, rows),
+    )
+    for rank, found in enumerate(ranks):
+        for form, parameters in found.items():
+            for name, parameter in parameters.items():
+                assert torch.equal(parameter, found["own"][name]), f"{form} {name}"
+        for name in ("embedding.word_embeddings.weight", "output_layer.bias"):
+            expected = torch.zeros(rows, *whole[name].shape[1:])
+            expected[: len(whole[name])] = whole[name]
+            assert torch.equal(found["own"][name], expected.chunk(2)[rank]), name
 
 
 def test_every_form_is_pruned_and_leaves(forms, tmp_path):
