@@ -182,7 +182,8 @@ def check_data_there(flags: Any, model: Named, num_samples: tuple[int, int, int]
     elif options.tokenizer_type:
         vocab_size = data.build_tokenizer(options).vocab_size
         if Path(where).is_dir():
-            check_tokenizer(checkpoint.read(where), vocab_size, data.tokenizer_sha256(options))
+            source = checkpoint.read(where).with_tokens(vocab_size)
+            check_tokenizer(source, vocab_size, data.tokenizer_sha256(options))
         if vocab_size > arch.padded_vocab_size:
             raise UserError(
                 f"--tokenizer-type {options.tokenizer_type}: {vocab_size} tokens, the model has "

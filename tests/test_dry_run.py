@@ -2,12 +2,14 @@
 
 import json
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_ext import checkpoint
 from megatron_ext.errors import CHECKPOINT, DATA, USAGE
 from tests.models import LLAMA
 from tests.programs import ROOT, data_flags, run_here, write_corpus, write_model
@@ -162,6 +164,22 @@ def test_pruning(place, tmp_path):
     assert "1 forward passes over 8 samples" in stdout
     assert stdout.endswith("OK\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_does_not_say_how_many_tokens_it_knows(place, tmp_path):
+    """Megatron-LM's: the tokenizer says so, as in the run itself."""
+    shutil.copytree(place / "teacher", tmp_path / "teacher")
+    (path,) = tmp_path.glob("teacher/*/common.pt")
+    common = torch.load(path, weights_only=False)
+    vars(common["args"]).update(vocab_size=None, tokenizer_type="GPT2BPETokenizer")
+    torch.save(common, path)
+    assert not checkpoint.read(str(tmp_path / "teacher")).knows_tokens
+    teacher = f"{tmp_path}/teacher"
+    prune = f"--load {teacher} --save {tmp_path}/new --calibration-samples 8 {data_of(place)}"
+    distil = f"--load {place}/student --teacher-load {teacher} {data_of(place)} {RUN}"
+    for program, line in (("prune.py", prune), ("pretrain_distill.py", distil)):
+        code, stdout, stderr = dry(program, line)
+        assert (code, stderr, stdout.endswith("OK\n")) == (0, "", True)
 
 
 @pytest.mark.parametrize(
