@@ -73,7 +73,7 @@ def import_folder(
             "model": share,
             "args": complete(
                 arch,
-                args_of(arch, source, config, family, has_tokenizer=vocab_size is not None),
+                args_of(source, config, family, has_tokenizer=vocab_size is not None),
             ),
             "checkpoint_version": 3.0,
             "iteration": 0,
@@ -88,7 +88,7 @@ def import_folder(
 
 
 def args_of(
-    arch: Arch, source: HfFolder, config: dict[str, Any], family: Family, *, has_tokenizer: bool
+    source: HfFolder, config: dict[str, Any], family: Family, *, has_tokenizer: bool
 ) -> dict[str, Any]:
     """Return the checkpoint's args beside its sizes: precision, tokenizer, origin for an export."""
     (embedding,) = family.rows[EMBEDDING].names
