@@ -212,14 +212,19 @@ def test_conversions(place, tmp_path):
     code, stdout, stderr = convert(f"import --dry-run --hf {tmp_path} --save x --load-config {{c}}")
     assert (code, stderr) == (0, "")
     assert "8,030,261,248 parameters" in stdout
+    # The embedding, 128,256 x 4096.
+    assert (
+        "16.06 GB on disk; each of 1 processes holds one weight at a time, at most 1.05" in stdout
+    )
     # A folder that is there counts before --load-config.
     config = json.loads(Path(CONFIG).read_text()) | {"num_hidden_layers": 16}
     (tmp_path / "config.json").write_text(json.dumps(config))
     code, stdout, _ = convert(f"import --dry-run --hf {tmp_path} --save x --load-config {{c}}")
     assert (code, "16 layers" in stdout) == (0, True)
     line = f"export --dry-run --load {place}/student --hf {tmp_path}/new --model-type mistral"
-    code, stdout, stderr = convert(f"{line} --hidden-size 40")
+    code, stdout, stderr = convert(f"{line} --hidden-size 40 --max-shard-size 20KB")
     assert (code, stderr, stdout.endswith("OK\n")) == (0, "", True)
+    assert "holds one file at a time, at most 0.00 GB" in stdout
     assert "hidden 40" in stdout
     code, _, stderr = convert(f"{line} --hidden-size 41")
     assert (code, "other sizes" in stderr) == (CHECKPOINT, True)

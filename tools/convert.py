@@ -7,6 +7,7 @@ One process, or several with torchrun, which share the reading and writing. No m
 GPU used. Weights are read from safetensors only.
 """
 
+import math
 import os
 import re
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_ext import checkpoint, platform, safe_load
-from megatron_ext.arch import Arch, num_parameters
+from megatron_ext.arch import Arch, is_of_experts, num_parameters, shape, weights
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.convert.config import config_of
 from megatron_ext.convert.exporter import export_folder
@@ -172,7 +173,11 @@ def rehearse_import(options: Import, dry: Dry) -> None:
     arch = config_arch(
         "--hf" if own.exists() else "--load-config", path, options.make_vocab_size_divisible_by
     )
-    finish(f"{model_line('model', arch, path)}\n{share_line(arch, dry)}")
+    held = max(
+        math.prod(shape(weight, arch)) // (arch.num_experts if is_of_experts(weight) else 1)
+        for weight in weights(arch)
+    )
+    finish(f"{model_line('model', arch, path)}\n{share_line(arch, dry, 'weight', 2 * held)}")
 
 
 def rehearse_export(options: Export, sizes: dict[str, Any], dry: Dry) -> None:
@@ -192,16 +197,17 @@ def rehearse_export(options: Export, sizes: dict[str, Any], dry: Dry) -> None:
         config_of(arch, FAMILIES[name], origin, "bfloat16")
     except ValueError as error:
         raise UserError(f"--model-type {name}: {error}.", USAGE) from None
-    finish(f"{model_line('model', arch, where)}\n{share_line(arch, dry)}")
+    held = min(bytes_of(options.max_shard_size), 2 * num_parameters(arch))
+    finish(f"{model_line('model', arch, where)}\n{share_line(arch, dry, 'file', held)}")
 
 
-def share_line(arch: Arch, dry: Dry) -> str:
-    """Return what a process holds, and the folder, of bfloat16 weights."""
+def share_line(arch: Arch, dry: Dry, what: str, held: int) -> str:
+    """Return what bfloat16 weights take on disk, and ``held`` bytes of them in a process."""
     ranks = dry.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    size = 2 * num_parameters(arch) / 1e9
+    size = 2 * num_parameters(arch)
     return (
-        f"{'bfloat16':12}{size:.2f} GB on disk; {size / ranks:.2f} GB of host memory in each of "
-        f"{ranks} processes"
+        f"{'bfloat16':12}{size / 1e9:.2f} GB on disk; each of {ranks} processes "
+        f"holds one {what} at a time, at most {held / 1e9:.2f} GB"
     )
 
 
