@@ -253,7 +253,7 @@ def load(
         loaded = dist_checkpointing.load(state, str(folder))
         on_all_ranks(lambda: _check_extra_states(loaded))
     except (Exception, CheckpointException) as error:
-        reason = str(error).splitlines()[-1]
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
         raise UserError(f"{folder} cannot be read: {reason}", CHECKPOINT) from error
     for chunk, key in absent:
         loaded[chunk][key] = None
