@@ -17,7 +17,13 @@ from megatron_ext.distillation.settings import check_models
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.estimate_report import Named
 from megatron_ext.flag_checks import model_parallel_size
-from megatron_ext.flags import PruneFlags, TrainFlags, check_against_checkpoint, new_arch
+from megatron_ext.flags import (
+    PruneFlags,
+    TrainFlags,
+    check_against_checkpoint,
+    new_arch,
+    reads_data,
+)
 from megatron_ext.pruning.jobs import check_jobs, check_outputs, check_passes
 from megatron_ext.pruning.plan import PRUNABLE
 from megatron_ext.pruning.planner import target_arch
@@ -138,7 +144,7 @@ def train(flags: TrainFlags, world_size: int) -> int:
 
 def prune(flags: PruneFlags, world_size: int) -> int:
     """Rehearse ``prune.py``; returns the exit code."""
-    options, measures = flags.checkpoint, flags.prune.importance == "activation"
+    options, measures = flags.checkpoint, reads_data(flags)
     source, where = arch_at("--load", options.load, options.ckpt_step, flags.dry.load_config)
     jobs, found = check_jobs(flags, source)
     check_outputs(flags, jobs, found)

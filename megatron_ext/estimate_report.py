@@ -18,7 +18,7 @@ from megatron_ext.estimate import (
     step_seconds,
 )
 from megatron_ext.flag_checks import stages
-from megatron_ext.flags import virtual_pipeline_size
+from megatron_ext.flags import reads_data, virtual_pipeline_size
 
 GB = 10**9
 # What helps against the largest item, where it is not more model-parallel ranks.
@@ -196,15 +196,15 @@ def of_pruning(
     Time is that of the forward passes: one over all samples, and with --depth-importance loss or kl
     one more for each block of layers that may go. Trimming is reading and writing.
     """
-    arch, options = source[0], flags.prune
+    arch, options, measures = source[0], flags.prune, reads_data(flags)
     layout = layout_of(flags, world_size, global_batch_size=options.calibration_samples)
     whole = placed(arch, flags.parallel)
-    compares = options.importance == "activation" and options.depth_importance != "block"
+    compares = measures and options.depth_importance != "block"
     lines = [model_line("source", *source)]
     lines += [model_line("target", *target, way="to") for target in targets]
     lines.append(layout_line(layout, flags.parallel))
     needs = forward_memory(whole, layout, logits=compares)
-    if options.importance != "activation":
+    if not measures:
         needs = {}
     share = sum(num_parameters(target) for target, _ in targets[:1]) * layout.param_bytes
     lines.append(f"{'trim':12}{share / world_size / GB:.2f} GB of host memory a rank")

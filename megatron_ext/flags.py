@@ -147,12 +147,6 @@ def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
     flags = build(PruneFlags, typed)
     check.refuse(check.dry_run_problems(flags.dry))
     world_size = flags.dry.world_size or world_size
-    # No data are read where a plan is given, or scores that are not measured again, or scores need
-    # none.
-    given = [flags.prune.plan] + [flags.prune.scores] * (flags.prune.prune_iterations == 1)
-    measures = flags.prune.importance == "activation"
-    measures &= any((flags.checkpoint.save, flags.prune.scores, flags.prune.plan))
-    measures &= not any(path is not None and Path(path).exists() for path in given)
     check.refuse(check.data_args_problems(flags.data))
     flags = replace(flags, data=with_data_args(flags.data))
     check.refuse(
@@ -160,9 +154,22 @@ def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
         check.virtual_stage_problems(flags.parallel),
         check.precision_problems(flags.precision),
         check.prune_problems(flags.checkpoint, flags.prune),
-        check.data_problems(flags.data, needed=measures),
+        check.data_problems(flags.data, needed=reads_data(flags)),
     )
     return replace(flags, parallel=without_idle_sequence_parallel(flags.parallel))
+
+
+def reads_data(flags: PruneFlags) -> bool:
+    """Whether ``prune.py`` measures activations.
+
+    Not where a plan is there, or scores that are not measured again, or scores need no data, or a
+    search only lists its candidates.
+    """
+    options = flags.prune
+    given = [options.plan] + [options.scores] * (options.prune_iterations == 1)
+    writes = any((flags.checkpoint.save, options.scores, options.plan))
+    is_there = any(path is not None and Path(path).exists() for path in given)
+    return options.importance == "activation" and writes and not is_there
 
 
 def virtual_pipeline_size(parallel: group.Parallel, num_layers: int) -> int | None:

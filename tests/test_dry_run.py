@@ -182,6 +182,24 @@ def test_a_checkpoint_that_does_not_say_how_many_tokens_it_knows(place, tmp_path
         assert (code, stderr, stdout.endswith("OK\n")) == (0, "", True)
 
 
+@pytest.mark.parametrize("what", ["scores", "plan", "targets"])
+def test_pruning_without_data_where_the_run_needs_none(what, place, tmp_path):
+    """Scores or a plan that are there; a search that only lists its candidates."""
+    flags = f"--load {place}/teacher --seq-length 16 --micro-batch-size 1 --importance random"
+    if what == "targets":
+        (tmp_path / "space.yaml").write_text("hidden_size: [40]")
+        line = f"--target-params 1e5 --target-tolerance 0.9 --search-space {tmp_path}/space.yaml"
+    else:
+        line = "--target-hidden-size 40"
+        made = f"{flags} {line} --{what} {tmp_path}/{what}"
+        code, _, stderr = run_here(["prune.py", *shlex.split(made)])
+        assert (code, (tmp_path / what).exists()) == (0, True), stderr
+        line += f" --save {tmp_path}/new"
+    line = f"{flags} {line} --{what} {tmp_path}/{what}".replace(" --importance random", "")
+    code, stdout, stderr = dry("prune.py", line)
+    assert (code, stderr, "forward passes" in stdout) == (0, "", False)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
