@@ -100,7 +100,7 @@ class Checkpoint:
         """The architecture of its model."""
         try:
             return Arch.from_args(self.args)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise UserError(
                 f"{self.folder}: the saved args do not describe a model ({error}).", CHECKPOINT
             ) from error
@@ -188,7 +188,7 @@ def _args_beside(folder: Path) -> dict[str, Any]:
     rows = SliceReader(folder).shapes.get(FIRST_WEIGHT, ((0,), None))[0][0]
     try:
         args = bridge.read_args(folder, rows)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: {error}.", CHECKPOINT) from error
     if args is None:
         raise UserError(

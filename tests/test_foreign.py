@@ -264,7 +264,11 @@ def test_sizes_of_bridge_and_nemo(tmp_path):
     (bridge / "iter_0000005/run_config.yaml").write_text(yaml.safe_dump(config))
     code, line = fail("tools.inspect_checkpoint", ["--load", str(bridge)])
     assert (code, "window_size is [4095, 0]" in line) == (CHECKPOINT, True)
-    for text in ("model: !!python/object/apply:os.mkdir [x]", "{", "[]"):
+    config["model"] = bridge_yaml(LLAMA) | {"num_layers": "4"}
+    (bridge / "iter_0000005/run_config.yaml").write_text(yaml.safe_dump(config))
+    code, line = fail("tools.inspect_checkpoint", ["--load", str(bridge)])
+    assert (code, "the saved args do not describe a model" in line) == (CHECKPOINT, True)
+    for text in ("model: !!python/object/apply:os.mkdir [x]", "{", "[]", "model:"):
         (bridge / "iter_0000005/run_config.yaml").write_text(text)
         code, line = fail("tools.inspect_checkpoint", ["--load", str(bridge)])
         assert (code, "run_config.yaml cannot be read" in line) == (CHECKPOINT, True)
