@@ -185,9 +185,9 @@ def read(root: str, step: int | None = None) -> Checkpoint:
 
 def _args_beside(folder: Path) -> dict[str, Any]:
     """Return the args of a checkpoint that has none, from the files of those who write none."""
-    rows = SliceReader(folder).shapes.get(FIRST_WEIGHT, ((0,), None))[0][0]
+    size, dtype = SliceReader(folder).shapes.get(FIRST_WEIGHT, ((0,), torch.float32))
     try:
-        args = bridge.read_args(folder, rows)
+        args = bridge.read_args(folder, size[0])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: {error}.", CHECKPOINT) from error
     if args is None:
@@ -196,7 +196,7 @@ def _args_beside(folder: Path) -> dict[str, Any]:
             "not known.",
             CHECKPOINT,
         )
-    return args
+    return {**args, "params_dtype": dtype}
 
 
 def verify_integrity(folder: Path) -> None:

@@ -242,6 +242,22 @@ def bridge_yaml(arch):
     }
 
 
+def in_half_precision(model):
+    model.bfloat16()
+
+
+def test_precision_of_a_checkpoint_that_does_not_say_it(tmp_path):
+    own, nemo = str(tmp_path / "own"), tmp_path / "nemo"
+    write_model(own, LLAMA, in_half_precision)
+    run_ranks(1, rewrite, own, nemo, "NeMo", None, "weights")
+    (nemo / "context").mkdir()
+    (nemo / "context/model.yaml").write_text(yaml.safe_dump({"config": bridge_yaml(LLAMA)}))
+    succeed("prune", ["--load", str(nemo), "--save", str(tmp_path / "pruned"), *RANDOM])
+    for folder in (nemo, tmp_path / "pruned"):
+        assert checkpoint.read(str(folder)).args["params_dtype"] == torch.bfloat16
+    assert checkpoint.read(str(tmp_path / "pruned")).args["bf16"]
+
+
 def test_sizes_of_bridge_and_nemo(tmp_path):
     own = str(tmp_path / "own")
     write_model(own, LLAMA)
