@@ -208,15 +208,22 @@ def verify_integrity(folder: Path) -> None:
     if not (folder / INTEGRITY).exists():
         warn(f"{folder}: no {INTEGRITY}; damage would go unnoticed.")
         return
-    expected = json.loads((folder / INTEGRITY).read_text())["files"]
+    try:
+        expected = json.loads((folder / INTEGRITY).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder / INTEGRITY} cannot be read: {reason}.", CHECKPOINT) from error
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     problems = []
     for name in sorted(expected)[rank::world_size]:
         path = folder / name
-        if not path.exists():
+        try:
+            if sha256(path) != expected[name]:
+                problems.append(f"{path} is damaged: its SHA-256 differs from {INTEGRITY}")
+        except FileNotFoundError:
             problems.append(f"{path} is missing")
-        elif sha256(path) != expected[name]:
-            problems.append(f"{path} is damaged: its SHA-256 differs from {INTEGRITY}")
+        except OSError as error:
+            problems.append(f"{path} cannot be read: {error.strerror}")
     problems = [problem for part in gather(problems) for problem in part]
     if problems:
         raise UserError(f"{problems[0]}.", CHECKPOINT)

@@ -318,6 +318,12 @@ def test_damage_is_named_on_every_rank(tmp_path):
     shard.unlink()
     messages = run_ranks(2, read_into, str(tmp_path), LLAMA)
     assert all(f"{shard} is missing" in message for message in messages)
+    shard.mkdir()  # an error of reading that one rank alone meets
+    messages = run_ranks(2, read_into, str(tmp_path), LLAMA)
+    assert all(f"{shard} cannot be read: Is a directory" in message for message in messages)
+    (shard.parent / checkpoint.INTEGRITY).write_text("{")
+    messages = run_ranks(2, read_into, str(tmp_path), LLAMA)
+    assert all("integrity.json cannot be read: " in message for message in messages)
 
 
 def save_that_dies(folder, arch, phase):
