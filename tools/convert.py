@@ -171,7 +171,10 @@ def rehearse_import(options: Import, dry: Dry) -> None:
     if path is None:
         raise UserError(f"--hf {own}: not there; --load-config can say the sizes.", CHECKPOINT)
     arch = config_arch(
-        "--hf" if own.exists() else "--load-config", path, options.make_vocab_size_divisible_by
+        "--hf" if own.exists() else "--load-config",
+        path,
+        options.make_vocab_size_divisible_by,
+        options.max_position_embeddings,
     )
     held = max(
         math.prod(shape(weight, arch)) // (arch.num_experts if is_of_experts(weight) else 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_ext import checkpoint, checkpoint_writer
 from megatron_ext.arch import Arch, weights
 from megatron_ext.checkpoint_writer import Readers
-from megatron_ext.convert.config import arch_of, family_of
+from megatron_ext.convert.config import arch_of, family_of, with_positions
 from megatron_ext.convert.families import Family
 from megatron_ext.convert.hf_folder import CONFIG, HfFolder
 from megatron_ext.convert.pieces import Piece, pieces
@@ -50,10 +50,7 @@ def import_folder(
             config, files that are missing or damaged. Nothing is written then.
     """
     source = on_all_ranks(lambda: HfFolder(folder))
-    config = source.config
-    if max_position_embeddings is not None:
-        key = "n_positions" if "n_positions" in config else "max_position_embeddings"
-        config = {**config, key: max_position_embeddings}
+    config = with_positions(source.config, max_position_embeddings)
     vocab_size = on_first_rank(lambda: tokenizer_size(source))
     try:
         family = family_of(config)
