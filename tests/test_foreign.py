@@ -364,6 +364,18 @@ def test_code_runs_only_where_it_is_trusted(form, place, tmp_path):
         mark.rmdir()
 
 
+def test_an_estimate_reads_what_is_trusted(tmp_path):
+    own, root, mark = str(tmp_path / "own"), tmp_path / "foreign", tmp_path / "executed"
+    write_model(own, LLAMA)
+    run_ranks(1, rewrite_with_code, own, root, "core 0.16", "args", str(mark))
+    flags = ["--load", str(root), "--seq-length", "16", "--micro-batch-size", "1"]
+    code, line = fail("tools.estimate", flags)
+    assert (code, "os.makedirs, which is refused" in line) == (CHECKPOINT, True)
+    assert not mark.exists()
+    succeed("tools.estimate", [*flags, "--trust-checkpoint"])
+    assert mark.exists()
+
+
 def test_objects_among_the_tensors_are_plain_or_refused(tmp_path):
     """Extra states are not read from other forms at all; where core reads them, they are plain."""
     own, mark = str(tmp_path / "own"), tmp_path / "executed"
