@@ -251,6 +251,9 @@ def test_conversions(place, tmp_path):
     assert (code, stderr, stdout.endswith("OK\n")) == (0, "", True)
     assert "holds one file at a time, at most 0.00 GB" in stdout
     assert "hidden 40" in stdout
+    for flag in ("--vocab-size 99", f"--tokenizer-model {place}/nowhere"):
+        code, _, stderr = convert(f"{line} {flag}")
+        assert (code, stderr.startswith(f"ERROR: {flag}: ")) == (USAGE, True)
     code, _, stderr = convert(f"{line} --hidden-size 41")
     assert (code, "other sizes" in stderr) == (CHECKPOINT, True)
     code, _, stderr = convert(f"{line.replace('mistral', 'gpt2')}")
