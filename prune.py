@@ -39,6 +39,7 @@ from megatron_ext.flags import (
     megatron_command_line,
     parse_prune,
 )
+from megatron_ext.masked import FRAME
 from megatron_ext.model import build_model, model_state_dict
 from megatron_ext.platform import Platform
 from megatron_ext.pruning.aggregation import Aggregation
@@ -283,7 +284,7 @@ def calibration_data(flags: PruneFlags, source: Checkpoint, place: Platform) -> 
         lambda: data_check.check_distinct(
             "--calibration-samples",
             flags.data,
-            seq_length=flags.batch.seq_length,
+            seq_length=flags.batch.seq_length - FRAME * source.arch.is_bert,
             num_samples=num_samples,
         )
     )

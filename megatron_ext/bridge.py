@@ -82,6 +82,8 @@ def read_args(folder: Path, embedding_rows: int) -> dict[str, Any] | None:
                 model = yaml.safe_load((folder / name).read_text())[key]
             except (yaml.YAMLError, KeyError, TypeError) as error:
                 raise ValueError(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
+            if not isinstance(model, Mapping):
+                raise ValueError(f"{name} cannot be read: {key} is no table")
             return args_of(model, embedding_rows)
     return None
 

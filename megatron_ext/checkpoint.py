@@ -100,7 +100,7 @@ class Checkpoint:
         """The architecture of its model."""
         try:
             return Arch.from_args(self.args)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise UserError(
                 f"{self.folder}: the saved args do not describe a model ({error}).", CHECKPOINT
             ) from error
@@ -185,10 +185,10 @@ def read(root: str, step: int | None = None) -> Checkpoint:
 
 def _args_beside(folder: Path) -> dict[str, Any]:
     """Return the args of a checkpoint that has none, from the files of those who write none."""
-    rows = SliceReader(folder).shapes.get(FIRST_WEIGHT, ((0,), None))[0][0]
+    size, dtype = SliceReader(folder).shapes.get(FIRST_WEIGHT, ((0,), torch.float32))
     try:
-        args = bridge.read_args(folder, rows)
-    except (ValueError, KeyError) as error:
+        args = bridge.read_args(folder, size[0])
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: {error}.", CHECKPOINT) from error
     if args is None:
         raise UserError(
@@ -196,7 +196,7 @@ def _args_beside(folder: Path) -> dict[str, Any]:
             "not known.",
             CHECKPOINT,
         )
-    return args
+    return {**args, "params_dtype": dtype}
 
 
 def verify_integrity(folder: Path) -> None:
@@ -208,15 +208,22 @@ def verify_integrity(folder: Path) -> None:
     if not (folder / INTEGRITY).exists():
         warn(f"{folder}: no {INTEGRITY}; damage would go unnoticed.")
         return
-    expected = json.loads((folder / INTEGRITY).read_text())["files"]
+    try:
+        expected = json.loads((folder / INTEGRITY).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder / INTEGRITY} cannot be read: {reason}.", CHECKPOINT) from error
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     problems = []
     for name in sorted(expected)[rank::world_size]:
         path = folder / name
-        if not path.exists():
+        try:
+            if sha256(path) != expected[name]:
+                problems.append(f"{path} is damaged: its SHA-256 differs from {INTEGRITY}")
+        except FileNotFoundError:
             problems.append(f"{path} is missing")
-        elif sha256(path) != expected[name]:
-            problems.append(f"{path} is damaged: its SHA-256 differs from {INTEGRITY}")
+        except OSError as error:
+            problems.append(f"{path} cannot be read: {error.strerror}")
     problems = [problem for part in gather(problems) for problem in part]
     if problems:
         raise UserError(f"{problems[0]}.", CHECKPOINT)
@@ -253,7 +260,7 @@ def load(
         loaded = dist_checkpointing.load(state, str(folder))
         on_all_ranks(lambda: _check_extra_states(loaded))
     except (Exception, CheckpointException) as error:
-        reason = str(error).splitlines()[-1]
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
         raise UserError(f"{folder} cannot be read: {reason}", CHECKPOINT) from error
     for chunk, key in absent:
         loaded[chunk][key] = None

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron_ext.checkpoint import INTEGRITY, RELEASE, TRACKER, sha256
 from megatron_ext.errors import RUNTIME, UserError
-from megatron_ext.together import gather, on_first_rank
+from megatron_ext.together import gather, on_all_ranks, on_first_rank
 
 # Name to content.
 Files = Mapping[str, str | bytes]
@@ -87,7 +87,7 @@ def save(
     except (Exception, CheckpointException) as error:  # torch derives it from BaseException
         if torch.distributed.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
         free = shutil.disk_usage(top).free / 2**30 if top.exists() else 0
         raise UserError(
             f"--save {root}: {name} could not be written: {reason} ({free:.1f} GiB are free there)",
@@ -145,7 +145,7 @@ def _hash_own_files(folder: Path) -> dict[str, str]:
     if rank == 0:
         own += [folder / name for name in ("common.pt", "metadata.json", ".metadata")]
     hashes: dict[str, str] = {}
-    for part in gather({path.name: sha256(path) for path in own}):
+    for part in gather(on_all_ranks(lambda: {path.name: sha256(path) for path in own})):
         hashes |= part
     return hashes
 

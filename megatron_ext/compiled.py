@@ -26,8 +26,8 @@ def library(source: Path) -> ctypes.CDLL | None:
     # A home folder may be shared by machines of other kinds, for which -march=native means others.
     described = (source.read_bytes(), " ".join(OPTIONS).encode(), _processor().encode())
     name = f"{source.stem}-{hashlib.sha256(b'|'.join(described)).hexdigest()[:16]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_ext"
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_ext"
         if not (cache / name).exists():
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as scratch:  # ranks may compile at once
@@ -36,7 +36,7 @@ def library(source: Path) -> ctypes.CDLL | None:
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 built.replace(cache / name)
         return ctypes.CDLL(str(cache / name))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError, RuntimeError):  # the last: a user without a home
         return None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ext import checkpoint, data, data_check
 from megatron_ext import estimate_report as report
 from megatron_ext.arch import Arch
-from megatron_ext.convert.config import arch_of
+from megatron_ext.convert.config import arch_of, with_positions
 from megatron_ext.distillation.settings import check_models, check_stored_teacher
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.estimate import GPUS
@@ -68,9 +68,14 @@ def arch_at(flag: str, folder: str | None, step: int | None, config: str | None)
     return config_arch(option, config), config
 
 
-def config_arch(flag: str, path: str, multiple: int = VOCAB_MULTIPLE) -> Arch:
-    """Return the sizes in a config.json, its vocabulary padded to ``multiple`` as import does."""
-    config = read_config(flag, path)
+def config_arch(
+    flag: str, path: str, multiple: int = VOCAB_MULTIPLE, positions: int | None = None
+) -> Arch:
+    """Return the sizes in a config.json, its vocabulary padded to ``multiple`` as import does.
+
+    ``positions`` in place of those of the file, if given.
+    """
+    config = with_positions(read_config(flag, path), positions)
     try:
         return arch_of(config, make_vocab_size_divisible_by=multiple)
     except ValueError as error:

@@ -197,16 +197,18 @@ def of_pruning(
     one more for each block of layers that may go. Trimming is reading and writing.
     """
     arch, options = source[0], flags.prune
+    is_measured = measures(flags.checkpoint, options)
     layout = layout_of(flags, world_size, global_batch_size=options.calibration_samples)
     whole = placed(arch, flags.parallel)
-    compares = options.depth_importance != "block"
+    compares = is_measured and options.depth_importance != "block"
     lines = [model_line("source", *source)]
     lines += [model_line("target", *target, way="to") for target in targets]
     lines.append(layout_line(layout, flags.parallel))
     needs = forward_memory(whole, layout, logits=compares)
-    if not measures(flags.checkpoint, options):
+    if not is_measured:
         needs = {}
-    share = sum(num_parameters(target) for target, _ in targets[:1]) * layout.param_bytes
+    largest = max((num_parameters(target) for target, _ in targets), default=0)
+    share = largest * layout.param_bytes
     lines.append(f"{'trim':12}{share / world_size / GB:.2f} GB of host memory a rank")
     if needs:
         lines.append(memory_table(needs))

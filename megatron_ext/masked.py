@@ -45,8 +45,8 @@ def special_tokens(tokenizer: Any) -> SpecialTokens:
     Raises:
         UserError: it has no [CLS], [SEP] or [MASK].
     """
-    ids = {name: getattr(tokenizer, name, None) for name in ("cls", "sep", "mask")}
-    missing = [name for name, number in ids.items() if number is None or number < 0]
+    ids = {name: _id_of(tokenizer, name) for name in ("cls", "sep", "mask")}
+    missing = [name for name, number in ids.items() if number is None]
     if missing:
         raise UserError(
             f"the tokenizer has no {missing[0]} token, which a BertModel's samples need: give "
@@ -54,8 +54,16 @@ def special_tokens(tokenizer: Any) -> SpecialTokens:
             "tokenizer.",
             DATA,
         )
-    pad = getattr(tokenizer, "pad", None)
-    return SpecialTokens(**ids, pad=pad or 0, eod=tokenizer.eod, vocab_size=tokenizer.vocab_size)
+    pad = _id_of(tokenizer, "pad") or 0
+    return SpecialTokens(**ids, pad=pad, eod=tokenizer.eod, vocab_size=tokenizer.vocab_size)
+
+
+def _id_of(tokenizer: Any, name: str) -> int | None:
+    try:
+        number = getattr(tokenizer, name)
+    except (AttributeError, NameError):  # the second from megatron-core's SentencePieceTokenizer
+        return None
+    return None if number is None or number < 0 else number
 
 
 class MaskedTokens(Dataset):

@@ -264,9 +264,6 @@ def _build_chunk(
     else:
         model = _build_gpt(arch, config, num_layers, **place)
     model.num_tokens = arch.vocab_size
-    if model.pre_process:
-        # megatron-core makes learned positions in float32 and leaves it to its users to convert.
-        model.embedding.to(config.params_dtype)
     for name, parameter in model.named_parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         if ".mlp.experts." in name:

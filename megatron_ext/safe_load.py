@@ -209,10 +209,15 @@ def check_extra_state(state: Any) -> None:
     """Refuse an ``_extra_state`` that would run code: Transformer Engine unpickles its bytes.
 
     Args:
-        state: [n] uint8, or None.
+        state: [n] uint8; of old versions a file in memory, of ``torch.save``; or None.
 
     Raises:
         pickle.UnpicklingError: it asks for something else than a recipe and tensors.
     """
-    if not _is_trusted and isinstance(state, torch.Tensor) and state.numel():
+    if _is_trusted:
+        return
+    if isinstance(state, io.BytesIO):
+        state.seek(0)
+        load_plain(state)
+    elif isinstance(state, torch.Tensor) and state.numel():
         _ExtraStateUnpickler(io.BytesIO(state.cpu().numpy().tobytes())).load()

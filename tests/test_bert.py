@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
 from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -359,6 +360,18 @@ def test_depth_scores_do_not_depend_on_the_layout(depth, place, tmp_path):
     layers = one.vectors["layers"]
     torch.testing.assert_close(layers, two.vectors["layers"], rtol=1e-4, atol=1e-6)
     assert layers.unique().numel() == BERT.num_layers
+
+
+def test_all_the_data_can_be_asked_for(place, tmp_path):
+    """A sample of 16 positions takes 14 tokens of text."""
+    documents = IndexedDataset(place.corpus)
+    tokens = int(documents.sequence_lengths[: round(0.8 * len(documents))].sum())
+    count = (tokens - 1) // 14
+    flags = ["--load", str(place.folder / "teacher"), *place.data, "--target-num-layers", "3"]
+    flags += ["--scores", str(tmp_path / "scores"), "--calibration-samples"]
+    code, line = fail("prune", [*flags, str(count + 1)])
+    assert (code, f"has only {count} samples of 14 tokens" in line) == (DATA, True)
+    succeed("prune", [*flags, str(count)])
 
 
 # What is refused.

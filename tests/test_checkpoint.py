@@ -318,6 +318,12 @@ def test_damage_is_named_on_every_rank(tmp_path):
     shard.unlink()
     messages = run_ranks(2, read_into, str(tmp_path), LLAMA)
     assert all(f"{shard} is missing" in message for message in messages)
+    shard.mkdir()  # an error of reading that one rank alone meets
+    messages = run_ranks(2, read_into, str(tmp_path), LLAMA)
+    assert all(f"{shard} cannot be read: Is a directory" in message for message in messages)
+    (shard.parent / checkpoint.INTEGRITY).write_text("{")
+    messages = run_ranks(2, read_into, str(tmp_path), LLAMA)
+    assert all("integrity.json cannot be read: " in message for message in messages)
 
 
 def save_that_dies(folder, arch, phase):
@@ -359,13 +365,26 @@ def test_a_kill_while_saving_leaves_a_good_checkpoint(phase, tmp_path):
     assert checkpoint.read(str(tmp_path)).iteration == 5
 
 
-def save_that_fails(folder, arch):
+def save_that_fails(folder, arch, reason):
     write(folder, arch)
 
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise OSError(28, reason)
 
-    torch.distributed.checkpoint.FileSystemWriter.write_data = full
+    def unreadable(path):
+        if torch.distributed.get_rank() == 1:
+            raise OSError(5, reason)
+        return checkpoint.sha256(path)
+
+    def silent(*_, **__):
+        raise AssertionError
+
+    if reason == "No space left on device":
+        torch.distributed.checkpoint.FileSystemWriter.write_data = full
+    elif reason == "Input/output error":
+        checkpoint_writer.sha256 = unreadable
+    else:
+        dist_checkpointing.save = silent
     try:
         chunks = build_model(arch, ModelOptions(), groups_now(), seed=8)
         checkpoint_writer.save(
@@ -378,9 +397,13 @@ def save_that_fails(folder, arch):
         return str(error)
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
-    messages = run_ranks(2, save_that_fails, str(tmp_path), LLAMA)
-    assert all("No space left" in m and "GiB are free" in m for m in messages)
+@pytest.mark.parametrize(
+    "reason", ["No space left on device", "Input/output error", "AssertionError()"]
+)
+def test_a_full_or_bad_disk_keeps_the_old_checkpoint(reason, tmp_path):
+    """The second error meets one rank alone, the third says nothing."""
+    messages = run_ranks(2, save_that_fails, str(tmp_path), LLAMA, reason)
+    assert all(reason in m and "GiB are free" in m for m in messages)
     assert checkpoint.read(str(tmp_path)).iteration == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "iter_0000003",

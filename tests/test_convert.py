@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatron_ext import checkpoint, platform
@@ -19,7 +20,7 @@ from megatron_ext.convert.config import arch_of, config_of
 from megatron_ext.convert.exporter import export_folder
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.importer import import_folder
-from megatron_ext.errors import CHECKPOINT, USAGE, UserError
+from megatron_ext.errors import CHECKPOINT, RUNTIME, USAGE, UserError
 from megatron_ext.model import ModelOptions, build_model
 from megatron_ext.training.state import restore_weights
 from tests.models import LLAMA
@@ -480,6 +481,22 @@ def test_a_kill_while_exporting_leaves_nothing_that_looks_complete(folders, tmp_
     assert not list(tmp_path.glob("**/config.json"))
     succeed("tools.convert", flags)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def fill_the_disk():
+    def save_file(*args, **kwargs):
+        raise SafetensorError("Error while serializing: No space left on device")
+
+    exporter.save_file = save_file
+
+
+def test_what_cannot_be_exported_is_said_in_a_line_and_leaves_nothing(folders, tmp_path):
+    flags = ["export", "--load", str(folders / "qwen2/megatron"), "--hf", str(tmp_path / "hf")]
+    code, line = fail("tools.convert", flags, 2, before=fill_the_disk)
+    assert (code, "No space left on device" in line) == (RUNTIME, True)
+    code, line = fail("tools.convert", [*flags, "--tokenizer-model", str(tmp_path)], 2)
+    assert (code, "no tokenizer files there" in line) == (USAGE, True)
+    assert list(tmp_path.iterdir()) == []
 
 
 BAD = {

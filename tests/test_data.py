@@ -25,6 +25,7 @@ from megatron_ext.data import (
 from megatron_ext.data_check import parse_split
 from megatron_ext.errors import DATA, USAGE, UserError
 from megatron_ext.flag_groups import TrainData
+from megatron_ext.masked import special_tokens
 from tests.ranks import run_ranks
 
 VOCAB = 1001  # of NullTokenizer with --vocab-size 1000; eod is 1000
@@ -443,6 +444,8 @@ def test_sentencepiece(kind, tmp_path):
     assert (tokenizer.vocab_size, tokenizer.eod) == (processor.vocab_size(), 2)
     assert tokenizer.tokenize("make words") == processor.encode("make words")
     assert tokenizer.detokenize(tokenizer.tokenize("make words")) == "make words"
+    with pytest.raises(UserError, match="has no cls token"):
+        special_tokens(tokenizer)
 
 
 def test_bad_tokenizers(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext import checkpoint
 from megatron_ext.distillation import stored
 from megatron_ext.errors import CHECKPOINT, DATA, USAGE
 from tests.models import LLAMA
@@ -184,6 +185,40 @@ def test_pruning(place, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_checkpoint_that_does_not_say_how_many_tokens_it_knows(place, tmp_path):
+    """Megatron-LM's: the tokenizer says so, as in the run itself."""
+    shutil.copytree(place / "teacher", tmp_path / "teacher")
+    (path,) = tmp_path.glob("teacher/*/common.pt")
+    common = torch.load(path, weights_only=False)
+    vars(common["args"]).update(vocab_size=None, tokenizer_type="GPT2BPETokenizer")
+    torch.save(common, path)
+    assert not checkpoint.read(str(tmp_path / "teacher")).knows_tokens
+    teacher = f"{tmp_path}/teacher"
+    prune = f"--load {teacher} --save {tmp_path}/new --calibration-samples 8 {data_of(place)}"
+    distil = f"--load {place}/student --teacher-load {teacher} {data_of(place)} {RUN}"
+    for program, line in (("prune.py", prune), ("pretrain_distill.py", distil)):
+        code, stdout, stderr = dry(program, line)
+        assert (code, stderr, stdout.endswith("OK\n")) == (0, "", True)
+
+
+@pytest.mark.parametrize("what", ["scores", "plan", "targets"])
+def test_pruning_without_data_where_the_run_needs_none(what, place, tmp_path):
+    """Scores or a plan that are there; a search that only lists its candidates."""
+    flags = f"--load {place}/teacher --seq-length 16 --micro-batch-size 1 --importance random"
+    if what == "targets":
+        (tmp_path / "space.yaml").write_text("hidden_size: [40]")
+        line = f"--target-params 1e5 --target-tolerance 0.9 --search-space {tmp_path}/space.yaml"
+    else:
+        line = "--target-hidden-size 40"
+        made = f"{flags} {line} --{what} {tmp_path}/{what}"
+        code, _, stderr = run_here(["prune.py", *shlex.split(made)])
+        assert (code, (tmp_path / what).exists()) == (0, True), stderr
+        line += f" --save {tmp_path}/new"
+    line = f"{flags} {line} --{what} {tmp_path}/{what}".replace(" --importance random", "")
+    code, stdout, stderr = dry("prune.py", line)
+    assert (code, stderr, "forward passes" in stdout) == (0, "", False)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -220,10 +255,21 @@ def test_conversions(place, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     code, stdout, _ = convert(f"import --dry-run --hf {tmp_path} --save x --load-config {{c}}")
     assert (code, "16 layers" in stdout) == (0, True)
+    # Mistral-7B-v0.1, as far as its window does not cut.
+    windowed = config | {"model_type": "mistral", "sliding_window": 4096, "rope_scaling": None}
+    (tmp_path / "config.json").write_text(json.dumps(windowed))
+    line = f"import --dry-run --hf {tmp_path} --save x"
+    code, _, stderr = convert(line)
+    assert (code, "sliding_window 4096 is shorter" in stderr) == (CHECKPOINT, True)
+    assert convert(f"{line} --max-position-embeddings 4096")[0] == 0
     line = f"export --dry-run --load {place}/student --hf {tmp_path}/new --model-type mistral"
-    code, stdout, stderr = convert(f"{line} --hidden-size 40")
+    code, stdout, stderr = convert(f"{line} --hidden-size 40 --max-shard-size 20KB")
     assert (code, stderr, stdout.endswith("OK\n")) == (0, "", True)
+    assert "holds one file at a time, at most 0.00 GB" in stdout
     assert "hidden 40" in stdout
+    for flag in ("--vocab-size 99", f"--tokenizer-model {place}/nowhere"):
+        code, _, stderr = convert(f"{line} {flag}")
+        assert (code, stderr.startswith(f"ERROR: {flag}: ")) == (USAGE, True)
     code, _, stderr = convert(f"{line} --hidden-size 41")
     assert (code, "other sizes" in stderr) == (CHECKPOINT, True)
     code, _, stderr = convert(f"{line.replace('mistral', 'gpt2')}")

@@ -3,6 +3,8 @@
 The layers are a stand-in (``tests.engine``); ``tools/gpu_check.sh`` compares the real ones.
 """
 
+import io
+import pickle
 from argparse import Namespace
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext import checkpoint, checkpoint_writer, platform
+from megatron_ext import checkpoint, checkpoint_writer, platform, safe_load
 from megatron_ext.errors import UserError
 from megatron_ext.model import ModelOptions, build_model, model_state_dict
 from megatron_ext.pruning.depth import skipped
@@ -131,6 +133,17 @@ def test_scales_that_would_run_code_are_refused(tmp_path, capfd):
     with pytest.raises(AssertionError, match=r"asks for builtins\.print, which is refused"):
         run_ranks(1, save_and_load, str(tmp_path), LLAMA, ENGINE, ENGINE, Harmful)
     assert "run by a checkpoint" not in capfd.readouterr().out
+
+
+def test_scales_as_old_versions_hold_them():
+    for content in (SCALES, {"recipe": Harmful()}):
+        file = io.BytesIO()
+        torch.save(content, file)
+        if content is SCALES:
+            safe_load.check_extra_state(file)
+            continue
+        with pytest.raises(pickle.UnpicklingError, match="which is refused"):
+            safe_load.check_extra_state(file)
 
 
 def trim_and_load(folder, arch, sizes, remembered):

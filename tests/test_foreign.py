@@ -16,12 +16,13 @@ from megatron.core.transformer import enums
 from safetensors.torch import load_file
 
 from megatron_ext import checkpoint, checkpoint_writer, platform, saved_args
+from megatron_ext.arch import LAYER_PREFIXES
 from megatron_ext.bridge import args_of
 from megatron_ext.errors import CHECKPOINT, USAGE
 from megatron_ext.model import ModelOptions, build_model
 from megatron_ext.slices import layer_key
 from megatron_ext.training.state import restore_weights
-from tests.models import GPT2, LLAMA, MOE, random_batch
+from tests.models import BERT, GPT2, LLAMA, MOE, random_batch
 from tests.programs import (
     assert_same_bytes,
     data_flags,
@@ -55,7 +56,7 @@ def rewrite(source, root, form, args, name="iter_0000005", objects=()):
     prefix, per_layer, is_object = FORMS[form]
     state = {}
     for key, tensor in read_tensors(source).items():
-        is_split = per_layer and key.startswith("decoder.layers.")
+        is_split = per_layer and key.startswith(LAYER_PREFIXES)
         parts = enumerate(tensor) if is_split else [(None, tensor)]
         for layer, part in parts:
             named = prefix + (key if layer is None else layer_key(key, layer))
@@ -121,6 +122,37 @@ def test_every_form_is_the_same_model(forms, tp, pp):
         for form, found in zip(FORMS, rank[1:], strict=True):
             for name in found if pp > 1 else [...]:
                 assert torch.equal(found[name], rank[0][name]), f"{form} {name}"
+
+
+def padded_on_two_ranks(root, padded_vocab_size):
+    groups = platform.initialize(tensor_model_parallel_size=2).groups
+    found = {}
+    for form in ("own", *FORMS):
+        source = checkpoint.read(str(root / form))
+        arch = replace(source.arch, padded_vocab_size=padded_vocab_size)
+        (model,) = build_model(arch, ModelOptions(), groups)
+        restore_weights([model], source, repad=True)
+        found[form] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return found
+
+
+def test_a_vocabulary_padded_so_that_a_rank_has_no_row_of_it(tmp_path):
+    """BERT's has a bias too."""
+    write_model(str(tmp_path / "own"), BERT)
+    run_ranks(1, rewrite_all, tmp_path, BERT.to_args())
+    rows = 4 * BERT.padded_vocab_size
+    whole, ranks = (
+        read_tensors(str(tmp_path / "own")),
+        run_ranks(2, padded_on_two_ranks, tmp_path, rows),
+    )
+    for rank, found in enumerate(ranks):
+        for form, parameters in found.items():
+            for name, parameter in parameters.items():
+                assert torch.equal(parameter, found["own"][name]), f"{form} {name}"
+        for name in ("embedding.word_embeddings.weight", "output_layer.bias"):
+            expected = torch.zeros(rows, *whole[name].shape[1:])
+            expected[: len(whole[name])] = whole[name]
+            assert torch.equal(found["own"][name], expected.chunk(2)[rank]), name
 
 
 def test_every_form_is_pruned_and_leaves(forms, tmp_path):
@@ -210,6 +242,22 @@ def bridge_yaml(arch):
     }
 
 
+def in_half_precision(model):
+    model.bfloat16()
+
+
+def test_precision_of_a_checkpoint_that_does_not_say_it(tmp_path):
+    own, nemo = str(tmp_path / "own"), tmp_path / "nemo"
+    write_model(own, LLAMA, in_half_precision)
+    run_ranks(1, rewrite, own, nemo, "NeMo", None, "weights")
+    (nemo / "context").mkdir()
+    (nemo / "context/model.yaml").write_text(yaml.safe_dump({"config": bridge_yaml(LLAMA)}))
+    succeed("prune", ["--load", str(nemo), "--save", str(tmp_path / "pruned"), *RANDOM])
+    for folder in (nemo, tmp_path / "pruned"):
+        assert checkpoint.read(str(folder)).args["params_dtype"] == torch.bfloat16
+    assert checkpoint.read(str(tmp_path / "pruned")).args["bf16"]
+
+
 def test_sizes_of_bridge_and_nemo(tmp_path):
     own = str(tmp_path / "own")
     write_model(own, LLAMA)
@@ -232,7 +280,11 @@ def test_sizes_of_bridge_and_nemo(tmp_path):
     (bridge / "iter_0000005/run_config.yaml").write_text(yaml.safe_dump(config))
     code, line = fail("tools.inspect_checkpoint", ["--load", str(bridge)])
     assert (code, "window_size is [4095, 0]" in line) == (CHECKPOINT, True)
-    for text in ("model: !!python/object/apply:os.mkdir [x]", "{", "[]"):
+    config["model"] = bridge_yaml(LLAMA) | {"num_layers": "4"}
+    (bridge / "iter_0000005/run_config.yaml").write_text(yaml.safe_dump(config))
+    code, line = fail("tools.inspect_checkpoint", ["--load", str(bridge)])
+    assert (code, "the saved args do not describe a model" in line) == (CHECKPOINT, True)
+    for text in ("model: !!python/object/apply:os.mkdir [x]", "{", "[]", "model:"):
         (bridge / "iter_0000005/run_config.yaml").write_text(text)
         code, line = fail("tools.inspect_checkpoint", ["--load", str(bridge)])
         assert (code, "run_config.yaml cannot be read" in line) == (CHECKPOINT, True)
@@ -310,6 +362,18 @@ def test_code_runs_only_where_it_is_trusted(form, place, tmp_path):
         succeed(program, [*command, "--trust-checkpoint"])
         assert mark.exists()
         mark.rmdir()
+
+
+def test_an_estimate_reads_what_is_trusted(tmp_path):
+    own, root, mark = str(tmp_path / "own"), tmp_path / "foreign", tmp_path / "executed"
+    write_model(own, LLAMA)
+    run_ranks(1, rewrite_with_code, own, root, "core 0.16", "args", str(mark))
+    flags = ["--load", str(root), "--seq-length", "16", "--micro-batch-size", "1"]
+    code, line = fail("tools.estimate", flags)
+    assert (code, "os.makedirs, which is refused" in line) == (CHECKPOINT, True)
+    assert not mark.exists()
+    succeed("tools.estimate", [*flags, "--trust-checkpoint"])
+    assert mark.exists()
 
 
 def test_objects_among_the_tensors_are_plain_or_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The kernels in C against the same steps in torch, and where they decline."""
 
 import math
+import os
 import shutil
 from functools import partial
 
@@ -95,6 +96,11 @@ def test_without_a_compiler_torch_computes(monkeypatch, tmp_path):
     assert build() is None
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert build() is None
+    # A container's user who is not in /etc/passwd has no home.
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
     assert build() is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compiled, "OPTIONS", ("--no-such-option",))

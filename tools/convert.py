@@ -18,7 +18,7 @@ from megatron_ext import checkpoint, platform, safe_load
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.convert.config import config_of
-from megatron_ext.convert.exporter import export_folder
+from megatron_ext.convert.exporter import export_folder, tokenizer_files
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.hf_folder import CONFIG
 from megatron_ext.convert.importer import import_folder
@@ -166,7 +166,10 @@ def rehearse_import(options: Import, dry: Dry) -> None:
     if path is None:
         raise UserError(f"--hf {own}: not there; --load-config can say the sizes.", CHECKPOINT)
     arch = config_arch(
-        "--hf" if own.exists() else "--load-config", path, options.make_vocab_size_divisible_by
+        "--hf" if own.exists() else "--load-config",
+        path,
+        options.make_vocab_size_divisible_by,
+        options.max_position_embeddings,
     )
     finish(arch, path)
 
@@ -176,11 +179,17 @@ def rehearse_export(options: Export, sizes: dict[str, Any], dry: Dry) -> None:
     if Path(options.hf).exists():
         raise UserError(f"--hf {options.hf}: is there already.", USAGE)
     arch, where = arch_at("--load", options.load, options.ckpt_step, dry.load_config)
-    arch = with_sizes(arch, sizes, may_cut=where == dry.load_config)
-    if dry.load_config is not None:
-        origin = read_config("--load-config", dry.load_config)
+    if where == dry.load_config:
+        arch = with_sizes(arch, sizes, may_cut=True)
+        origin = read_config("--load-config", where)
     else:
-        origin = checkpoint.read(where).args.get("hf_config") or {}
+        source = checkpoint.read(where, options.ckpt_step)
+        if options.vocab_size is not None:
+            source = with_tokens(source, options.vocab_size)
+        if options.tokenizer_model is not None:
+            tokenizer_files(source, options.tokenizer_model)
+        arch = with_sizes(source.arch, sizes, may_cut=False)
+        origin = source.args.get("hf_config") or {}
     name = options.model_type or origin.get("model_type")
     if name not in FAMILIES:
         raise UserError(f"--model-type: choose one of {', '.join(FAMILIES)}.", USAGE)

@@ -69,6 +69,12 @@ def arch_of(
     )
 
 
+def with_positions(config: Config, number: int | None) -> dict[str, Any]:
+    """Return ``config`` for sequences of at most ``number`` tokens; None keeps its own length."""
+    key = "n_positions" if "n_positions" in config else "max_position_embeddings"
+    return dict(config) if number is None else {**config, key: number}
+
+
 def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[str, Any]:
     """Return the config.json of a model of ``arch``.
 

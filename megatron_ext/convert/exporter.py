@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_ext.arch import Arch
@@ -62,14 +63,14 @@ def export_folder(
     shards = into_shards(work, source.arch, max_shard_size // dtype.itemsize)
     names = shard_names(len(shards))
     index = index_of(shards, names, size_of(work, source.arch, rows) * dtype.itemsize)
+    files = tokenizer_files(source, tokenizer)
     final = Path(folder)
     aside = final.with_name(f".{final.name}.tmp")
     on_first_rank(lambda: _make_empty(aside, final))
     try:
         on_all_ranks(lambda: _write_shards(aside, reader, source.arch, shards, names, rows))
-        files = tokenizer_files(source, tokenizer)
         on_first_rank(lambda: _finish(aside, final, config, index, files))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"--hf {folder} cannot be written: {error}.") from error
     finally:
         if torch.distributed.get_rank() == 0:

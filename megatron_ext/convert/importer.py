@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_ext import checkpoint, checkpoint_writer
 from megatron_ext.arch import Arch, weights
 from megatron_ext.checkpoint_writer import Readers
-from megatron_ext.convert.config import arch_of, family_of
+from megatron_ext.convert.config import arch_of, family_of, with_positions
 from megatron_ext.convert.families import Family
 from megatron_ext.convert.hf_folder import CONFIG, HfFolder
 from megatron_ext.convert.pieces import Piece, pieces
@@ -50,10 +50,7 @@ def import_folder(
             config, files that are missing or damaged. Nothing is written then.
     """
     source = on_all_ranks(lambda: HfFolder(folder))
-    config = source.config
-    if max_position_embeddings is not None:
-        key = "n_positions" if "n_positions" in config else "max_position_embeddings"
-        config = {**config, key: max_position_embeddings}
+    config = with_positions(source.config, max_position_embeddings)
     vocab_size = on_first_rank(lambda: tokenizer_size(source))
     try:
         family = family_of(config)
@@ -73,7 +70,7 @@ def import_folder(
             "model": share,
             "args": complete(
                 arch,
-                args_of(arch, source, config, family, has_tokenizer=vocab_size is not None),
+                args_of(source, config, family, has_tokenizer=vocab_size is not None),
             ),
             "checkpoint_version": 3.0,
             "iteration": 0,
@@ -88,7 +85,7 @@ def import_folder(
 
 
 def args_of(
-    arch: Arch, source: HfFolder, config: dict[str, Any], family: Family, *, has_tokenizer: bool
+    source: HfFolder, config: dict[str, Any], family: Family, *, has_tokenizer: bool
 ) -> dict[str, Any]:
     """Return the checkpoint's args beside its sizes: precision, tokenizer, origin for an export."""
     (embedding,) = family.rows[EMBEDDING].names
