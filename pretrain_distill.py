@@ -65,8 +65,7 @@ def main() -> int:
         return dry_run.train(flags, flags.dry.world_size or world_size)
     start = find_start(flags)
     if start.resume:
-        done = start.source.args["consumed_train_samples"]
-        flags = phase.with_steps_left(flags, start.source.iteration, done)
+        flags = phase.with_steps_left(flags, start.source)
     teacher_load = flags.distill.teacher_load
     teacher = checkpoint.read(teacher_load) if teacher_load else None
     tokenizer = data.build_tokenizer(flags.data)

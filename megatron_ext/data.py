@@ -182,7 +182,7 @@ def batches(
     step = micro_batch_size * dp_size
     starts = range(consumed_samples, len(dataset) - step + 1, step)
     first = dp_rank * micro_batch_size
-    yield from DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=(range(s + first, s + first + micro_batch_size) for s in starts),
         num_workers=num_workers,
@@ -193,6 +193,13 @@ def batches(
         # (a resumed one) would drop out other units.
         generator=torch.Generator(),
     )
+    # Workers are born with SIGTERM blocked, in threads too that libraries start in them at once.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        stream = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    yield from stream
 
 
 def shard_for_context_parallel(
@@ -321,7 +328,6 @@ def _outlive_stop_signals(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def obey_parent() -> None:
         # Ignoring SIGTERM altogether would hang a parent that exits without using up its batches.

@@ -91,6 +91,8 @@ def run_here(argv: Sequence[str]) -> tuple[int, str, str]:
 
     Returns:
         Its code, output and errors.
+
+    A program that begins ranks changes torch, also for transformers' models in later tests.
     """
     folders = Path(argv[0]).with_suffix("").parts
     program = importlib.import_module(".".join(folders)).main
@@ -103,6 +105,7 @@ def run_here(argv: Sequence[str]) -> tuple[int, str, str]:
             code = error.code
         finally:
             sys.argv = before
+    assert not platform.emulate_cuda_on_cpu.cache_info().currsize, "run it with succeed()"
     return code, stdout.getvalue(), stderr.getvalue()
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.flags import TrainFlags
 
 BLENDS = ("data_path", "train_data_path")
@@ -45,13 +46,14 @@ def consumed_data_samples(saved: Mapping[str, Any], flags: TrainFlags) -> int:
     return saved.get("consumed_data_samples", saved["consumed_train_samples"])
 
 
-def with_steps_left(flags: TrainFlags, iteration: int, consumed_train_samples: int) -> TrainFlags:
+def with_steps_left(flags: TrainFlags, source: Checkpoint) -> TrainFlags:
     """Return ``flags`` whose --train-iters end a run of --train-samples that goes on from there."""
     batch = flags.batch
     if batch.train_samples is None:
         return flags
-    steps = max(0, batch.train_samples - consumed_train_samples) // batch.global_batch_size
-    return replace(flags, batch=replace(batch, train_iters=iteration + steps))
+    left = max(0, batch.train_samples - source.args["consumed_train_samples"])
+    steps = left // batch.global_batch_size
+    return replace(flags, batch=replace(batch, train_iters=source.iteration + steps))
 
 
 def rescaled_schedule(schedule: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
