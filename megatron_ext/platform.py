@@ -78,6 +78,7 @@ def initialize(
             "--distributed-backend nccl needs a GPU; leave it out to use gloo on this machine.",
             USAGE,
         )
+    _check_rank_variables()
     if target.type == "cpu":
         emulate_cuda_on_cpu()
     # Read when CUDA starts. megatron-core's overlap of communication counts on the order that one
@@ -150,19 +151,22 @@ def shut_down() -> None:
     torch.distributed.destroy_process_group()
 
 
+def _check_rank_variables() -> None:
+    given = [name for name in RANK_VARIABLES if name in os.environ]
+    missing = [name for name in RANK_VARIABLES if name not in os.environ]
+    if given and missing and not torch.distributed.is_initialized():
+        raise UserError(
+            f"{missing[0]} is not set, but {', '.join(given)}: start with torchrun or srun, or set "
+            "all of them, or none for one process.",
+            USAGE,
+        )
+
+
 def _init_process_group(backend: str, timeout_minutes: float) -> None:
     if torch.distributed.is_initialized():
         return
     timeout = timedelta(minutes=timeout_minutes)
-    given = [name for name in RANK_VARIABLES if name in os.environ]
-    if given:
-        for name in RANK_VARIABLES:
-            if name not in os.environ:
-                raise UserError(
-                    f"{name} is not set, but {', '.join(given)}: start with torchrun or srun, or "
-                    "set all of them, or none for one process.",
-                    USAGE,
-                )
+    if any(name in os.environ for name in RANK_VARIABLES):
         torch.distributed.init_process_group(backend, timeout=timeout)
     else:
         store = torch.distributed.HashStore()
