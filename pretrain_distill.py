@@ -149,24 +149,19 @@ def build(
     chunks = build_model(arch, own_options, place.groups, seed=seed)
     modules, objective, eval_losses, hidden = chunks, {LM_LOSS: 1.0}, (LM_LOSS,), None
     flops = 3 * forward_flops(arch, flags.batch.seq_length)
+    distillation = Distillation(
+        logit_loss=settings.logit_loss(flags.distill),
+        loss_weight=flags.distill.kd_loss_weight,
+        lm_loss_weight=flags.distill.kd_lm_loss_weight,
+        fused_output=flags.distill.kd_fused_output,
+        vocab_size=arch.vocab_size,
+    )
     if flags.distill.kd_teacher_store is not None:
-        distillation = Distillation(
-            logit_loss=settings.logit_loss(flags.distill),
-            loss_weight=flags.distill.kd_loss_weight,
-            lm_loss_weight=flags.distill.kd_lm_loss_weight,
-            vocab_size=arch.vocab_size,
-        )
         modules = [StoredDistillationModel(s, distillation, place.groups.tp) for s in chunks]
         objective = distillation.objective
     if teacher is not None:
-        distillation = Distillation(
-            logit_loss=settings.logit_loss(flags.distill),
-            loss_weight=flags.distill.kd_loss_weight,
-            lm_loss_weight=flags.distill.kd_lm_loss_weight,
-            hidden_states=settings.hidden_states(flags, arch, teacher.arch, start.source),
-            fused_output=flags.distill.kd_fused_output,
-            vocab_size=arch.vocab_size,
-        )
+        states = settings.hidden_states(flags, arch, teacher.arch, start.source)
+        distillation = replace(distillation, hidden_states=states)
         layout = teacher_parallel.pipeline_model_parallel_layout
         teacher_options = replace(
             options, pipeline_model_parallel_layout=layout, fp8=fp8.of_teacher(flags.fp8)

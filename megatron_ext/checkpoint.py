@@ -247,7 +247,13 @@ def load(
         UserError: on every rank, with a table, if tensors of the checkpoint and of ``state`` are
             not the same, name by name and shape by shape. Nothing is loaded then.
     """
-    reader = on_all_ranks(lambda: SliceReader(folder))
+    return _load(on_all_ranks(lambda: SliceReader(folder)), state, padded_vocab_size)
+
+
+def _load(
+    reader: SliceReader, state: ShardedStateDict, padded_vocab_size: int | None
+) -> dict[str, Any]:
+    folder = reader.folder
     _check_tensors(reader, state, padded_vocab_size)
     if not reader.has_core_names:
         raise UserError(
@@ -311,7 +317,7 @@ def load_weights(
     """
     reader = on_all_ranks(lambda: SliceReader(folder))
     if reader.has_core_names:
-        return load(folder, state, padded_vocab_size=padded_vocab_size)
+        return _load(reader, state, padded_vocab_size)
     _check_tensors(reader, state, padded_vocab_size)
     on_all_ranks(lambda: _fill(reader, state))
     return None

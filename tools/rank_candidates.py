@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_ext import checkpoint
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.errors import CHECKPOINT, INTERRUPTED, RUNTIME, USAGE, UserError, run_main
-from megatron_ext.flag_parser import REQUIRED, flag, parse, read
+from megatron_ext.flag_parser import REQUIRED, dashed, flag, parse, read
 from megatron_ext.flags import TrainFlags
 from megatron_ext.ignored_flags import IGNORED_IN_TRAINING
 from megatron_ext.pruning.plan import PRUNABLE
@@ -99,8 +99,9 @@ def check_training_flags(rest: Sequence[str]) -> None:
     typed = read(TrainFlags, rest, IGNORED_IN_TRAINING)
     for name in ("load", "save", "teacher_load"):
         if name in typed:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} stands before the --: it differs between candidates.", USAGE)
+            raise UserError(
+                f"{dashed(name)} stands before the --: it differs between candidates.", USAGE
+            )
     if not typed.get("eval_interval") or typed.get("eval_iters") == 0:
         raise UserError("after --: candidates are ranked by evaluations: --eval-interval.", USAGE)
 
