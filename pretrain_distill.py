@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_ext import checkpoint, data, dry_run, fp8, platform, safe_load
+from megatron_ext import checkpoint, data, dry_run, fp8, graphs, platform, safe_load, tp_overlap
 from megatron_ext.arch import Arch, forward_flops, num_parameters
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.distillation import settings
@@ -142,10 +142,26 @@ def build(
         recompute_granularity=flags.batch.recompute_granularity,
         recompute_method=flags.batch.recompute_method,
         recompute_num_layers=flags.batch.recompute_num_layers,
+        recompute_modules=list(flags.batch.recompute_modules) or None,
     )
     check_fp8(flags.fp8, options)
+    impl = options.transformer_impl
+    graphs.check_machine(flags.graphs, device=place.device.type, transformer_impl=impl)
+    tp_overlap.start(
+        flags.overlap,
+        arch,
+        flags.fp8,
+        tokens=flags.batch.micro_batch_size * flags.batch.seq_length // place.groups.cp.size(),
+        tp_size=place.groups.tp.size(),
+        transformer_impl=impl,
+    )
     seed = flags.batch.seed if start.source is None else None
-    own_options = replace(options, fp8=fp8.of_student(flags.fp8))
+    own_options = replace(
+        options,
+        fp8=fp8.of_student(flags.fp8),
+        graphs=graphs.of_student(flags.graphs),
+        overlap=tp_overlap.of_student(flags.overlap),
+    )
     chunks = build_model(arch, own_options, place.groups, seed=seed)
     modules, objective, eval_losses, hidden = chunks, {LM_LOSS: 1.0}, (LM_LOSS,), None
     flops = 3 * forward_flops(arch, flags.batch.seq_length)

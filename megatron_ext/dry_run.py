@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ext import checkpoint, data, data_check
+from megatron_ext import checkpoint, data, data_check, graphs
 from megatron_ext import estimate_report as report
 from megatron_ext.arch import Arch
 from megatron_ext.convert.config import arch_of, with_positions
@@ -145,7 +145,7 @@ def train(flags: TrainFlags, world_size: int) -> int:
     flags, teacher_parallel = check_models(
         flags, student[0], teacher and teacher[0], has_weights=student[1] != NEW
     )
-    check_fp8_there(flags)
+    check_layers_there(flags)
     batch, log = flags.batch, flags.log
     num_train = 0 if batch.skip_train else batch.global_batch_size * batch.train_iters
     evaluates = log.eval_iters and (log.eval_interval or batch.skip_train)
@@ -161,11 +161,13 @@ def train(flags: TrainFlags, world_size: int) -> int:
     return finish(text, needs, absent, flags.dry.gpu)
 
 
-def check_fp8_there(flags: TrainFlags) -> None:
-    """Refuse FP8 on layers without it, as the program does, and on a --gpu without it."""
-    on_cpu = flags.parallel.device == "cpu"
-    engine = "local" if on_cpu else "transformer_engine"
-    check_fp8_layers(flags.fp8, flags.parallel.transformer_impl or engine)
+def check_layers_there(flags: TrainFlags) -> None:
+    """Refuse what layers or device do not have, as the program does, or --gpu does not."""
+    device = flags.parallel.device or "cuda"
+    engine = "local" if device == "cpu" else "transformer_engine"
+    impl = flags.parallel.transformer_impl or engine
+    graphs.check_machine(flags.graphs, device=device, transformer_impl=impl)
+    check_fp8_layers(flags.fp8, impl)
     if GPUS[flags.dry.gpu].fp8 is None:
         for typed in fp8_settings(flags.fp8):
             raise UserError(f"{typed}: --gpu {flags.dry.gpu} has no FP8.", USAGE)

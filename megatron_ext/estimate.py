@@ -63,7 +63,9 @@ class Layout:
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
     recompute_granularity: str | None = None
-    """None and "selective" are the same: attention scores are never kept."""
+    """None and "selective" differ in the modules only: attention scores are never kept."""
+    recompute_modules: tuple[str, ...] = ()
+    """Of "selective"; core_attn makes no difference."""
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
     param_bytes: int = 2
@@ -131,24 +133,46 @@ def layer_bytes(arch: Arch, layout: Layout) -> float:
     Inputs of norms and matrices, of attention (not its scores) and of the activation function, and
     masks of dropout. For GPT with an MLP of 4 hidden sizes that is Table 2 of arXiv:2205.05198:
     34 s b h / t with sequence parallelism and selective recomputation, s b h (10 + 24 / t) without.
-    Tokens are taken to spread evenly over experts.
+    Tokens are taken to spread evenly over experts. Modules that are computed again
+    (--recompute-modules) keep nothing.
 
     Of kernels that fuse norms and gated activations, as on GPUs. Plain torch on a CPU keeps 1.9
     times as much of a Llama layer: tests/test_estimate.py counts the difference.
     """
+    parts = layer_parts(arch, layout)
+    return sum(parts.values()) - sum(
+        parts[name] for name in parts_made_again(layout) & parts.keys()
+    )
+
+
+def layer_parts(arch: Arch, layout: Layout) -> dict[str, float]:
+    """Return the bytes of ``layer_bytes``, by what keeps them."""
     t, sizes = layout.tensor_model_parallel_size, dim_sizes(arch)
     between = t if layout.sequence_parallel else 1
-    whole = 4 * arch.hidden_size / between  # both norms' inputs and outputs
+    elements = {
+        # Both norms' inputs; queries, keys, values and the attention's output.
+        "residual": 2 * arch.hidden_size / between,
+        "attention": (sizes["qkv"] + sizes["heads"]) / t,
+        "layernorm": 2 * arch.hidden_size / between,  # what they return
+    }
     if arch.num_experts is None:
-        mlp = sizes["fc1"] + sizes["ffn"]
+        elements["mlp"] = (sizes["fc1"] + sizes["ffn"]) / t
     else:
-        mlp = arch.moe_router_topk * (sizes["moe_fc1"] + sizes["moe_ffn"])
-        mlp += sizes.get("shared_fc1", 0) + sizes.get("shared_ffn", 0)
-        whole += arch.moe_router_topk * 2 * arch.hidden_size  # in front of experts and behind
-    # Queries, keys, values and the attention's output.
-    elements = whole + (sizes["qkv"] + sizes["heads"] + mlp) / t
-    masks = 2 * arch.hidden_size / between if arch.hidden_dropout else 0  # a byte each
-    return layout.tokens * (elements * layout.param_bytes + masks)
+        # In front of experts and behind.
+        elements["moe"] = arch.moe_router_topk * (2 * arch.hidden_size + sizes["moe_fc1"] / t)
+        elements["moe_act"] = arch.moe_router_topk * sizes["moe_ffn"] / t
+        shared = sizes.get("shared_fc1", 0) + sizes.get("shared_ffn", 0)
+        elements["shared_experts"] = shared / t
+    found = {name: layout.tokens * layout.param_bytes * n for name, n in elements.items()}
+    # Masks of dropout, a byte each.
+    masks = 2 * arch.hidden_size / between if arch.hidden_dropout else 0
+    return found | {"masks": layout.tokens * masks}
+
+
+def parts_made_again(layout: Layout) -> set[str]:
+    """Return the parts of a layer that --recompute-modules computes again in backward."""
+    names = set(layout.recompute_modules)
+    return names | {"moe_act", "shared_experts"} if "moe" in names else names
 
 
 def kept_bytes(arch: Arch, layout: Layout, num_layers: float) -> tuple[float, float]:
@@ -158,7 +182,8 @@ def kept_bytes(arch: Arch, layout: Layout, num_layers: float) -> tuple[float, fl
     """
     each = layer_bytes(arch, layout)
     if layout.recompute_granularity != "full":
-        return num_layers * each, 0
+        parts = layer_parts(arch, layout)
+        return num_layers * each, sum(parts.values()) - each
     between = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
     only_input = layout.tokens * arch.hidden_size / between * layout.param_bytes
     group = min(layout.recompute_num_layers, num_layers)
@@ -321,9 +346,12 @@ def forward_seconds(model: Placed, layout: Layout, gpu: Gpu, mfu: float) -> floa
 
 
 def recomputed_share(model: Placed, layout: Layout, rank: int) -> float:
-    """Return which share of the layers of ``rank`` runs twice."""
+    """Return which share of the layers of ``rank``, or of each of them, runs twice."""
     if layout.recompute_granularity != "full":
-        return 0
+        again = {"mlp", "moe"} & set(layout.recompute_modules)
+        sizes = {w.key: prod(shape(w, model.arch)) for w in weights(model.arch) if w.per_layer}
+        of_mlp = sum(n for key, n in sizes.items() if ".mlp." in key)
+        return of_mlp / sum(sizes.values()) if again else 0
     held = model.stages[rank :: layout.pipeline_model_parallel_size]
     if layout.recompute_method == "uniform":
         return 1

@@ -76,6 +76,7 @@ def train_layout(flags: Any, world_size: int) -> Layout:
         recompute_granularity=batch.recompute_granularity,
         recompute_method=batch.recompute_method,
         recompute_num_layers=batch.recompute_num_layers,
+        recompute_modules=batch.recompute_modules,
         grad_bytes=2 if half_gradients else WIDE,
         moments=2 if optimizer.optimizer == "adam" else int(has_momentum),
         global_batch_size=batch.global_batch_size,

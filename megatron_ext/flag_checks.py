@@ -112,6 +112,12 @@ def virtual_stage_problems(parallel: group.Parallel) -> Iterator[str]:
             "--no-overlap-p2p-communication with virtual stages and --pipeline-model-parallel-size "
             "2: gradients come out wrong in megatron-core 0.16.1. Leave it out."
         )
+    overlapping = given and not one_piece and parallel.overlap_p2p_comm
+    if parallel.overlap_p2p_communication_warmup_flush and not overlapping:
+        yield (
+            "--overlap-p2p-communication-warmup-flush needs virtual stages, e.g. "
+            "--num-virtual-stages-per-pipeline-rank 2, and their overlap."
+        )
 
 
 def batch_problems(
@@ -142,6 +148,8 @@ def batch_problems(
         yield "--recompute-granularity full needs --recompute-method and --recompute-num-layers."
     if batch.recompute_granularity != "full" and details != (None, None):
         yield "--recompute-method and --recompute-num-layers need --recompute-granularity full."
+    if batch.recompute_modules and batch.recompute_granularity != "selective":
+        yield "--recompute-modules needs --recompute-granularity selective."
     if parallel.overlap_param_gather and not (
         parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
     ):

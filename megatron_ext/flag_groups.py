@@ -31,6 +31,9 @@ class Parallel:
         "interleaved pipeline: wait for each transfer between stages",
         off="--no-overlap-p2p-communication",
     )
+    overlap_p2p_communication_warmup_flush: bool = flag(
+        False, "overlap them at the beginning and the end of a step too"
+    )
     context_parallel_size: int = flag(1, "ranks that share each sequence (CP)", at_least=1)
     sequence_parallel: bool = flag(
         False, "split activations between layers over TP; no effect without TP"
@@ -123,14 +126,21 @@ class TrainBatch(Batch):
     )
     recompute_granularity: str | None = flag(
         None,
-        "activations computed again in backward: core attention or whole layers; default none",
+        "activations computed again in backward: of some modules or whole layers; default none",
         choices=("full", "selective"),
+        shorthands={"--recompute-activations": "selective"},
     )
     recompute_method: str | None = flag(
         None, "which layers, for full: in equal groups or the first", choices=("uniform", "block")
     )
     recompute_num_layers: int | None = flag(
         None, "layers of a group (uniform) or of a stage (block)", at_least=1
+    )
+    recompute_modules: tuple[str, ...] = flag(
+        (),
+        "which modules, for selective: core attention, norms, MLPs, mixtures of experts, the "
+        "experts' activation function, shared experts; default core_attn",
+        choices=("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"),
     )
 
 

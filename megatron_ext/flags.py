@@ -15,14 +15,14 @@ from typing import Annotated, Any
 
 from megatron_ext import flag_checks as check
 from megatron_ext import flag_groups as group
-from megatron_ext import fp8
+from megatron_ext import fp8, graphs, tp_overlap
 from megatron_ext import own_flags as own
 from megatron_ext.arch import Arch
 from megatron_ext.data_args import with_data_args
 from megatron_ext.distillation.kd_cfg import read_kd_cfg
 from megatron_ext.errors import USAGE, UserError
 from megatron_ext.flag_parser import build, dashed, flags_as_dict, format_flags, missing, read
-from megatron_ext.ignored_flags import IGNORED, IGNORED_IN_TRAINING
+from megatron_ext.ignored_flags import IGNORED_IN_PRUNING, IGNORED_IN_TRAINING
 from megatron_ext.model_flags import (
     Sizes,
     check_against_checkpoint,
@@ -60,6 +60,8 @@ class TrainFlags:
     optimizer: group.Optimizer
     precision: group.TrainPrecision
     fp8: fp8.Fp8
+    graphs: graphs.Graphs
+    overlap: tp_overlap.TpOverlap
     data: group.TrainData
     checkpoint: group.TrainCheckpoint
     log: group.Log
@@ -128,6 +130,8 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
             distributed=parallel.use_distributed_optimizer,
             has_teacher=flags.distill.teacher_load is not None,
         ),
+        graphs.problems(flags.graphs, flags),
+        tp_overlap.problems(flags.overlap, parallel),
         check.model_problems(flags.sizes),
         check.checkpoint_problems(flags.checkpoint, training=training),
         check.distill_problems(flags.distill, flags.precision),
@@ -144,7 +148,7 @@ def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
     Raises:
         UserError: with code ``USAGE``, for the first problem; missing flags all at once.
     """
-    typed = read(PruneFlags, argv, IGNORED)
+    typed = read(PruneFlags, argv, IGNORED_IN_PRUNING)
     check.refuse(_missing(missing(PruneFlags, typed) + ["--load"] * ("load" not in typed)))
     flags = build(PruneFlags, typed)
     check.refuse(check.dry_run_problems(flags.dry))

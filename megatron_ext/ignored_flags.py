@@ -15,7 +15,6 @@ IGNORED = {
     "--no-rope-fusion": (0, _KERNELS),
     "--no-persist-layer-norm": (0, _KERNELS),
     "--use-flash-attn": (0, _KERNELS),
-    "--tp-comm-overlap": (0, "its buffers have one width, teacher and student have two"),
     "--no-create-attention-mask-in-dataloader": (0, "masks are made where they are needed"),
     "--dist-ckpt-format": (1, "checkpoints are torch_dist"),
     "--dist-ckpt-strictness": (1, "a missing or unknown tensor is always an error"),
@@ -27,6 +26,10 @@ IGNORED = {
     "--ckpt-fully-parallel-load": (0, "every rank reads its share"),
     "--export-te-mcore-model": (0, "checkpoints are the same with and without it"),
     "--tiktoken-pattern": (1, "there is no tiktoken tokenizer"),
+    "--te-rng-tracker": (0, "the kind of random state follows from --cuda-graph-impl"),
+}
+IGNORED_IN_PRUNING = IGNORED | {
+    "--tp-comm-overlap": (0, "scores are measured without it"),
 }
 IGNORED_IN_TRAINING = IGNORED | {
     "--accumulate-allreduce-grads-in-fp32": (0, "the case without --grad-reduce-in-bf16"),

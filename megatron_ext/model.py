@@ -40,6 +40,8 @@ class ModelOptions:
     pipeline_model_parallel_layout: str | None = None
     overlap_p2p_comm: bool = False
     """With virtual stages only: send activations while computing."""
+    overlap_p2p_comm_warmup_flush: bool = False
+    """At the beginning and the end of a step too."""
     transformer_impl: str = "local"
     attention_backend: str = "auto"
     """flash, fused, unfused; of Transformer Engine's attention only."""
@@ -52,8 +54,13 @@ class ModelOptions:
     moe_token_dispatcher_type: str = "allgather"
     moe_grouped_gemm: bool = False
     """One kernel for the experts of a rank; Transformer Engine's layers only."""
-    recompute: dict[str, str | int | None] = field(default_factory=dict)
-    """megatron-core's recompute_granularity, recompute_method and recompute_num_layers."""
+    recompute: dict[str, Any] = field(default_factory=dict)
+    """megatron-core's recompute_granularity, recompute_method, recompute_num_layers and
+    recompute_modules."""
+    graphs: dict[str, Any] = field(default_factory=dict)
+    """megatron-core's settings of CUDA graphs (``megatron_ext.graphs``)."""
+    overlap: dict[str, Any] = field(default_factory=dict)
+    """megatron-core's settings of tensor-parallel overlap (``megatron_ext.tp_overlap``)."""
 
 
 class LanguageModel(VocabularyOutput, GPTModel):
@@ -105,7 +112,20 @@ def transformer_config(
     """Return megatron-core's configuration of ``arch``.
 
     Losses are sums over tokens, divided once by the token count of the global batch.
+
+    Raises:
+        UserError: with code ``USAGE``; megatron-core refuses these settings, in its words.
     """
+    try:
+        return _transformer_config(arch, options, groups)
+    except (AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split()) or repr(error)
+        raise UserError(f"megatron-core refuses this model or layout: {reason}", USAGE) from error
+
+
+def _transformer_config(
+    arch: Arch, options: ModelOptions, groups: ProcessGroupCollection
+) -> TransformerConfig:
     gelu = fast_gelu if arch.bias_gelu_fusion else F.gelu
     gate = F.silu if arch.swiglu else gelu
     impl = "local" if arch.is_bert else options.transformer_impl
@@ -154,6 +174,7 @@ def transformer_config(
         attention_backend=AttnBackend[options.attention_backend],
         sequence_parallel=options.sequence_parallel and groups.tp.size() > 1,
         overlap_p2p_comm=options.overlap_p2p_comm,
+        overlap_p2p_comm_warmup_flush=options.overlap_p2p_comm_warmup_flush,
         batch_p2p_comm=not options.overlap_p2p_comm,
         batch_p2p_sync=False,
         variable_seq_lengths=False,
@@ -162,6 +183,8 @@ def transformer_config(
         **(_expert_config(arch, options, groups) if arch.num_experts else {}),
         **options.recompute,
         **options.fp8,
+        **options.graphs,
+        **options.overlap,
     )
 
 

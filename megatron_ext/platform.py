@@ -49,6 +49,7 @@ def initialize(
     device: str | None = None,
     backend: str | None = None,
     seed: int = 1234,
+    graph_safe_rng: bool = False,
     timeout_minutes: float = 10,
 ) -> Platform:
     """Join the other ranks, build megatron-core's groups and seed every generator. Collective.
@@ -66,6 +67,7 @@ def initialize(
         device: "cuda" or "cpu"; None takes CUDA where there is one.
         backend: "nccl" or "gloo"; None takes the device's own.
         seed: as Megatron-LM's ``--seed``: dropout differs between pipeline stages and tensor ranks.
+        graph_safe_rng: keep random state where CUDA graphs can advance it.
         timeout_minutes: of every collective, before it raises instead of waiting.
 
     Raises:
@@ -99,7 +101,7 @@ def initialize(
         create_gloo_process_groups=False,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    set_seed(seed, groups)
+    set_seed(seed, groups, graph_safe_rng=graph_safe_rng)
     return Platform(
         device=target,
         groups=groups,
@@ -126,14 +128,19 @@ def choose_device(device: str | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def set_seed(seed: int, groups: ProcessGroupCollection) -> None:
-    """Seed Python, numpy, torch and megatron-core's tracker as Megatron-LM does."""
+def set_seed(seed: int, groups: ProcessGroupCollection, *, graph_safe_rng: bool) -> None:
+    """Seed Python, numpy, torch and megatron-core's tracker as Megatron-LM does.
+
+    ``graph_safe_rng`` takes Transformer Engine's tracker where it is installed.
+    """
     seed += 100 * groups.pp.rank()
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(
         seed,
+        te_rng_tracker=graph_safe_rng,
+        use_cudagraphable_rng=graph_safe_rng,
         tp_rank=groups.tp.rank(),
         ep_rank=groups.ep.rank(),
         etp_rank=groups.expt_tp.rank(),

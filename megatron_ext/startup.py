@@ -34,6 +34,7 @@ def join_ranks(flags: Any, num_layers: int) -> Platform:
         device=parallel.device,
         backend=parallel.distributed_backend,
         seed=flags.batch.seed,
+        graph_safe_rng=hasattr(flags, "graphs") and flags.graphs.cuda_graph_impl != "none",
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
 
@@ -54,6 +55,13 @@ def model_options(flags: Any, place: Platform, num_layers: int, **recompute: Any
             USAGE,
         )
     _check_attention(flags, impl)
+    output_discarding = {"layernorm", "moe_act"} & set(recompute.get("recompute_modules") or ())
+    if output_discarding and impl == "local":
+        raise UserError(
+            f"--recompute-modules {' '.join(sorted(output_discarding))} needs --transformer-impl "
+            "transformer_engine.",
+            USAGE,
+        )
     half = torch.float16 if flags.precision.fp16 else torch.float32
     pieces = virtual_pipeline_size(parallel, num_layers)
     return ModelOptions(
@@ -62,6 +70,7 @@ def model_options(flags: Any, place: Platform, num_layers: int, **recompute: Any
         virtual_pipeline_model_parallel_size=pieces,
         pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         overlap_p2p_comm=bool(pieces) and parallel.overlap_p2p_comm,
+        overlap_p2p_comm_warmup_flush=parallel.overlap_p2p_communication_warmup_flush,
         transformer_impl=impl,
         attention_backend=parallel.attention_backend,
         cp_comm_type=parallel.cp_comm_type,

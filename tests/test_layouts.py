@@ -41,6 +41,15 @@ LAYOUTS = {
         {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
         {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True},
     ),
+    "PP2xVPP2, overlap at both ends": (
+        2,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {
+            "virtual_pipeline_model_parallel_size": 2,
+            "overlap_p2p_comm": True,
+            "overlap_p2p_comm_warmup_flush": True,
+        },
+    ),
     "DP2": (2, {}, {}),
     "CP2": (2, {"context_parallel_size": 2}, {}),
     "TP2xPP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, {}),
@@ -194,6 +203,28 @@ CASES = [
     ("bert, pre-norm, untied", "TP2+SP"),
     *product(["bert beside bert"], ["TP2+SP", "PP2", "DP2"]),
 ]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "modules"),
+    [
+        ("llama", "PP2", ["mlp"]),
+        ("nemotron", "TP2+SP", ["core_attn", "mlp"]),
+        ("gpt2, tied", "TP2", ["core_attn"]),
+        ("student beside teacher", "TP2+SP", ["core_attn", "mlp"]),
+        ("moe", "EP2", ["moe"]),
+        ("moe", "EP2xTP2+SP", ["shared_experts"]),
+    ],
+)
+def test_recomputed_modules_change_no_gradient(name, layout, modules, serial):
+    arch, teacher = ALL_MODELS[name]
+    world_size, sizes, options = ALL_LAYOUTS[layout]
+    recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
+    options = options | {"recompute": recompute}
+    results = run_ranks(world_size, gradients_of_one_step, arch, sizes, options, teacher)
+    tolerance = 1e-8 if teacher is None else 1e-11
+    shards = [x for _, gradients in results for x in gradients.items()]
+    assert_gradients_equal(serial[name][1], shards, tolerance)
 
 
 @pytest.fixture(scope="module")

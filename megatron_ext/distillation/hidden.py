@@ -105,7 +105,7 @@ def distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class _WithLoss(torch.autograd.Function):
-    """Hands ``x`` on; in backward gives ``loss`` the gradient ``scale``."""
+    """Hands ``x`` on; in backward gives ``loss`` the gradient ``scale``, a tensor."""
 
     @staticmethod
     def forward(ctx, x, loss, scale):
@@ -114,7 +114,7 @@ class _WithLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, torch.tensor(ctx.scale, dtype=ctx.dtype, device=grad.device), None
+        return grad, ctx.scale.to(ctx.dtype), None
 
 
 class HiddenLoss(nn.Module):
@@ -140,8 +140,9 @@ class HiddenLoss(nn.Module):
         if self.widths[0] != self.widths[1]:
             for name in dict.fromkeys(map(self._map_of, self.pairs)):
                 self.maps[name] = self._new_map(name)
-        self.scale = 0.0
-        """Gradient of the sum of all losses: alpha times the optimizer's loss scale."""
+        self.scale = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+        """Gradient of the sum of all losses: alpha times the optimizer's loss scale. On the device,
+        where a captured step reads it anew."""
         self.total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
         """Sum over tokens since it was last taken, of this rank's positions."""
         self.loss_mask: Tensor | None = None
@@ -274,7 +275,7 @@ class HiddenLosses:
     def begin(self, scale: float) -> None:
         """Set the gradient of the sum of all losses and forget what was summed."""
         for chunk in self.chunks:
-            chunk.scale = scale
+            chunk.scale.fill_(scale)
             chunk.total.zero_()
 
     def mean(self, num_tokens: float) -> float:

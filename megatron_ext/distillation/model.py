@@ -10,6 +10,7 @@ first; the schedules only need a configuration with that hidden size.
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -27,6 +28,8 @@ from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.model import LanguageModel
 
 KD_LOSS, LM_LOSS = "kd loss", "lm loss"
+# What megatron-core's CUDA graphs look for in a model.
+OF_STUDENT = ("decoder", "position_embedding_type", "rotary_pos_emb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,11 @@ class StudentStage(MegatronModule):
         self.post_process = student.post_process
         self.share_embeddings_and_output_weights = student.share_embeddings_and_output_weights
         self.shared_embedding_or_output_weight = student.shared_embedding_or_output_weight
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_STUDENT:
+            return getattr(self.student, name)
+        return super().__getattr__(name)
 
 
 class DistillationModel(StudentStage):

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from megatron_ext import fp8
+from megatron_ext import fp8, graphs
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.data import tokenizer_sha256
-from megatron_ext.distillation.hidden import HiddenStates, Pair, parse_pairs
+from megatron_ext.distillation.hidden import MLP, HiddenStates, Pair, parse_pairs
 from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.distillation.placement import layouts_of_both
 from megatron_ext.distillation.stored import check_store, read_index
@@ -50,6 +50,7 @@ def check_models(
         tokens=flags.batch.micro_batch_size * flags.batch.seq_length,
         has_weights=has_weights,
     )
+    graphs.check_models(flags.graphs, arch, teacher)
     return flags, parallel
 
 
@@ -108,6 +109,13 @@ def pairs(flags: TrainFlags, student: Arch, teacher: Arch) -> tuple[Pair, ...]:
                 raise UserError(
                     f"--kd-hidden-states {pair}: the {who} has layers 0 to {num_layers - 1}.", USAGE
                 )
+    runs_twice = "layernorm" in flags.batch.recompute_modules
+    if runs_twice and any(pair.kind == MLP for pair in named):
+        raise UserError(
+            f"--kd-hidden-states {text} with --recompute-modules layernorm: norms that run twice "
+            "would count twice; leave layernorm out.",
+            USAGE,
+        )
     if flags.batch.recompute_granularity == "full":
         raise UserError(
             "--kd-hidden-states with --recompute-granularity full: layers that run twice would "

@@ -191,9 +191,12 @@ class _TopKKL(torch.autograd.Function):
                 center_(s, (log_sum * ctx.temperature)[rows], ctx.temperature)
                 s.exp2_().mul_(tail_gap[rows].unsqueeze(-1)).mul_(scale[rows])
                 grad[rows, :, : ctx.columns] = s
-        # Assigned, not added: a sum of two roundings is no rounding of the sum.
-        position, sample, _ = is_own.nonzero(as_tuple=True)
-        grad[position, sample, place[is_own]] = (gaps * scale)[is_own].to(grad.dtype)
+        # Assigned, not added: a sum of two roundings is no rounding of the sum. Other ranks' tokens
+        # repeat what the first own token assigns, or what is there: the host need not know which.
+        values, first = (gaps * scale).to(grad.dtype), is_own.int().argmax(-1, keepdim=True)
+        repeated = torch.where(is_own.gather(-1, first), values.gather(-1, first), grad[..., :1])
+        place = torch.where(is_own, place, place.gather(-1, first))
+        grad.scatter_(-1, place, torch.where(is_own, values, repeated))
         return grad, None, None, None, None, None, None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_ext import graphs
 from megatron_ext.distillation.model import KD_LOSS
 from megatron_ext.errors import INTERRUPTED, RUNTIME, UserError
 from megatron_ext.training import state
@@ -47,7 +48,8 @@ def train(
             noticed before the weights change, a gradient after.
     """
     flags, counters = run.flags, run.counters
-    began, saved_at = time.perf_counter(), counters.iteration
+    began, first = time.perf_counter(), counters.iteration
+    saved_at = first
     batches = [train_batches(counters.consumed_data_samples) for _ in run.model]
     if run.hidden is not None and run.hidden.constant is None and counters.alpha is None:
         counters.alpha = _first_alpha(run, train_batches)
@@ -60,6 +62,12 @@ def train(
 
     with StopSignals() as stop, collecting_by_hand(flags.batch.manual_gc):
         while counters.iteration < flags.batch.train_iters:
+            if counters.iteration - first == graphs.steps_before_capture(flags.graphs):
+                overlaps = flags.parallel.overlap_param_gather
+                dp_size = run.groups.dp.size()
+                graphs.capture_layers(
+                    run.model, run.optimizer, flags.batch, dp_size=dp_size, overlaps=overlaps
+                )
             _step(run, batches, log)
             evaluates = valid_batches and _is_due(counters.iteration, flags.log.eval_interval)
             gc_is_due = evaluates or _is_due(counters.iteration, flags.batch.manual_gc_interval)
@@ -91,6 +99,7 @@ def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
         run.groups,
         run.hidden,
         alpha,
+        run.forward_backward,
     )
     first = counters.consumed_data_samples
     where = (
@@ -123,8 +132,20 @@ def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
 def _first_alpha(run: Run, train_batches: MakeBatches) -> float:
     """Return alpha of the first global batch, from a forward pass of its own. Collective."""
     batches = [train_batches(run.counters.consumed_data_samples) for _ in run.model]
-    losses = evaluate(run.model, batches, step_shape(run), (KD_LOSS,), run.groups, run.hidden)
-    return alpha_of(losses)
+    return alpha_of(_evaluate(run, batches))
+
+
+def _evaluate(run: Run, batches: list[Iterator[Batch]]) -> dict[str, float]:
+    """Return the losses over one global batch: always the same ones, as a captured step needs."""
+    return evaluate(
+        run.model,
+        batches,
+        step_shape(run),
+        run.eval_losses,
+        run.groups,
+        run.hidden,
+        run.forward_backward,
+    )
 
 
 def alpha_of(losses: Mapping[str, float]) -> float:
@@ -150,10 +171,7 @@ def validate(run: Run, make_batches: MakeBatches, log: Log, split: str) -> None:
     totals = dict.fromkeys(names, 0.0)
     with gathered_parameters(run):
         for _ in range(num_batches):
-            losses = evaluate(
-                run.model, batches, step_shape(run), run.eval_losses, run.groups, run.hidden
-            )
-            for name, value in losses.items():
+            for name, value in _evaluate(run, batches).items():
                 totals[name] += value / num_batches
     _check_finite(run, totals, f"the {split} of iteration {run.counters.iteration}")
     log.evaluation(run.counters.iteration, totals, split)

@@ -2,7 +2,7 @@
 
 import random
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import (
+    convert_cuda_rng_state,
+    get_cuda_rng_tracker,
+    is_graph_safe_cuda_rng_tracker,
+)
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_ext import checkpoint, checkpoint_writer
+from megatron_ext import checkpoint, checkpoint_writer, graphs
 from megatron_ext.arch import Arch
 from megatron_ext.data import tokenizer_sha256
 from megatron_ext.distillation.hidden import HiddenLosses
@@ -68,6 +72,8 @@ class Run:
     """The weight of each loss in what a step minimises."""
     eval_losses: tuple[str, ...]
     """The losses that an evaluation reports."""
+    forward_backward: Callable
+    """megatron-core's schedule, or the captured one of ``graphs``."""
     flops_per_step: float
     """Floating-point operations of one step on all ranks together."""
     hidden: HiddenLosses | None = None
@@ -103,6 +109,8 @@ def make_run(
         use_distributed_optimizer=flags.parallel.use_distributed_optimizer,
         fp8_param_gather=flags.fp8.fp8_param_gather,
     )
+    if flags.graphs.of_layers:
+        graphs.keep_inputs()
     model = wrap(modules, ddp_config, groups, hidden)
     optimizer = get_megatron_optimizer(
         _optimizer_config(flags, chunks[0].config.params_dtype),
@@ -120,6 +128,7 @@ def make_run(
         schedule=_make_schedule(flags, optimizer),
         objective=objective,
         eval_losses=eval_losses,
+        forward_backward=graphs.forward_backward(flags.graphs),
         flops_per_step=flops_per_token * flags.batch.global_batch_size * flags.batch.seq_length,
         hidden=hidden,
         hf_config=source and source.args.get("hf_config"),
@@ -361,7 +370,7 @@ def _rng_state(groups: ProcessGroupCollection) -> ShardedObject:
         "np_rng_state": numpy.random.get_state(),
         "torch_rng_state": torch.get_rng_state(),
         "cuda_rng_state": torch.cuda.get_rng_state(),
-        "rng_tracker_states": get_cuda_rng_tracker().get_states(),
+        "rng_tracker_states": _tracked(get_cuda_rng_tracker().get_states(), graph_safe=False),
     }
     axes, replica = [groups.pp, groups.tp], groups.dp_cp.rank()
     if groups.ep.size() > 1:
@@ -379,4 +388,14 @@ def _set_rng_state(loaded: list[dict[str, Any]]) -> None:
         warn("the checkpoint was written on another kind of device: dropout begins anew.")
         return
     torch.cuda.set_rng_state(state["cuda_rng_state"])
-    get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
+    tracker = get_cuda_rng_tracker()
+    graph_safe = is_graph_safe_cuda_rng_tracker(tracker)
+    tracker.set_states(_tracked(state["rng_tracker_states"], graph_safe=graph_safe))
+
+
+def _tracked(states: Mapping[str, Any], *, graph_safe: bool) -> dict[str, Any]:
+    """Return the tracker's states as tensors, which a checkpoint holds, or as CUDA graphs need."""
+    return {
+        name: convert_cuda_rng_state(state, to_graphable=graph_safe)
+        for name, state in states.items()
+    }

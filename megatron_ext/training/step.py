@@ -71,10 +71,20 @@ def _finalize_model_grads(
     groups: ProcessGroupCollection,
     hidden: HiddenLosses | None,
     model: list[MegatronModule],
-    num_tokens: Tensor | None,
+    num_tokens: Tensor,
     **_: Any,
 ) -> None:
-    core_finalize_model_grads(model, num_tokens, pg_collection=groups)
+    """Sum gradients over ranks and divide them by the tokens of the global batch. Collective.
+
+    megatron-core would divide too, but asks the device for each chunk whether there are any tokens:
+    the host waits, which a CUDA graph does not allow.
+    """
+    core_finalize_model_grads(model, None, pg_collection=groups)
+    last_stage = torch.distributed.get_process_group_ranks(groups.pp)[-1]
+    torch.distributed.broadcast(num_tokens, src=last_stage, group=groups.pp)
+    torch.distributed.all_reduce(num_tokens, group=groups.dp_cp)
+    for chunk in model:
+        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))
     if hidden is not None:
         hidden.add_gradients_of_shared_map()
 
@@ -88,6 +98,7 @@ def train_step(
     groups: ProcessGroupCollection,
     hidden: HiddenLosses | None = None,
     alpha: float = 0.0,
+    forward_backward: Callable | None = None,
 ) -> tuple[dict[str, float], Callable[[], tuple[bool, float]]]:
     """Run forward and backward of one global batch.
 
@@ -100,6 +111,7 @@ def train_step(
         groups: megatron-core's process groups.
         hidden: the hidden-state losses, if there are any.
         alpha: their weight.
+        forward_backward: megatron-core's schedule or what stands for it (``graphs``).
 
     Returns:
         The losses, each a mean over the global batch's tokens in nats, equal on all ranks, and a
@@ -114,7 +126,9 @@ def train_step(
     get_model_config(model[0]).grad_scale_func = optimizer.scale_loss
     if hidden is not None:
         hidden.begin(alpha * float(optimizer.get_loss_scale()))
-    losses = _run(model, batches, shape, objective, groups, hidden, forward_only=False)
+    losses = _run(
+        model, batches, shape, objective, groups, hidden, forward_backward, forward_only=False
+    )
 
     def apply() -> tuple[bool, float]:
         updated, grad_norm, _ = optimizer.step()
@@ -131,13 +145,17 @@ def evaluate(
     names: Sequence[str],
     groups: ProcessGroupCollection,
     hidden: HiddenLosses | None = None,
+    forward_backward: Callable | None = None,
 ) -> dict[str, float]:
     """Return the losses ``names`` over one global batch, as ``train_step`` reports them."""
     for chunk in model:
         chunk.eval()
     if hidden is not None:
         hidden.begin(0.0)
-    return _run(model, batches, shape, dict.fromkeys(names, 1.0), groups, hidden, forward_only=True)
+    objective = dict.fromkeys(names, 1.0)
+    return _run(
+        model, batches, shape, objective, groups, hidden, forward_backward, forward_only=True
+    )
 
 
 def _run(
@@ -147,10 +165,11 @@ def _run(
     objective: Mapping[str, float],
     groups: ProcessGroupCollection,
     hidden: HiddenLosses | None,
+    forward_backward: Callable | None,
     *,
     forward_only: bool,
 ) -> dict[str, float]:
-    forward_backward = get_forward_backward_func()
+    forward_backward = forward_backward or get_forward_backward_func()
     reports = forward_backward(
         forward_step_func=partial(_forward_step, objective),
         data_iterator=batches,
