@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-
 from megatron_ext.arch import Arch
 from megatron_ext.errors import USAGE, UserError
 from megatron_ext.flag_parser import dashed, flag
@@ -178,6 +176,7 @@ def capture_layers(
         dp_size: data-parallel ranks.
         overlaps: --overlap-param-gather: what waits for parameters becomes part of the replay.
     """
+    import torch
     from megatron.core import num_microbatches_calculator as calculator
     from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
     from megatron.core.utils import get_model_config

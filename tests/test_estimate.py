@@ -163,6 +163,31 @@ def test_recomputation():
     assert 1.3 < all_again / plain < 4 / 3
 
 
+@pytest.mark.parametrize(
+    ("arch", "modules", "elements"),
+    [
+        (LLAMA_4B, ("core_attn",), 0),
+        (LLAMA_4B, ("mlp",), 3 * LLAMA_4B.ffn_hidden_size),
+        (LLAMA_4B, ("mlp", "layernorm"), 3 * LLAMA_4B.ffn_hidden_size + 2 * LLAMA_4B.hidden_size),
+        (MOE, ("moe_act",), 2 * 22),
+        (MOE, ("moe",), 2 * (2 * 24 + 3 * 22) + 3 * 14),
+    ],
+)
+def test_modules_that_are_computed_again_keep_nothing(arch, modules, elements):
+    layout = replace(ONE, recompute_granularity="selective", recompute_modules=modules)
+    each, again = layer_bytes(arch, ONE), elements * layout.tokens * layout.param_bytes
+    assert kept_bytes(arch, layout, 3) == pytest.approx((3 * (each - again), again))
+
+
+def test_recomputed_mlps_cost_their_share_of_a_layer():
+    student, layout = Placed(LLAMA_4B, (32,)), replace(ONE, recompute_granularity="selective")
+    mlp = step_seconds(student, None, replace(layout, recompute_modules=("mlp",)), GPUS["H100"], 1)
+    uniform = {"recompute_granularity": "full", "recompute_method": "uniform"}
+    whole = replace(ONE, **uniform, recompute_num_layers=1)
+    plain, full = (step_seconds(student, None, x, GPUS["H100"], 1) for x in (ONE, whole))
+    assert 0.5 < (mlp - plain) / (full - plain) < 0.8
+
+
 def test_micro_batches_in_flight_are_megatrons():
     """The theoretical memory report of Megatron-LM counts p (1 + (p - 1) / (p v)) on stage 0."""
     layout = Layout(

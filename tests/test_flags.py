@@ -319,6 +319,13 @@ DEFAULTS = {
     "save_rng": True,
     "load_rng": True,
     "ckpt_format": "torch_dist",
+    "cuda_graph_impl": "none",
+    "cuda_graph_warmup_steps": 3,
+    "tp_comm_bulk_wgrad": True,
+    "tp_comm_bulk_dgrad": True,
+    "tp_comm_overlap_ag": True,
+    "tp_comm_overlap_rs": True,
+    "tp_comm_bootstrap_backend": "nccl",
     "log_interval": 100,
     "eval_iters": 100,
 }
@@ -459,40 +466,45 @@ TRAIN_OPTIONS = """
     --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --apply-layernorm-1p
     --apply-residual-connection-post-layernorm --attention-backend --attention-dropout
     --bert-no-binary-head --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size
-    --cp-comm-type --data-args-path --data-cache-path --data-path --device --disable-bias-linear
-    --distributed-backend --distributed-timeout-minutes --dry-run --end-weight-decay --eod-mask-loss
-    --eval-interval --eval-iters --exit-duration-in-mins --exit-interval
-    --exit-on-missing-checkpoint --expert-model-parallel-size --export-kd-cfg
-    --export-kd-teacher-load --ffn-hidden-size --finetune --first-last-layers-bf16 --fp16
-    --fp8-amax-compute-algo --fp8-amax-history-len --fp8-format --fp8-margin --fp8-param-gather
-    --fp8-recipe --global-batch-size --gpu --grad-reduce-in-bf16 --group-query-attention --help
-    --hidden-dropout --hidden-size --init-method-std --initial-loss-scale --kd-alpha
-    --kd-fused-output --kd-hidden-loss --kd-hidden-states --kd-jsd-beta --kd-lm-loss-weight
-    --kd-loss --kd-loss-weight --kd-projection --kd-teacher-store --kd-temperature
-    --kd-temperature-squared --kd-top-k --kd-top-k-rest --kv-channels --load --load-config
-    --log-interval --loss-scale --lr --lr-decay-iters --lr-decay-samples --lr-decay-style
-    --lr-warmup-fraction --lr-warmup-init --lr-warmup-iters --lr-warmup-samples --lr-wsd-decay-iters
-    --lr-wsd-decay-style --make-vocab-size-divisible-by --manual-gc --manual-gc-interval
-    --max-position-embeddings --merge-file --mfu --micro-batch-size --min-lr --mock-data
-    --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-grouped-gemm --moe-router-load-balancing-type
-    --moe-router-pre-softmax --moe-router-topk --moe-shared-expert-intermediate-size
-    --moe-token-dispatcher-type --no-bias-gelu-fusion --no-fp8-wgrad --no-load-optim --no-load-rng
-    --no-mmap-bin-files --no-overlap-p2p-communication --no-save-optim --no-save-rng
-    --no-verify-integrity --norm-epsilon --normalization --num-attention-heads --num-experts
-    --num-layers --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16
-    --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --cp-comm-type --cuda-graph-impl --cuda-graph-scope --cuda-graph-warmup-steps --data-args-path
+    --data-cache-path --data-path --device --disable-bias-linear --disable-tp-comm-bulk-dgrad
+    --disable-tp-comm-bulk-wgrad --disable-tp-comm-overlap-ag --disable-tp-comm-overlap-rs
+    --distributed-backend --distributed-timeout-minutes --dry-run --enable-cuda-graph
+    --end-weight-decay --eod-mask-loss --eval-interval --eval-iters --exit-duration-in-mins
+    --exit-interval --exit-on-missing-checkpoint --expert-model-parallel-size --export-kd-cfg
+    --export-kd-teacher-load --external-cuda-graph --ffn-hidden-size --finetune
+    --first-last-layers-bf16 --fp16 --fp8-amax-compute-algo --fp8-amax-history-len --fp8-format
+    --fp8-margin --fp8-param-gather --fp8-recipe --global-batch-size --gpu --grad-reduce-in-bf16
+    --group-query-attention --help --hidden-dropout --hidden-size --init-method-std
+    --initial-loss-scale --kd-alpha --kd-fused-output --kd-hidden-loss --kd-hidden-states
+    --kd-jsd-beta --kd-lm-loss-weight --kd-loss --kd-loss-weight --kd-projection --kd-teacher-store
+    --kd-temperature --kd-temperature-squared --kd-top-k --kd-top-k-rest --kv-channels --load
+    --load-config --log-interval --loss-scale --lr --lr-decay-iters --lr-decay-samples
+    --lr-decay-style --lr-warmup-fraction --lr-warmup-init --lr-warmup-iters --lr-warmup-samples
+    --lr-wsd-decay-iters --lr-wsd-decay-style --make-vocab-size-divisible-by --manual-gc
+    --manual-gc-interval --max-position-embeddings --merge-file --mfu --micro-batch-size --min-lr
+    --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-grouped-gemm
+    --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
+    --moe-shared-expert-intermediate-size --moe-token-dispatcher-type --no-bias-gelu-fusion
+    --no-fp8-wgrad --no-load-optim --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication
+    --no-save-optim --no-save-rng --no-tp-comm-bulk-dgrad --no-tp-comm-bulk-wgrad
+    --no-tp-comm-overlap-ag --no-tp-comm-overlap-rs --no-verify-integrity --norm-epsilon
+    --normalization --num-attention-heads --num-experts --num-layers --num-layers-at-end-in-bf16
+    --num-layers-at-start-in-bf16 --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --optimizer --overlap-grad-reduce
-    --overlap-param-gather --override-opt-param-scheduler --override-opt_param-scheduler
-    --per-split-data-args-path --persistent-save-interval --pipeline-model-parallel-layout
-    --pipeline-model-parallel-size --position-embedding-type --pretrained-checkpoint --progress
-    --qk-layernorm --recompute-granularity --recompute-method --recompute-num-layers
+    --overlap-p2p-communication-warmup-flush --overlap-param-gather --override-opt-param-scheduler
+    --override-opt_param-scheduler --per-split-data-args-path --persistent-save-interval
+    --pipeline-model-parallel-layout --pipeline-model-parallel-size --position-embedding-type
+    --pretrained-checkpoint --progress --qk-layernorm --recompute-activations
+    --recompute-granularity --recompute-method --recompute-modules --recompute-num-layers
     --reset-attention-mask --reset-position-ids --rope-scaling-factor --rotary-base --rotary-percent
     --save --save-interval --save-retain-interval --seed --seq-length --sequence-parallel
     --sgd-momentum --skip-train --split --squared-relu --start-weight-decay --swiglu
     --teacher-config --teacher-fp8-format --teacher-load --tensor-model-parallel-size
-    --tensorboard-dir --test-data-path --tokenizer-model --tokenizer-type --train-data-path
-    --train-iters --train-samples --transformer-impl --trust-checkpoint --trust-remote-code
-    --untie-embeddings-and-output-weights --use-checkpoint-opt-param-scheduler
+    --tensorboard-dir --test-data-path --tokenizer-model --tokenizer-type
+    --tp-comm-bootstrap-backend --tp-comm-overlap --tp-comm-overlap-cfg --tp-comm-overlap-rs-dgrad
+    --train-data-path --train-iters --train-samples --transformer-impl --trust-checkpoint
+    --trust-remote-code --untie-embeddings-and-output-weights --use-checkpoint-opt-param-scheduler
     --use-checkpoint-opt_param-scheduler --use-distributed-optimizer --use-rope-scaling
     --use-rotary-position-embeddings --valid-data-path --vocab-file --vocab-size --wandb-entity
     --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay --weight-decay-incr-style
@@ -506,11 +518,11 @@ PRUNE_OPTIONS = """
     --importance-heads --importance-neurons --importance-sequence --load --load-config --merge-file
     --mfu --micro-batch-size --mock-data --no-mmap-bin-files --no-overlap-p2p-communication
     --no-verify-integrity --num-layers-per-virtual-pipeline-stage
-    --num-virtual-stages-per-pipeline-rank --num-workers --per-split-data-args-path
-    --pipeline-model-parallel-layout --pipeline-model-parallel-size --plan --prune-iterations
-    --reset-attention-mask --reset-position-ids --save --scores --search-space --seed --seq-length
-    --sequence-parallel --split --target-ffn-hidden-size --target-hidden-size
-    --target-moe-ffn-hidden-size --target-moe-shared-expert-intermediate-size
+    --num-virtual-stages-per-pipeline-rank --num-workers --overlap-p2p-communication-warmup-flush
+    --per-split-data-args-path --pipeline-model-parallel-layout --pipeline-model-parallel-size
+    --plan --prune-iterations --reset-attention-mask --reset-position-ids --save --scores
+    --search-space --seed --seq-length --sequence-parallel --split --target-ffn-hidden-size
+    --target-hidden-size --target-moe-ffn-hidden-size --target-moe-shared-expert-intermediate-size
     --target-num-attention-heads --target-num-experts --target-num-layers --target-num-query-groups
     --target-params --target-tolerance --targets --tensor-model-parallel-size --tokenizer-model
     --tokenizer-type --train-data-path --transformer-impl --trust-checkpoint --trust-remote-code

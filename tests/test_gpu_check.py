@@ -14,7 +14,7 @@ from tests.engine import stand_in
 from tests.programs import ROOT
 from tests.ranks import run_ranks
 from tools import gpu_check
-from tools.gpu import engine, losses, programs, steps
+from tools.gpu import engine, graphs, losses, programs, steps
 from tools.gpu.setup import Found, UnavailableError, facts, prepare
 
 
@@ -25,6 +25,7 @@ def all_rows():
         "engine": engine.engine_checks,
         "fp8": steps.fp8_checks,
         "losses": losses.loss_checks,
+        "graphs": graphs.graph_checks,
         "step": steps.step_checks,
         "calibration": programs.calibration_checks,
     }
@@ -39,11 +40,28 @@ def test_every_check_runs_without_a_gpu():
     for (part, check), verdict in verdicts.items():
         needs_engine = part == "engine" or "FP8" in check
         ok = verdict == missing if needs_engine else verdict in ("ok", "measured")
+        if part == "graphs":
+            ok = verdict.startswith("not available on this machine: no ")
         assert ok or "kernels" in check, (part, check, verdict)
     assert len(rows) == len(verdicts) > 25
     assert all(found.values())
     text = gpu_check.table(rows, found)
     assert len([line for line in text.splitlines() if line.startswith("| ")]) == len(rows) + 1
+
+
+LINES = """
+ iteration 1/2 | elapsed time per iteration (ms): 12.5 | kd loss: 2.000000E-01 |
+ iteration 2/2 | elapsed time per iteration (ms): 10.5 | kd loss: 1.000000E-01 |
+"""
+
+
+def test_captured_runs_are_compared_loss_by_loss():
+    same = graphs.side_by_side(LINES, LINES.replace("12.5", "2.5"))
+    assert same.ok
+    assert same.result == "2 losses, at most 0.0e+00 apart; 11.5 ms, 6.5 captured"
+    assert not graphs.side_by_side(LINES, LINES.replace("1.000000E-01", "1.020000E-01")).ok
+    with pytest.raises(ValueError, match="shorter"):
+        graphs.side_by_side(LINES, LINES.splitlines()[1])
 
 
 def parities(change):

@@ -24,6 +24,7 @@ PARTS = {
     "engine": "Transformer Engine against local layers",
     "fp8": "FP8 against bf16, 50 steps of distillation",
     "losses": "the distillation loss against float64 and plain torch",
+    "graphs": "CUDA graphs against eager steps",
     "step": "a distillation step of a 1B student and a 3B teacher",
     "calibration": "importance hooks, share of the bare forward pass",
     "trim": "trimming a checkpoint",
@@ -93,12 +94,13 @@ def in_own_process(part: str, flags: argparse.Namespace) -> tuple[list[Row], dic
 
 def run_part(flags: argparse.Namespace) -> int:
     """Run one part here and append its rows to ``--into`` as they come."""
-    from tools.gpu import engine, losses, programs, setup, steps
+    from tools.gpu import engine, graphs, losses, programs, setup, steps
 
     checks = {
         "engine": engine.engine_checks,
         "fp8": steps.fp8_checks,
         "losses": losses.loss_checks,
+        "graphs": graphs.graph_checks,
         "step": steps.step_checks,
         "calibration": programs.calibration_checks,
         "trim": programs.trim_checks,
