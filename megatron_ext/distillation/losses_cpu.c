@@ -8,9 +8,10 @@
 
 #include "vectors.h"
 
-enum { NONE, GAP, PRODUCTS };                          // moments
-enum { FORWARD_KL, REVERSE_KL, MSE, COSINE, JSD };     // losses
-#define NAT 0.69314718f                                // of a bit
+// Numbered as in losses_c.py.
+enum { NONE, GAP, PRODUCTS };
+enum { FORWARD_KL, REVERSE_KL, MSE, COSINE, JSD };
+#define NAT 0.69314718f  // of a bit
 
 static inline void store_f32(float *x, vec v) { memcpy(x, &v, sizeof v); }
 
@@ -118,7 +119,8 @@ static inline double sum(vec v) {
           vec p_s = exp2_of(a * scale) * mask, p_t = exp2_of(b * scale) * mask;                    \
           part[0] += p_s, part[1] += p_t;                                                          \
           if (moments == GAP) part[2] += p_t * ((b - a) * scale);                                  \
-          if (moments == PRODUCTS) part[2] += p_s * p_s, part[3] += p_t * p_t, part[4] += p_s * p_t; \
+          if (moments == PRODUCTS)                                                                 \
+            part[2] += p_s * p_s, part[3] += p_t * p_t, part[4] += p_s * p_t;                      \
         }                                                                                          \
         for (int k = 0; k < 5; k++) total[k] += sum(part[k]);                                      \
       }                                                                                            \
@@ -143,12 +145,13 @@ static inline double sum(vec v) {
         vec s_part = {0}, t_part = {0}, from_m, t_from_m;                                          \
         for (int i = 0; i < BLOCK && j < columns; i++, j += LANES) {                               \
           vec mask = splat(1);                                                                     \
-          vec a = (load_some_##T(s + j, columns - j, s) - s_max) * scale;                          \
-          vec b = (load_some_##T(t + j, columns - j, t) - t_max) * scale;                          \
+          vec a = load_some_##T(s + j, columns - j, s) - s_max;                                    \
+          vec b = load_some_##T(t + j, columns - j, t) - t_max;                                    \
           if (columns - j < LANES)                                                                 \
             for (int k = 0; k < LANES; k++) mask[k] = j + k < columns;                             \
-          against_mixture((b - a) + shift, beta, &from_m, &t_from_m);                              \
-          s_part += exp2_of(a) * from_m * mask, t_part += exp2_of(b) * t_from_m * mask;            \
+          against_mixture((b - a) * scale + shift, beta, &from_m, &t_from_m);                      \
+          s_part += exp2_of(a * scale) * from_m * mask;                                            \
+          t_part += exp2_of(b * scale) * t_from_m * mask;                                          \
         }                                                                                          \
         s_total += sum(s_part), t_total += sum(t_part);                                            \
       }                                                                                            \
@@ -169,25 +172,26 @@ static inline double sum(vec v) {
       float row_factor = factor[row] / s_sum, ratio = s_sum / t_sum, inverse = 1 / s_sum;          \
       float shift = log2(s_sum) - log2(t_sum);                                                     \
       float fourth = loss == FORWARD_KL ? 0 : known[4 * rows + row];                               \
-      float t_over_norms = loss == COSINE ? ratio / known[5 * rows + row] : 0;                     \
+      float inverse_norms = loss == COSINE ? 1 / known[5 * rows + row] : 0;                        \
       for (long j = 0; j < columns; j += LANES) {                                                  \
         long count = columns - j;                                                                  \
-        vec a = (load_some_##T(s + j, count, s) - s_max) * scale, p_s = exp2_of(a);                \
-        vec b = (load_some_##T(t + j, count, t) - t_max) * scale, from_m, t_from_m;                \
+        vec a = load_some_##T(s + j, count, s) - s_max, p_s = exp2_of(a * scale);                  \
+        vec b = load_some_##T(t + j, count, t) - t_max, p_t = {0}, slope, from_m, t_from_m;        \
+        if (loss != REVERSE_KL && loss != JSD) p_t = exp2_of(b * scale) * ratio;                   \
         if (loss == FORWARD_KL) {                                                                  \
-          p_s = p_s - exp2_of(b) * ratio;                                                          \
+          slope = p_s - p_t;                                                                       \
         } else if (loss == REVERSE_KL) {                                                           \
-          p_s *= ((a - b) - fourth) * NAT;                                                         \
+          slope = p_s * (((a - b) * scale - fourth) * NAT);                                        \
         } else if (loss == MSE) {                                                                  \
-          p_s *= 2 * ((p_s - exp2_of(b) * ratio) * inverse - fourth);                              \
+          slope = p_s * (2 * ((p_s - p_t) * inverse - fourth));                                    \
         } else if (loss == COSINE) {                                                               \
-          p_s *= (p_s * fourth - exp2_of(b) * t_over_norms) * inverse;                             \
+          slope = p_s * ((p_s * fourth - p_t * inverse_norms) * inverse);                          \
         } else {                                                                                   \
-          against_mixture((b - a) + shift, beta, &from_m, &t_from_m);                              \
-          p_s *= (1 - beta) * (from_m * NAT - fourth);                                             \
+          against_mixture((b - a) * scale + shift, beta, &from_m, &t_from_m);                      \
+          slope = p_s * ((1 - beta) * (from_m * NAT - fourth));                                    \
         }                                                                                          \
         T buffer[LANES];                                                                           \
-        store_##T(buffer, p_s * row_factor);                                                       \
+        store_##T(buffer, slope * row_factor);                                                     \
         if (count < LANES)                                                                         \
           memcpy(g + j, buffer, count * sizeof(T));                                                \
         else                                                                                       \

@@ -3,8 +3,9 @@
 Functions as in ``native``; formulas stand at the public functions of ``losses``. A unit is the
 memory of one model's logits. ``row_stats`` reads both once, 2 units: sums are centred on the
 largest logit so far, and scaled down where a larger one comes. ``gradient`` reads both again and
-writes, 3 units. ``mixture_sums``, which only jsd needs, reads both, 2 units. Products are arranged
-so that two equal models give zero. The logits may differ in dtype and width.
+writes, 3 units. ``mixture_sums``, which only jsd needs, reads both, 2 units. Logits are subtracted
+from one another before they are scaled, and products arranged so that two equal models give zero
+although the compiler fuses. The logits may differ in dtype and width.
 """
 
 import torch
@@ -115,10 +116,10 @@ def _mixture_kernel(
         is_real = start + lane < columns
         s = tl.load(s_row + start + lane, mask=is_real, other=0.0).to(tl.float32)
         t = tl.load(t_row + start + lane, mask=is_real, other=0.0).to(tl.float32)
-        s, t = (s - s_max) * scale, (t - t_max) * scale
-        from_m, t_from_m = _against_mixture((t - s) + shift, beta)
-        s_total += tl.where(is_real, tl.exp2(s) * from_m, 0.0)
-        t_total += tl.where(is_real, tl.exp2(t) * t_from_m, 0.0)
+        s, t = s - s_max, t - t_max
+        from_m, t_from_m = _against_mixture((t - s) * scale + shift, beta)
+        s_total += tl.where(is_real, tl.exp2(s * scale) * from_m, 0.0)
+        t_total += tl.where(is_real, tl.exp2(t * scale) * t_from_m, 0.0)
     tl.store(sums + row, tl.sum(s_total, 0) / s_sum * NAT)
     tl.store(sums + rows + row, tl.sum(t_total, 0) / t_sum * NAT)
 
@@ -147,7 +148,7 @@ def _gradient_kernel(
     if loss != "forward-kl":
         fourth = tl.load(known + 4 * rows + row)
     if loss == "cosine":
-        t_over_norms = ratio / tl.load(known + 5 * rows + row)
+        norms = tl.load(known + 5 * rows + row)
     if loss == "jsd":
         shift = tl.log2(s_sum) - tl.log2(t_sum)
     lane = tl.arange(0, block)
@@ -155,19 +156,19 @@ def _gradient_kernel(
         is_real = start + lane < columns
         s = tl.load(s_row + start + lane, mask=is_real, other=0.0).to(tl.float32)
         t = tl.load(t_row + start + lane, mask=is_real, other=0.0).to(tl.float32)
-        s, t = (s - s_max) * scale, (t - t_max) * scale
-        # T times the gradient is p_s x slope, or the slope alone, both times sum 2^s.
-        p_s = tl.exp2(s)
+        s, t = s - s_max, t - t_max
+        # Both times the student's sum of exponentials, which row_factor takes out of the slope.
+        p_s, p_t = tl.exp2(s * scale), tl.exp2(t * scale) * ratio
         if loss == "forward-kl":
-            slope = p_s - tl.exp2(t) * ratio
+            slope = p_s - p_t
         elif loss == "reverse-kl":
-            slope = p_s * (((s - t) - fourth) * NAT)
+            slope = p_s * (((s - t) * scale - fourth) * NAT)
         elif loss == "mse":
-            slope = p_s * (2 * ((p_s - tl.exp2(t) * ratio) / s_sum - fourth))
+            slope = p_s * (2 * ((p_s - p_t) / s_sum - fourth))
         elif loss == "cosine":
-            slope = p_s * ((p_s * fourth - tl.exp2(t) * t_over_norms) / s_sum)
+            slope = p_s * ((p_s * fourth - p_t / norms) / s_sum)
         else:
-            from_m, _ = _against_mixture((t - s) + shift, beta)
+            from_m, _ = _against_mixture((t - s) * scale + shift, beta)
             slope = p_s * ((1 - beta) * (from_m * NAT - fourth))
         result = tl.where(is_real, slope * row_factor, 0.0).to(gradient.dtype.element_ty)
         tl.store(g_row + start + lane, result, mask=start + lane < s_width)
