@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+HEADER = Path(__file__).with_name("vectors.h")  # of all C files
 OPTIONS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w")
 
 
@@ -24,7 +25,8 @@ def library(source: Path) -> ctypes.CDLL | None:
     if os.environ.get("MEGATRON_EXT_NATIVE") == "0" or compiler is None:
         return None
     # A home folder may be shared by machines of other kinds, for which -march=native means others.
-    described = (source.read_bytes(), " ".join(OPTIONS).encode(), _processor().encode())
+    machine = (" ".join(OPTIONS).encode(), _processor().encode())
+    described = (source.read_bytes(), HEADER.read_bytes(), *machine)
     name = f"{source.stem}-{hashlib.sha256(b'|'.join(described)).hexdigest()[:16]}.so"
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_ext"
@@ -32,7 +34,8 @@ def library(source: Path) -> ctypes.CDLL | None:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as scratch:  # ranks may compile at once
                 built = Path(scratch) / name
-                command = [compiler, *OPTIONS, str(source), "-o", str(built), "-lm"]
+                include = f"-I{HEADER.parent}"
+                command = [compiler, *OPTIONS, include, str(source), "-o", str(built), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 built.replace(cache / name)
         return ctypes.CDLL(str(cache / name))

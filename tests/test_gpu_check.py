@@ -148,7 +148,7 @@ def test_the_script_writes_its_table(tmp_path):
     subprocess.run([*command, "--output", str(output)], check=True, cwd=tmp_path, env=environment)
     text = output.read_text()
     assert text.startswith(gpu_check.MARK)
-    assert "| losses | in torch fp32: error of loss, gradient |" in text
+    assert "| losses | mse, in torch fp32: error of loss, gradient |" in text
     assert "* commit: " in text
 
 

@@ -23,6 +23,8 @@ from tests.ranks import run_ranks
 
 SHAPES = [(3, 5, 47), (1, 1, 7), (17, 2, 1031)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+# Kernels decline float64.
+WAYS = [(dtype, "torch") for dtype in DTYPES] + [(dtype, "kernels") for dtype in DTYPES[1:]]
 # (rtol, atol) against float64 on the same, already rounded logits. bf16 is computed in float32, so
 # only its gradient is coarse: one rounding to 8 bits.
 VALUE_TOLERANCE = {
@@ -30,7 +32,8 @@ VALUE_TOLERANCE = {
     torch.float32: (1e-6, 1e-6),
     torch.bfloat16: (1e-6, 1e-6),
 }
-GRAD_TOLERANCE = VALUE_TOLERANCE | {torch.bfloat16: (2**-8, 1e-6)}
+VALUE_TOLERANCE[torch.float16] = VALUE_TOLERANCE[torch.bfloat16]
+GRAD_TOLERANCE = VALUE_TOLERANCE | {torch.bfloat16: (2**-8, 1e-6), torch.float16: (2**-11, 1e-6)}
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +95,11 @@ def _inputs(shape, dtype, seed=0):
     return student.to(dtype), teacher.to(dtype), weights.float().double()
 
 
+def in_torch(patch):
+    """Have what follows computed without kernels, as where there is no compiler or Triton."""
+    patch.setattr(native, "kernels", lambda *args: None)
+
+
 def _value_and_grad(loss, student, teacher, weights, **kwargs):
     student = student.detach().requires_grad_()
     value = loss(student, teacher, **kwargs)
@@ -117,9 +125,11 @@ def _check(got, expected, dtype, *, name="forward-kl"):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "way"), WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_float64_autograd(shape, dtype, temperature, padding, name):
+def test_equals_float64_autograd(shape, dtype, way, temperature, padding, name, monkeypatch):
+    if way == "torch":
+        in_torch(monkeypatch)
     loss, reference = LOSSES[name]
     student, teacher, weights = _inputs(shape, dtype)
     kwargs = {"temperature": temperature, "vocab_size": shape[-1] - padding}
@@ -163,24 +173,23 @@ def _layout_inputs(vocab, padded, dtype):
 
 
 def _on_ranks(temperature, name="forward-kl"):
-    """For each layout and dtype: this rank's value and gradient."""
+    """For each layout, dtype and way: this rank's value and gradient."""
     loss, _ = LOSSES[name]
     chunks.CHUNK_ELEMENTS["cpu"] = 500
     group = torch.distributed.group.WORLD
     results = {}
     for layout, vocab, padded in LAYOUTS:
-        for dtype in DTYPES:
+        for dtype, way in WAYS:
             student, teacher, weights = _layout_inputs(vocab, padded, dtype)
-            s, t = (x.chunk(group.size(), -1)[group.rank()] for x in (student, teacher))
-            results[layout, dtype] = _value_and_grad(
-                loss,
-                s,
-                t,
-                weights,
-                temperature=temperature,
-                vocab_size=vocab,
-                tp_group=group,
+            s, t = (
+                x.chunk(group.size(), -1)[group.rank()].contiguous() for x in (student, teacher)
             )
+            where = {"temperature": temperature, "vocab_size": vocab, "tp_group": group}
+            with pytest.MonkeyPatch.context() as patch:
+                if way == "torch":
+                    in_torch(patch)
+                got = _value_and_grad(loss, s, t, weights, **where)
+            results[layout, dtype, way] = got
     return results
 
 
@@ -191,8 +200,8 @@ def test_any_tp_size_equals_serial(name, tp_size, temperature):
     loss, reference = LOSSES[name]
     ranks = run_ranks(tp_size, _on_ranks, temperature, name)
     for layout, vocab, padded in LAYOUTS:
-        for dtype in DTYPES:
-            values, grads = zip(*(rank[layout, dtype] for rank in ranks), strict=True)
+        for dtype, way in WAYS:
+            values, grads = zip(*(rank[layout, dtype, way] for rank in ranks), strict=True)
             assert all(torch.equal(value, values[0]) for value in values), (layout, dtype)
             student, teacher, weights = _layout_inputs(vocab, padded, dtype)
             args = (student, teacher, weights)
@@ -211,7 +220,7 @@ def test_gradient_is_not_multiplied_by_the_tp_size(tp_size):
     """
     layout, vocab, padded = LAYOUTS[0]
     ranks = run_ranks(tp_size, _on_ranks, 1.0)
-    grad = torch.cat([rank[layout, torch.float64][1] for rank in ranks], -1)
+    grad = torch.cat([rank[layout, torch.float64, "torch"][1] for rank in ranks], -1)
     _, serial = _value_and_grad(_reference_kl, *_layout_inputs(vocab, padded, torch.float64))
     assert (grad.norm() / serial.norm()).item() == pytest.approx(1, rel=1e-12)
 
@@ -308,7 +317,7 @@ def test_only_the_student_receives_a_gradient(name):
 
 
 def test_mixed_dtypes(monkeypatch):
-    monkeypatch.setattr(native, "_library", lambda: None)  # which takes one dtype only
+    in_torch(monkeypatch)  # kernels in C take one dtype only
     student, teacher, weights = _inputs((3, 5, 47), torch.bfloat16)
     got = _value_and_grad(vocab_parallel_kl, student, teacher.float(), weights)
     expected = _value_and_grad(vocab_parallel_kl, student, teacher, weights)

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from megatron_ext import compiled
-from megatron_ext.distillation import native, steps
+from megatron_ext.distillation import losses_c, native
 from megatron_ext.distillation.losses import vocab_parallel_kl
+from megatron_ext.distillation.row_stats import row_stats
+from tests.test_losses import in_torch
 
-pytestmark = pytest.mark.skipif(native._library() is None, reason="there is no C compiler")
+pytestmark = pytest.mark.skipif(
+    compiled.library(losses_c.SOURCE) is None, reason="there is no C compiler"
+)
 
 
 def logits(columns, dtype, scale=3.0):
     generator = torch.Generator().manual_seed(columns)
     student, noise = torch.randn(2, 7, 3, columns, generator=generator)
     return (scale * student).to(dtype), (scale * student + 0.3 * noise).to(dtype)
-
-
-def in_torch(monkeypatch):
-    monkeypatch.setattr(native, "_library", lambda: None)
 
 
 def loss_and_gradient(student, teacher, **settings):
@@ -39,7 +39,7 @@ def loss_and_gradient(student, teacher, **settings):
 def test_kernels_equal_torch(columns, padding, temperature, dtype, monkeypatch):
     student, teacher = logits(columns + padding, dtype)
     settings = {"temperature": temperature, "vocab_size": columns}
-    assert native.kl_stats(student, teacher, temperature, columns) is not None
+    assert native.kernels(student, teacher, columns) is losses_c
     loss, gradient = loss_and_gradient(student, teacher, **settings)
     in_torch(monkeypatch)
     expected, reference = loss_and_gradient(student, teacher, **settings)
@@ -53,7 +53,7 @@ def test_kernels_equal_torch(columns, padding, temperature, dtype, monkeypatch):
 @pytest.mark.parametrize("columns", [100, 40_000])
 def test_sums_of_long_rows_in_float64(columns):
     student, teacher = logits(columns, torch.float32)
-    stats = native.kl_stats(student, teacher, 1.0, columns).double()
+    stats = row_stats(student, teacher, 1.0, columns).double()
     for number, x in enumerate((student.double(), teacher.double())):
         highest = x.amax(-1)
         assert torch.equal(stats[number], highest)
@@ -84,14 +84,16 @@ def test_what_is_not_finite_comes_out(bad, place):
 
 def test_where_they_decline():
     student, teacher = logits(64, torch.float32)
-    assert native.kl_stats(student.double(), teacher.double(), 1.0, 64) is None
-    assert native.kl_stats(student, teacher.bfloat16(), 1.0, 64) is None
-    assert native.kl_stats(student.transpose(0, 1), teacher.transpose(0, 1), 1.0, 64) is None
-    assert native.kl_stats(student, teacher, 1.0, 0) is None
+    assert native.kernels(student, teacher, 64) is losses_c
+    assert native.kernels(student.double(), teacher.double(), 64) is None
+    assert native.kernels(student, teacher.bfloat16(), 64) is None
+    assert native.kernels(student.transpose(0, 1), teacher.transpose(0, 1), 64) is None
+    assert native.kernels(student, teacher, 0) is None
+    assert native.kernels(student.to("meta"), teacher.to("meta"), 64) is None
 
 
 def test_without_a_compiler_torch_computes(monkeypatch, tmp_path):
-    build = partial(compiled.library.__wrapped__, native.SOURCE)
+    build = partial(compiled.library.__wrapped__, losses_c.SOURCE)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert build() is None
     monkeypatch.undo()
@@ -106,6 +108,7 @@ def test_without_a_compiler_torch_computes(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "OPTIONS", ("--no-such-option",))
     assert build() is None
     assert not list((tmp_path / "megatron_ext").iterdir())
-    in_torch(monkeypatch)
+    monkeypatch.setattr(losses_c, "library", lambda source: None)
     student, teacher = logits(64, torch.float32)
-    assert steps._kl_stats(student, teacher, 1.0, 64).shape == (5, 7, 3)
+    assert native.kernels(student, teacher, 64) is None
+    assert row_stats(student, teacher, 1.0, 64, "gap").shape == (5, 7, 3)

@@ -23,7 +23,7 @@ MARK = "<!-- written by tools/gpu_check.sh -->"
 PARTS = {
     "engine": "Transformer Engine against local layers",
     "fp8": "FP8 against bf16, 50 steps of distillation",
-    "losses": "the distillation loss against float64 and plain torch",
+    "losses": "the distillation losses against float64 and plain torch",
     "graphs": "CUDA graphs against eager steps",
     "step": "a distillation step of a 1B student and a 3B teacher",
     "calibration": "importance hooks, share of the bare forward pass",

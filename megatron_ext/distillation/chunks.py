@@ -93,24 +93,3 @@ def gather_ranks(stats: Tensor, tp_group: ProcessGroup | None) -> Tensor:
     gathered = stats.new_empty(tp_group.size(), *stats.shape)
     torch.distributed.all_gather(list(gathered.unbind(0)), stats, group=tp_group)
     return gathered
-
-
-def normalisers(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    columns: int,
-    tp_group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the rows' maxima and sums of exponentials, [2, S, B] float64 each. One all-gather."""
-    stats = student.new_zeros(4, *student.shape[:-1], dtype=compute_dtype(student, teacher))
-    stats[:2] = torch.finfo(torch.float32).min
-    for rows, s, t in chunks(student, teacher, columns):
-        for number, x in enumerate((s, t)):
-            torch.amax(x, -1, out=stats[number, rows])
-            center_(x, stats[number, rows], temperature)
-            torch.sum(x.exp2_(), -1, out=stats[2 + number, rows])
-    stats = gather_ranks(stats, tp_group).double()
-    row_max = stats[:, :2].amax(0)
-    weight = ((stats[:, :2] - row_max) * (LOG2_E / temperature)).exp2()
-    return row_max, (weight * stats[:, 2:]).sum(0)

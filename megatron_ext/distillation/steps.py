@@ -20,22 +20,24 @@ from megatron_ext.distillation.chunks import (
     chunks,
     compute_dtype,
     gather_ranks,
-    normalisers,
     real_columns,
 )
+from megatron_ext.distillation.row_stats import gathered_stats
 
 
 class Steps(NamedTuple):
     """What distinguishes one loss from another."""
 
+    loss: str
+    """Its name in ``native``."""
     forward: Callable[..., tuple[Tensor, Tensor]]
     """(student, teacher, temperature, real columns, group) -> loss per token [S, B] float64, and
     what ``gradient`` needs as rows [k, S, B], first both models' maxima, sums of exponentials."""
     gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Bits s, t [n, B, c] and rows [k, n, B, 1] of a chunk -> T times d loss / d student logits.
     May overwrite s and t."""
-    fast_gradient: Callable[..., Tensor | None] | None = None
-    """As ``native.kl_gradient``: the whole gradient at once, or None where it declines."""
+    beta: float = 0.0
+    """Of jsd."""
 
 
 def per_token_loss(
@@ -73,11 +75,11 @@ class _RowLoss(torch.autograd.Function):
         student, teacher, rows = ctx.saved_tensors
         # No all-reduce: the loss is replicated over tp_group, and therefore grad_loss is too.
         scale = grad_loss / ctx.temperature
-        if ctx.steps.fast_gradient is not None:
-            settings = (ctx.temperature, ctx.columns)
-            fast = ctx.steps.fast_gradient(student, teacher, rows, scale, *settings)
-            if fast is not None:
-                return fast, None, None, None, None, None
+        kernels = native.kernels(student, teacher, ctx.columns)
+        if kernels is not None:
+            settings = (ctx.temperature, ctx.columns, ctx.steps.beta)
+            grad = kernels.gradient(ctx.steps.loss, student, teacher, rows, scale, *settings)
+            return grad, None, None, None, None, None
         scale = scale.unsqueeze(-1)
         grad = torch.empty_like(student)
         grad[..., ctx.columns :].zero_()
@@ -92,10 +94,14 @@ class _RowLoss(torch.autograd.Function):
 # Forward and reverse KL share their statistics, with the models' roles exchanged.
 
 
-def _forward_kl(student, teacher, temperature, columns, tp_group):
-    stats = _kl_stats(student, teacher, temperature, columns)  # [5, S, B]
-    kl, row_max, row_sum = _combine_kl(gather_ranks(stats, tp_group).double(), temperature)
-    return kl, torch.cat([row_max, row_sum])
+def _kl(student, teacher, temperature, columns, tp_group):
+    """Return KL(teacher || student) [S, B] and the rows [4, S, B]."""
+    rows, offset, stats = gathered_stats(student, teacher, temperature, columns, tp_group, "gap")
+    shift = offset[:, 1] - offset[:, 0]  # [R, S, B]
+    dot = stats[:, 4] + shift * stats[:, 3]
+    gap = (offset[:, 1].exp2() * dot).sum(0) / rows[3]
+    bits = gap + rows[2].log2() - rows[3].log2()
+    return bits.clamp(min=0) / LOG2_E, rows  # only rounding makes a KL negative
 
 
 def _forward_kl_gradient(s, t, rows):
@@ -104,10 +110,10 @@ def _forward_kl_gradient(s, t, rows):
 
 
 def _reverse_kl(student, teacher, temperature, columns, tp_group):
-    stats = _kl_stats(teacher, student, temperature, columns)
-    kl, row_max, row_sum = _combine_kl(gather_ranks(stats, tp_group).double(), temperature)
-    offset = row_sum[1].log2() - row_sum[0].log2() + kl * LOG2_E
-    return kl, torch.cat([row_max.flip(0), row_sum.flip(0), offset.unsqueeze(0)])
+    kl, rows = _kl(teacher, student, temperature, columns, tp_group)
+    rows = rows.unflatten(0, (2, 2)).flip(1).flatten(0, 1)
+    offset = rows[2].log2() - rows[3].log2() + kl * LOG2_E
+    return kl, torch.cat([rows, offset.unsqueeze(0)])
 
 
 def _reverse_kl_gradient(s, t, rows):
@@ -115,78 +121,20 @@ def _reverse_kl_gradient(s, t, rows):
     return s.exp2_().div_(rows[2]).mul_(gap)
 
 
-FORWARD_KL = Steps(_forward_kl, _forward_kl_gradient, native.kl_gradient)
-REVERSE_KL = Steps(_reverse_kl, _reverse_kl_gradient)
-
-
-def _kl_stats(student: Tensor, teacher: Tensor, temperature: float, columns: int) -> Tensor:
-    """Return this rank's [5, S, B]: max s, max t, sum 2^s', sum 2^t', sum 2^t' (t' - s').
-
-    s' and t' are centred on the rank's maxima: a product with the raw logits would lose to
-    rounding what the difference of two similar models is made of.
-    """
-    fast = native.kl_stats(student, teacher, temperature, columns)
-    if fast is not None:
-        return fast
-    stats = student.new_zeros(5, *student.shape[:-1], dtype=compute_dtype(student, teacher))
-    # For a rank that holds only padding: loses every max, and stays finite in the arithmetic.
-    stats[:2] = torch.finfo(torch.float32).min
-    for rows, s, t in chunks(student, teacher, columns):
-        torch.amax(s, -1, out=stats[0, rows])
-        torch.amax(t, -1, out=stats[1, rows])
-        center_(s, stats[0, rows], temperature)
-        center_(t, stats[1, rows], temperature)
-        gap = t - s
-        torch.sum(s.exp2_(), -1, out=stats[2, rows])
-        torch.sum(t.exp2_(), -1, out=stats[3, rows])
-        torch.sum(gap.mul_(t), -1, out=stats[4, rows])
-    return stats
-
-
-def _combine_kl(stats: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return KL [S, B] and the rows' maxima and sums of exponentials, [2, S, B] each.
-
-    Args:
-        stats: [R, 5, S, B] float64. In float32 the logarithms would cost half of KL's digits.
-        temperature: T.
-    """
-    rank_max, rank_sum, dot = stats[:, :2], stats[:, 2:4], stats[:, 4]
-    row_max = rank_max.amax(0)  # [2, S, B]
-    offset = (rank_max - row_max) * (LOG2_E / temperature)  # [R, 2, S, B], bits
-    weight = offset.exp2()
-    row_sum = (weight * rank_sum).sum(0)  # [2, S, B]
-    shift = offset[:, 1] - offset[:, 0]  # [R, S, B]
-    gap = (weight[:, 1] * (dot + shift * rank_sum[:, 1])).sum(0) / row_sum[1]
-    bits = gap + row_sum[0].log2() - row_sum[1].log2()
-    return bits.clamp(min=0) / LOG2_E, row_max, row_sum  # only rounding makes a KL negative
+FORWARD_KL = Steps("forward-kl", _kl, _forward_kl_gradient)
+REVERSE_KL = Steps("reverse-kl", _reverse_kl, _reverse_kl_gradient)
 
 
 # Squared distance and cosine: products of exponentials, rescaled once the ranks' maxima are known.
 
 
-def _products(student, teacher, temperature, columns, tp_group):
-    """Return p_s . p_s, p_t . p_t, p_s . p_t as [3, S, B] float64, and [4, S, B] as of ``Steps``.
-
-    One all-gather of 7 floats per token.
-    """
-    stats = student.new_zeros(7, *student.shape[:-1], dtype=compute_dtype(student, teacher))
-    stats[:2] = torch.finfo(torch.float32).min
-    for rows, s, t in chunks(student, teacher, columns):
-        torch.amax(s, -1, out=stats[0, rows])
-        torch.amax(t, -1, out=stats[1, rows])
-        center_(s, stats[0, rows], temperature).exp2_()
-        center_(t, stats[1, rows], temperature).exp2_()
-        for number, (x, y) in enumerate(((s, s), (t, t), (s, t)), 4):
-            torch.sum(x * y, -1, out=stats[number, rows])
-        torch.sum(s, -1, out=stats[2, rows])
-        torch.sum(t, -1, out=stats[3, rows])
-    stats = gather_ranks(stats, tp_group).double()  # [R, 7, S, B]
-    row_max = stats[:, :2].amax(0)
-    weight = ((stats[:, :2] - row_max) * (LOG2_E / temperature)).exp2()  # [R, 2, S, B]
-    row_sum = (weight * stats[:, 2:4]).sum(0)
-    pairs = torch.tensor([[0, 1, 0], [0, 1, 1]], device=student.device)
-    products = (weight[:, pairs[0]] * weight[:, pairs[1]] * stats[:, 4:]).sum(0)
-    return products / (row_sum[pairs[0]] * row_sum[pairs[1]]), torch.cat([row_max, row_sum])
+def _products(*inputs):
+    """Return p_s . p_s, p_t . p_t, p_s . p_t as [3, S, B] float64, and the rows [4, S, B]."""
+    rows, offset, stats = gathered_stats(*inputs, "products")
+    (s, t), (s_sum, t_sum) = offset.unbind(1), rows[2:]
+    weight = torch.stack([s + s, t + t, s + t], dim=1).exp2()
+    products = (weight * stats[:, 4:]).sum(0)
+    return products / torch.stack([s_sum * s_sum, t_sum * t_sum, s_sum * t_sum]), rows
 
 
 def _mse(*inputs):
@@ -212,7 +160,7 @@ def _cosine_gradient(s, t, rows):
     return s.mul_((s * rows[4]).sub_(gap))
 
 
-MSE, COSINE = Steps(_mse, _mse_gradient), Steps(_cosine, _cosine_gradient)
+MSE, COSINE = Steps("mse", _mse, _mse_gradient), Steps("cosine", _cosine, _cosine_gradient)
 
 
 # Jensen-Shannon: the logarithm of the mixture needs both distributions normalised first.
@@ -222,19 +170,26 @@ def jsd(beta: float) -> Steps:
     """Return the steps of the Jensen-Shannon divergence with weight ``beta`` on the teacher."""
 
     def forward(student, teacher, temperature, columns, tp_group):
-        row_max, row_sum = normalisers(student, teacher, temperature, columns, tp_group)
-        dtype = compute_dtype(student, teacher)
-        rows = torch.cat([row_max, row_sum]).to(dtype)
-        sums = student.new_zeros(2, *student.shape[:-1], dtype=dtype)
+        rows, _, _ = gathered_stats(student, teacher, temperature, columns, tp_group)
+        known = rows.to(compute_dtype(student, teacher))
+        kernels = native.kernels(student, teacher, columns)
+        if kernels is not None:
+            sums = kernels.mixture_sums(student, teacher, known, temperature, columns, beta)
+        else:
+            sums = mixture_sums(student, teacher, known, temperature, columns)
+        student_kl, teacher_kl = gather_ranks(sums, tp_group).double().sum(0)
+        jsd = (beta * teacher_kl + (1 - beta) * student_kl).clamp(min=0)
+        return jsd, torch.cat([rows, student_kl.unsqueeze(0)])
+
+    def mixture_sums(student, teacher, rows, temperature, columns):
+        sums = torch.zeros_like(rows[:2])
         for place, s, t in chunks(student, teacher, columns):
             center_(s, rows[0, place], temperature)
             center_(t, rows[1, place], temperature)
             p_s, p_t, from_m, t_from_m = against_mixture(s, t, rows[:, place].unsqueeze(-1))
             torch.sum(p_s.mul_(from_m), -1, out=sums[0, place])
             torch.sum(p_t.mul_(t_from_m), -1, out=sums[1, place])
-        student_kl, teacher_kl = gather_ranks(sums, tp_group).double().sum(0)
-        jsd = (beta * teacher_kl + (1 - beta) * student_kl).clamp(min=0)
-        return jsd, torch.cat([row_max, row_sum, student_kl.unsqueeze(0)])
+        return sums
 
     def against_mixture(s, t, rows):
         """Return p_s, p_t, log p_s - log m and log p_t - log m, in nats."""
@@ -248,4 +203,4 @@ def jsd(beta: float) -> Steps:
         p_s, _, from_m, _ = against_mixture(s, t, rows)
         return p_s.mul_(from_m.sub_(rows[4])).mul_(1 - beta)
 
-    return Steps(forward, gradient)
+    return Steps("jsd", forward, gradient, beta)

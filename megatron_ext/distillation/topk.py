@@ -18,9 +18,9 @@ from megatron_ext.distillation.chunks import (
     chunks,
     compute_dtype,
     gather_ranks,
-    normalisers,
     real_columns,
 )
+from megatron_ext.distillation.row_stats import gathered_stats
 
 DROP, TAIL = RESTS = ("drop", "tail")
 
@@ -71,8 +71,8 @@ def teacher_top_k(
     keys = gather_ranks(keys, tp_group).movedim(0, -2).flatten(-2)  # [S, B, R * K]
     keys = keys.topk(top_k, dim=-1).values
     tokens, chosen = _from_sortable(keys)
-    row_max, row_sum = normalisers(logits, logits, temperature, columns, tp_group)
-    log_sum = (row_max[0] / temperature + row_sum[0].log()).unsqueeze(-1)
+    rows, _, _ = gathered_stats(logits, logits, temperature, columns, tp_group)
+    log_sum = (rows[0] / temperature + rows[2].log()).unsqueeze(-1)
     log_probs = chosen.double() / temperature - log_sum
     return TopK(tokens, log_probs.to(compute_dtype(logits, logits)))
 

@@ -1,40 +1,20 @@
 // Sums of activations over the positions of each sample, in one read of them.
 //
-// Vectors of 16 are GNU C's own, which any x86 or ARM compiler lowers to what the machine has. No
-// -ffast-math: NaN must come out where NaN goes in. A thread has some columns, or some rows of the
-// cosines, and takes positions in their order: the number of threads changes no bit.
+// No -ffast-math: NaN must come out where NaN goes in. A thread has some columns, or some rows of
+// the cosines, and takes positions in their order: the number of threads changes no bit. So many
+// positions as vectors of a row, BLOCK, are added in float before their sum goes to a double.
 
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
-#define LANES 16
-typedef float vec __attribute__((vector_size(4 * LANES)));
+#include "vectors.h"
+
 typedef float vec8 __attribute__((vector_size(32)));
 typedef float vec4 __attribute__((vector_size(16)));
-typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
-typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
-typedef uint16_t bf16;
 
-// So many positions, or vectors of a row, are added in float before their sum goes to a double:
-// what is lost to rounding does not grow with the sequence.
-#define BLOCK 64
 // Columns of one thread at a time: their float sums stay in its nearest cache.
 #define TILE 1024
 #define HEADS 16
-
-static inline vec load_f32(const float *x) {
-  vec v;
-  memcpy(&v, x, sizeof v);
-  return v;
-}
-
-static inline vec load_bf16(const bf16 *x) {
-  hvec h;
-  memcpy(&h, x, sizeof h);
-  return (vec)(__builtin_convertvector(h, uvec) << 16);
-}
 
 static inline vec magnitude(vec x) { return (vec)((uvec)x & 0x7fffffff); }
 
@@ -194,6 +174,5 @@ static long taking_part(const uint8_t *left_out, long positions, long batch, lon
     free(changes);                                                                                 \
   }
 
-typedef float f32;
 KERNELS(f32)
 KERNELS(bf16)

@@ -1,9 +1,10 @@
-"""Forward KL and its gradient: seconds, extra memory and the distance to the bandwidth floor.
+"""A loss and its gradient: seconds, extra memory and the distance to the bandwidth floor.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999 python tools/bench/losses.py [--tp 2]
+        [--loss reverse-kl]
 
-Side by side, taking turns, in one run: the loss in C and in torch, Model Optimizer's
-(pip install nvidia-modelopt==0.47.0 huggingface_hub requests; left out where it is missing), and
+Side by side, taking turns, in one run: the loss in C and in torch, Model Optimizer's (forward KL;
+pip install nvidia-modelopt==0.47.0 huggingface_hub requests; left out where it is missing), and
 output layer and loss together, fused and not. The floor is the time to read both logits and write
 one at the speed of a copy measured in the same run. Extra memory is what a step allocates beside
 its inputs and the gradient. With --tp, gloo ranks share the vocabulary, a thread each.
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from megatron_ext import platform
 from megatron_ext.distillation import native
 from megatron_ext.distillation.fused import fused_losses
-from megatron_ext.distillation.losses import vocab_parallel_kl
+from megatron_ext.distillation.losses import LOSSES, LogitLoss
 
 SHAPES = {"2048 x 32k": (2048, 32768), "512 x 128k": (512, 131072)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,6 +42,7 @@ def main() -> None:
     """Run the ranks; the first prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tp", type=int, default=1, help="ranks that share the vocabulary")
+    parser.add_argument("--loss", choices=[*LOSSES, "jsd"], default="forward-kl")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each; the fastest counts")
     parser.add_argument("--hidden-size", type=int, default=1024, help="for the output layer")
     flags = parser.parse_args()
@@ -67,14 +70,13 @@ def run_rank(rank: int, flags: argparse.Namespace, folder: str) -> None:
             # Read two and write one, at the speed that a copy reads one and writes one.
             copy = seconds(lambda s=student, t=teacher: s.copy_(t), flags.repeats)
             floor = 1.5 * min(copy)
-            losses = {
-                "this project, C": kl(group),
-                "this project, torch": kl(group),
-                **model_optimizer(flags.tp),
-            }
+            own_loss = loss_of(flags.loss, group)
+            losses = {"this project, C": own_loss, "this project, torch": own_loss}
+            if flags.loss == "forward-kl":
+                losses |= model_optimizer(flags.tp)
             rows = measure_losses(losses, student, teacher, flags.repeats)
             del student, teacher
-            rows |= measure_output_layers(flags, group, tokens, own, dtype, losses)
+            rows |= measure_output_layers(flags, tokens, own, dtype, losses)
             for name, (least, extra) in rows.items():
                 if rank == 0:
                     ratio = "" if "output" in name else f"{least / floor:9.1f}"
@@ -82,21 +84,21 @@ def run_rank(rank: int, flags: argparse.Namespace, folder: str) -> None:
                     print(f"{shape:12}{kind:6}{name:28}{1000 * least:9.1f}{ratio:>9}{memory}")
 
 
-def kl(group: torch.distributed.ProcessGroup) -> Loss:
+def loss_of(kind: str, group: torch.distributed.ProcessGroup) -> Loss:
     """Return this project's loss."""
-    return lambda student, teacher: vocab_parallel_kl(student, teacher, tp_group=group)
+    return partial(LogitLoss(kind=kind), tp_group=group)
 
 
 @contextmanager
 def only_torch(name: str) -> Iterator[None]:
     """Leave out the kernels in C for what is called so."""
-    library = native._library
+    kernels = native.kernels
     if name.endswith("torch"):
-        native._library = lambda: None
+        native.kernels = lambda *arguments: None
     try:
         yield
     finally:
-        native._library = library
+        native.kernels = kernels
 
 
 def model_optimizer(tp: int) -> dict[str, Loss]:
@@ -133,7 +135,6 @@ def measure_losses(
 
 def measure_output_layers(
     flags: argparse.Namespace,
-    group: torch.distributed.ProcessGroup,
     tokens: int,
     columns: int,
     dtype: torch.dtype,
@@ -148,7 +149,8 @@ def measure_output_layers(
 
     def fused() -> Tensor:
         def parts(student: Tensor, teacher: Tensor, _: Tensor) -> dict[str, Tensor]:
-            return {"kd": kl(group)(student, teacher).transpose(0, 1)}
+            loss = losses["this project, C"](student, teacher)
+            return {"kd": loss.transpose(0, 1)}
 
         models = (states, weight, others, other_weight)
         return fused_losses(parts, {"kd": 1.0}, *models, labels, mask)["kd"]

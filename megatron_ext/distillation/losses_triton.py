@@ -1,0 +1,231 @@
+"""Statistics and gradients of rows of logits as Triton kernels, a program for each row.
+
+Functions as in ``native``; formulas stand at the public functions of ``losses``. A unit is the
+memory of one model's logits. ``row_stats`` reads both once, 2 units: sums are centred on the
+largest logit so far, and scaled down where a larger one comes. ``gradient`` reads both again and
+writes, 3 units. ``mixture_sums``, which only jsd needs, reads both, 2 units. Logits are subtracted
+from one another before they are scaled, and products arranged so that two equal models give zero
+although the compiler fuses. The logits may differ in dtype and width.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_ext.distillation.chunks import LOG2_E
+from megatron_ext.distillation.native import MOMENTS
+
+# Columns at a time. With products 4096 would take 136 registers a thread (compiled for sm_90), and
+# a multiprocessor would hold one row at a time.
+BLOCKS = {"none": 4096, "gap": 4096, "products": 2048}
+BLOCK = 4096  # of the others
+# Below any logit, and finite: shifts from it must not be infinite.
+FLOOR = tl.constexpr(-1e30)
+NAT = tl.constexpr(1 / LOG2_E)  # of a bit
+KINDS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _stats_kernel(
+    student,
+    teacher,
+    stats,
+    rows,
+    s_width,
+    t_width,
+    columns,
+    scale,
+    moments: tl.constexpr,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    s_row, t_row = student + row * s_width, teacher + row * t_width
+    lane = tl.arange(0, block)
+    s_max, t_max = FLOOR, FLOOR
+    s_sum = tl.zeros([block], tl.float32)
+    t_sum = tl.zeros([block], tl.float32)
+    first = tl.zeros([block], tl.float32)
+    second = tl.zeros([block], tl.float32)
+    third = tl.zeros([block], tl.float32)
+    for start in range(0, columns, block):
+        is_real = start + lane < columns
+        s = tl.load(s_row + start + lane, mask=is_real, other=float("-inf")).to(tl.float32)
+        t = tl.load(t_row + start + lane, mask=is_real, other=float("-inf")).to(tl.float32)
+        s_higher, t_higher = tl.maximum(s_max, tl.max(s, 0)), tl.maximum(t_max, tl.max(t, 0))
+        # What was summed so far was centred on lower maxima.
+        s_shift, t_shift = (s_higher - s_max) * scale, (t_higher - t_max) * scale
+        s_max, t_max = s_higher, t_higher
+        s_factor, t_factor = tl.exp2(-s_shift), tl.exp2(-t_shift)
+        s_part, t_part = tl.exp2((s - s_max) * scale), tl.exp2((t - t_max) * scale)
+        if moments == "gap":
+            gap = ((t - t_max) - (s - s_max)) * scale
+            first = (first + (s_shift - t_shift) * t_sum) * t_factor
+            first += tl.where(is_real, t_part * gap, 0.0)
+        if moments == "products":
+            first = first * (s_factor * s_factor) + s_part * s_part
+            second = second * (t_factor * t_factor) + t_part * t_part
+            third = third * (s_factor * t_factor) + s_part * t_part
+        s_sum = s_sum * s_factor + s_part
+        t_sum = t_sum * t_factor + t_part
+    tl.store(stats + row, s_max)
+    tl.store(stats + rows + row, t_max)
+    tl.store(stats + 2 * rows + row, tl.sum(s_sum, 0))
+    tl.store(stats + 3 * rows + row, tl.sum(t_sum, 0))
+    if moments != "none":
+        tl.store(stats + 4 * rows + row, tl.sum(first, 0))
+    if moments == "products":
+        tl.store(stats + 5 * rows + row, tl.sum(second, 0))
+        tl.store(stats + 6 * rows + row, tl.sum(third, 0))
+
+
+@triton.jit
+def _against_mixture(d, beta):
+    """Return log2 p_s - log2 m and log2 p_t - log2 m of d = log2 p_t - log2 p_s.
+
+    From the likelier of the two: the other may be 0, and equal ones give zero.
+    """
+    likelier, other = tl.where(d > 0, beta, 1 - beta), tl.where(d > 0, 1 - beta, beta)
+    below = -tl.log2(likelier + other * tl.exp2(-tl.abs(d)))
+    return below - tl.maximum(d, 0.0), below + tl.minimum(d, 0.0)
+
+
+@triton.jit
+def _mixture_kernel(
+    student,
+    teacher,
+    known,
+    sums,
+    rows,
+    s_width,
+    t_width,
+    columns,
+    scale,
+    beta,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    s_row, t_row = student + row * s_width, teacher + row * t_width
+    s_max, t_max = tl.load(known + row), tl.load(known + rows + row)
+    s_sum, t_sum = tl.load(known + 2 * rows + row), tl.load(known + 3 * rows + row)
+    shift = tl.log2(s_sum) - tl.log2(t_sum)
+    lane = tl.arange(0, block)
+    s_total = tl.zeros([block], tl.float32)
+    t_total = tl.zeros([block], tl.float32)
+    for start in range(0, columns, block):
+        is_real = start + lane < columns
+        s = tl.load(s_row + start + lane, mask=is_real, other=0.0).to(tl.float32)
+        t = tl.load(t_row + start + lane, mask=is_real, other=0.0).to(tl.float32)
+        s, t = s - s_max, t - t_max
+        from_m, t_from_m = _against_mixture((t - s) * scale + shift, beta)
+        s_total += tl.where(is_real, tl.exp2(s * scale) * from_m, 0.0)
+        t_total += tl.where(is_real, tl.exp2(t * scale) * t_from_m, 0.0)
+    tl.store(sums + row, tl.sum(s_total, 0) / s_sum * NAT)
+    tl.store(sums + rows + row, tl.sum(t_total, 0) / t_sum * NAT)
+
+
+@triton.jit
+def _gradient_kernel(
+    student,
+    teacher,
+    known,
+    factor,
+    gradient,
+    rows,
+    s_width,
+    t_width,
+    columns,
+    scale,
+    beta,
+    loss: tl.constexpr,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    s_row, t_row, g_row = student + row * s_width, teacher + row * t_width, gradient + row * s_width
+    s_max, t_max = tl.load(known + row), tl.load(known + rows + row)
+    s_sum, t_sum = tl.load(known + 2 * rows + row), tl.load(known + 3 * rows + row)
+    ratio, row_factor = s_sum / t_sum, tl.load(factor + row) / s_sum
+    if loss != "forward-kl":
+        fourth = tl.load(known + 4 * rows + row)
+    if loss == "cosine":
+        norms = tl.load(known + 5 * rows + row)
+    if loss == "jsd":
+        shift = tl.log2(s_sum) - tl.log2(t_sum)
+    lane = tl.arange(0, block)
+    for start in range(0, s_width, block):
+        is_real = start + lane < columns
+        s = tl.load(s_row + start + lane, mask=is_real, other=0.0).to(tl.float32)
+        t = tl.load(t_row + start + lane, mask=is_real, other=0.0).to(tl.float32)
+        s, t = s - s_max, t - t_max
+        # Both times the student's sum of exponentials, which row_factor takes out of the slope.
+        p_s, p_t = tl.exp2(s * scale), tl.exp2(t * scale) * ratio
+        if loss == "forward-kl":
+            slope = p_s - p_t
+        elif loss == "reverse-kl":
+            slope = p_s * (((s - t) * scale - fourth) * NAT)
+        elif loss == "mse":
+            slope = p_s * (2 * ((p_s - p_t) / s_sum - fourth))
+        elif loss == "cosine":
+            slope = p_s * ((p_s * fourth - p_t / norms) / s_sum)
+        else:
+            from_m, _ = _against_mixture((t - s) * scale + shift, beta)
+            slope = p_s * ((1 - beta) * (from_m * NAT - fourth))
+        result = tl.where(is_real, slope * row_factor, 0.0).to(gradient.dtype.element_ty)
+        tl.store(g_row + start + lane, result, mask=start + lane < s_width)
+
+
+def takes(student: Tensor, teacher: Tensor) -> bool:
+    """Whether there are kernels for these dtypes."""
+    return student.dtype in KINDS and teacher.dtype in KINDS
+
+
+def row_stats(
+    student: Tensor, teacher: Tensor, temperature: float, columns: int, moments: str
+) -> Tensor:
+    """Return [4 + m, S, B] float32, see ``native``."""
+    shape = (4 + MOMENTS[moments], *student.shape[:-1])
+    stats = torch.empty(shape, dtype=torch.float32, device=student.device)
+    choice = {"moments": moments, "block": BLOCKS[moments]}
+    _launch(_stats_kernel, student, teacher, columns, temperature, (stats,), **choice)
+    return stats
+
+
+def mixture_sums(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    temperature: float,
+    columns: int,
+    beta: float,
+) -> Tensor:
+    """Return [2, S, B] float32, see ``native``."""
+    sums = torch.empty_like(rows[:2])
+    outs = (rows.contiguous(), sums)
+    _launch(_mixture_kernel, student, teacher, columns, temperature, outs, (beta,), block=BLOCK)
+    return sums
+
+
+def gradient(
+    loss: str,
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    temperature: float,
+    columns: int,
+    beta: float,
+) -> Tensor:
+    """Return the gradient of the student's logits, see ``native``."""
+    result = torch.empty_like(student)
+    outs = (rows.contiguous(), scale.contiguous(), result)
+    choice = {"loss": loss, "block": BLOCK}
+    _launch(_gradient_kernel, student, teacher, columns, temperature, outs, (beta,), **choice)
+    return result
+
+
+def _launch(kernel, student, teacher, columns, temperature, tensors, numbers=(), **choice) -> None:
+    """Run ``kernel`` on every row: what all three take, in their order."""
+    rows = student[..., 0].numel()
+    if rows:
+        sizes = (rows, student.size(-1), teacher.size(-1), columns, LOG2_E / temperature)
+        kernel[(rows,)](student, teacher, *tensors, *sizes, *numbers, **choice, num_warps=8)
