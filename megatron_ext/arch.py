@@ -45,6 +45,39 @@ ONLY = {
     "moe_expert_capacity_factor": None,
     "moe_apply_probs_on_input": False,
     "moe_latent_size": None,
+    "moe_router_force_biased": None,
+    "moe_mlp_glu_interleave_size": None,
+    "moe_shared_expert_glu_interleave_size": None,
+}
+# What else is not built here and what leaves it out, beside None. Most of it has no tensor of its
+# own: a model without it would load and compute something else.
+LEFT_OUT: dict[str, tuple[Any, ...]] = {
+    "activation_func_clamp_value": (),
+    "attention_output_gate": (False,),
+    "experimental_attention_variant": (),
+    "glu_linear_offset": (0.0,),
+    "heterogeneous_block_specs": (False,),
+    "heterogeneous_layers_config_path": (),
+    "high_freq_factor": (4.0,),
+    "hybrid_layer_pattern": (),
+    "hybrid_override_pattern": (),
+    "is_hybrid_model": (False,),
+    "linear_attention_freq": (),
+    "low_freq_factor": (1.0,),
+    "mtp_num_layers": (0,),
+    "multi_latent_attention": (False,),
+    "no_rope_freq": (),
+    "old_context_len": (8192,),
+    "position_embedding_type": ("learned_absolute", "rope", "none"),
+    "qk_l2_norm": (False,),
+    "quick_geglu": (False,),
+    "rotary_interleaved": (False,),
+    "rotary_seq_len_interpolation_factor": (),
+    "seq_len_interpolation_factor": (),
+    "softmax_scale": (),
+    "softmax_type": ("vanilla",),
+    "use_mup": (False,),
+    "window_size": (),
 }
 
 
@@ -171,8 +204,9 @@ class Arch:
         """Read an architecture from Megatron-LM's saved args (a mapping of names to values).
 
         Raises ``KeyError`` with the name of a size that is missing, ``ValueError`` for sizes that
-        contradict each other and for kinds of experts that are not built here.
+        contradict each other and for what is not built here.
         """
+        check_left_out(args)
         args = {**{name: args.get(new) for name, new in RENAMED.items()}, **args}
         known = {f.name: args[f.name] for f in fields(cls) if args.get(f.name) is not None}
         known.setdefault("vocab_size", args["padded_vocab_size"])
@@ -209,6 +243,14 @@ _EXPERT_SIZES = (
     "moe_ffn_hidden_size",
     "moe_shared_expert_intermediate_size",
 )
+
+
+def check_left_out(settings: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if saved args or a configuration ask for what is not built here."""
+    for name, allowed in LEFT_OUT.items():
+        value = settings.get(name)
+        if value is not None and value not in allowed:
+            raise ValueError(f"{name} is {value}, which is not computed here")
 
 
 def is_gelu(sizes: Mapping[str, Any]) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from megatron_ext.arch import check_left_out
+
 # File, seen from the checkpoint's folder, and the key of the model in it.
 FILES = {"run_config.yaml": "model", "../context/model.yaml": "config"}
 # Names of Megatron-LM's args, and what the files call them.
@@ -37,22 +39,6 @@ NAMES = {
     "init_method_std": "init_method_std",
     "attention_dropout": "attention_dropout",
     "hidden_dropout": "hidden_dropout",
-}
-# What is not built here, with the values that leave it out.
-ONLY = {
-    "window_size": (None,),
-    "multi_latent_attention": (False, None),
-    "mtp_num_layers": (None, 0),
-    "heterogeneous_block_specs": (False, None),
-    "seq_len_interpolation_factor": (None,),
-    "rotary_interleaved": (False, None),
-    "no_rope_freq": (None,),
-    "low_freq_factor": (None, 1.0),
-    "high_freq_factor": (None, 4.0),
-    "old_context_len": (None, 8192),
-    "activation_func_clamp_value": (None,),
-    "softmax_scale": (None,),
-    "softmax_type": (None, "vanilla"),
 }
 # Activation, by the last word of the function's name, gated or not: fields of ``Arch``.
 ACTIVATIONS = {
@@ -90,9 +76,7 @@ def read_args(folder: Path, embedding_rows: int) -> dict[str, Any] | None:
 
 def args_of(model: Mapping[str, Any], embedding_rows: int) -> dict[str, Any]:
     """Return Megatron-LM's args of what a file says of its model."""
-    for name, allowed in ONLY.items():
-        if model.get(name) not in allowed:
-            raise ValueError(f"{name} is {model[name]}, which is not computed here")
+    check_left_out(model)
     args = {new: model[old] for new, old in NAMES.items() if model.get(old) is not None}
     args |= {name: value for name, value in model.items() if name.startswith("moe_")}
     hidden, heads = args["hidden_size"], args["num_attention_heads"]

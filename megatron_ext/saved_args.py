@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "is_hybrid_model": False,
     "merge_file": None,
     "moe_grouped_gemm": False,
+    "moe_use_legacy_grouped_gemm": False,
     "moe_layer_freq": 1,
     "moe_token_dispatcher_type": "allgather",
     "mtp_num_layers": None,

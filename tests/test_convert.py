@@ -398,6 +398,10 @@ def test_tokenizer_and_origin_travel_through_pruning_and_training(tmp_path):
     count = len(transformers.AutoTokenizer.from_pretrained(hf))  # Qwen's adds one of its own
     assert (arch.vocab_size, arch.padded_vocab_size) == (count, 128)
     assert count < ROWS
+    saved = checkpoint.read(teacher).args
+    assert saved["tokenizer_type"] == "HuggingFaceTokenizer"
+    beside = transformers.AutoTokenizer.from_pretrained(saved["tokenizer_model"])
+    assert beside.get_vocab().items() >= words.items()
     cut = [*RANDOM, "--target-ffn-hidden-size", "56"]
     succeed("prune", ["--load", teacher, "--save", pruned, *cut])
     corpus = write_corpus(tmp_path / "corpus", 92)

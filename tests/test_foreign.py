@@ -6,6 +6,7 @@ import os
 import pickle
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from megatron.core.transformer import enums
 from safetensors.torch import load_file
 
 from megatron_ext import checkpoint, checkpoint_writer, platform, saved_args
-from megatron_ext.arch import LAYER_PREFIXES
-from megatron_ext.bridge import args_of
+from megatron_ext.arch import LAYER_PREFIXES, LEFT_OUT, Arch, check_left_out
+from megatron_ext.bridge import FILES, args_of, read_args
 from megatron_ext.errors import CHECKPOINT, USAGE
 from megatron_ext.model import ModelOptions, build_model
 from megatron_ext.slices import layer_key
@@ -317,6 +318,83 @@ def test_what_bridge_calls_otherwise(change, found):
     assert args["padded_vocab_size"] == 104
 
 
+# What the files say of their models: sizes that differ from 2 layers of 32 channels, 4 heads in 2
+# groups, 48 neurons, 64 positions.
+WRITTEN = {
+    "bridge-0.3.1-llama31": {
+        "swiglu": True,
+        "normalization": "RMSNorm",
+        "use_rope_scaling": True,
+        "vocab_size": 100,
+    },
+    "bridge-0.6.2-moe": {
+        "swiglu": True,
+        "normalization": "RMSNorm",
+        "rope_scaling_factor": 1.0,
+        "vocab_size": 100,
+        "num_experts": 4,
+        "moe_ffn_hidden_size": 16,
+        "attention_dropout": 0.1,
+        "hidden_dropout": 0.1,
+    },
+    "nemo-2.5.3-nemotron": {
+        "squared_relu": True,
+        "apply_layernorm_1p": True,
+        "rotary_percent": 0.5,
+        "kv_channels": 128,
+        "init_method_std": 0.0134,
+    },
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_files_that_bridge_and_nemo_wrote(name, tmp_path):
+    """Parts of real ones: their first lines say how they were made."""
+    text = (Path(__file__).parent / "foreign" / f"{name}.yaml").read_text()
+    place = next(file for file, key in FILES.items() if key in yaml.safe_load(text))
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / place).parent.mkdir(exist_ok=True)
+    (weights / place).write_text(text)
+    common = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "max_position_embeddings": 64,
+        "vocab_size": 128,
+        "padded_vocab_size": 128,
+        "position_embedding_type": "rope",
+        "add_bias_linear": False,
+        "untie_embeddings_and_output_weights": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+    assert Arch.from_args(read_args(weights, 128)) == Arch(**common | WRITTEN[name])
+
+
+def test_what_is_not_computed_is_refused_whoever_wrote_it(tmp_path):
+    """Megatron-LM saves all of its flags; most of these leave no trace in the tensors."""
+    plain = LLAMA.to_args()
+    for name, allowed in LEFT_OUT.items():
+        for value in (None, *allowed):
+            check_left_out({name: value})
+        for read in (
+            lambda args: Arch.from_args(plain | args),
+            lambda model: args_of(bridge_yaml(LLAMA) | model, 104),
+        ):
+            with pytest.raises(ValueError, match=f"{name} is .*, which is not computed here"):
+                read({name: "mrope"})
+    own = str(tmp_path / "own")
+    write_model(own, LLAMA)
+    args = plain | {"window_size": (127, 0)}
+    run_ranks(1, rewrite, own, tmp_path / "window", "core 0.19", args)
+    code, line = fail("tools.inspect_checkpoint", ["--load", str(tmp_path / "window")])
+    assert (code, "window_size is (127, 0)" in line) == (CHECKPOINT, True)
+
+
 class Malicious:
     def __init__(self, path):
         self.path = path
@@ -405,7 +483,7 @@ no_persist_layer_norm norm_epsilon params_dtype overlap_p2p_comm decoder_first_p
 decoder_last_pipeline_num_layers fp8_param_gather bias_swiglu_fusion bias_gelu_fusion
 init_method_xavier_uniform config_logger_dir cp_comm_type is_hybrid_model transformer_impl
 qk_layernorm qk_l2_norm mtp_num_layers fp16 bf16 fp16_lm_cross_entropy use_rope_scaling
-init_model_with_meta_device
+init_model_with_meta_device moe_use_legacy_grouped_gemm
 """
 
 

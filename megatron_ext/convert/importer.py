@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,7 @@ def import_folder(
         raise UserError(f"{source.folder / CONFIG}: {error}.", CHECKPOINT) from None
     if vocab_size is not None:
         arch = replace(arch, vocab_size=min(vocab_size, config["vocab_size"]))
+    tokenizer = Path(save).resolve() / checkpoint.RELEASE / checkpoint.TOKENIZER
     work = list(pieces(arch, family))
     on_all_ranks(lambda: check_tensors(source, arch, family, work))
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -70,7 +72,7 @@ def import_folder(
             "model": share,
             "args": complete(
                 arch,
-                args_of(source, config, family, has_tokenizer=vocab_size is not None),
+                args_of(source, config, family, None if vocab_size is None else tokenizer),
             ),
             "checkpoint_version": 3.0,
             "iteration": 0,
@@ -85,16 +87,23 @@ def import_folder(
 
 
 def args_of(
-    source: HfFolder, config: dict[str, Any], family: Family, *, has_tokenizer: bool
+    source: HfFolder, config: dict[str, Any], family: Family, tokenizer: Path | None
 ) -> dict[str, Any]:
-    """Return the checkpoint's args beside its sizes: precision, tokenizer, origin for an export."""
+    """Return the checkpoint's args beside its sizes: precision, tokenizer, origin for an export.
+
+    ``tokenizer`` is the folder that it will lie in: Megatron Bridge reads no model without one.
+    """
     (embedding,) = family.rows[EMBEDDING].names
-    counted = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_sha256": None}
+    counted = {
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "tokenizer_model": str(tokenizer),
+        "tokenizer_sha256": None,
+    }
     return {
         "params_dtype": getattr(torch, source.dtypes[name_in(source, family, embedding)]),
         "world_size": torch.distributed.get_world_size(),
         "hf_config": config,
-        **(counted if has_tokenizer else {}),
+        **(counted if tokenizer else {}),
     }
 
 
