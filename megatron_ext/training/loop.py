@@ -12,13 +12,11 @@ import torch
 
 from megatron_ext.distillation.model import KD_LOSS
 from megatron_ext.errors import INTERRUPTED, RUNTIME, UserError
+from megatron_ext.stop_signals import StopSignals
 from megatron_ext.training import state
 from megatron_ext.training.log import Log
 from megatron_ext.training.state import Run
 from megatron_ext.training.step import HIDDEN_LOSS, Batch, StepShape, evaluate, train_step
-
-INTERRUPTS_TO_END = 3
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # Returns one iterator of micro-batches, from the given number of consumed samples on.
 MakeBatches = Callable[[int], Iterator[Batch]]
@@ -185,39 +183,6 @@ def collecting_by_hand(is_on: bool) -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-class StopSignals:
-    """Catches the signals that ask a run to stop, so that it can finish its step and save.
-
-    SIGTERM and SIGUSR1 ask and no more, however often: SLURM and torchrun, which send them, kill by
-    themselves what takes too long. Ctrl-C is a person's, and the third SIGINT ends the process at
-    once. Not the second: one Ctrl-C arrives twice, from the terminal and from torchrun, which
-    passes on what it gets. No clock can tell such an echo from a second Ctrl-C: Python runs
-    handlers between bytecodes, so that it waits for as long as a call into C takes.
-    """
-
-    def __init__(self) -> None:
-        self.caught: int = 0
-        self.interrupts = 0
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in STOP_SIGNALS:
-            # None: a handler that is not Python's, which Python cannot put back.
-            self.previous[number] = signal.signal(number, self._catch) or signal.SIG_DFL
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _catch(self, number: int, frame: Any) -> None:
-        self.caught = self.caught or number
-        self.interrupts += number == signal.SIGINT
-        if self.interrupts == INTERRUPTS_TO_END:
-            signal.signal(number, self.previous[number])
-            signal.raise_signal(number)
 
 
 def _save(run: Run, log: Log) -> None:
