@@ -39,7 +39,8 @@ from tests.test_layouts import LAYOUTS
 NARROW = replace(LLAMA, hidden_size=32, ffn_hidden_size=48)
 NARROW_GPT2 = replace(GPT2, hidden_size=24)
 # On the first, the middle and the last stages.
-PAIRS = "embedding,0:0,mlp:1:1,attention:2:2,2:2,3:3"
+PAIRS = "embedding,0:0,mlp:1:1,attention:2:2,2:2,3:last"
+LASTS = (3, 3)
 KEPT = tuple(range(0, 48, 3)) + tuple(range(1, 48, 3))
 CASES = {
     "cosine, one map": (NARROW, LLAMA, {}),
@@ -54,7 +55,7 @@ NUM_SAMPLES, SEQ_LENGTH, ALPHA = 4, 16, 0.7
 
 def models(case, groups, options, dtype=torch.float64):
     student, teacher, settings = CASES[case]
-    states = None if settings is None else HiddenStates(pairs=parse_pairs(PAIRS), **settings)
+    states = None if settings is None else HiddenStates(pairs=parse_pairs(PAIRS, LASTS), **settings)
     distillation = Distillation(hidden_states=states, vocab_size=student.vocab_size)
     options = ModelOptions(params_dtype=dtype, **options)
     students = build_model(student, options, groups, seed=7)
@@ -223,7 +224,7 @@ def naive_and_ours(case):
     kl = vocab_parallel_kl(plain(*inputs), teacher_logits, vocab_size=student.vocab_size) * mask
     total = 0.0
     is_rms, epsilon = student.normalization == "RMSNorm", student.norm_epsilon
-    for pair in parse_pairs(PAIRS):
+    for pair in parse_pairs(PAIRS, LASTS):
         names = [
             "embedding" if pair.kind == "embedding" else f"{pair.kind}{layer}"
             for layer in (pair.student, pair.teacher)
@@ -378,11 +379,19 @@ def test_what_is_refused(flags, words, place, tmp_path):
 
 
 def test_the_grammar():
-    assert parse_pairs("29:13, embedding,mlp:3:1,attention:4:2,block:5:5") == (
+    lasts = (31, 15)
+    assert parse_pairs("29:13, embedding,mlp:3:1,attention:4:2,block:5:5,29:last", lasts) == (
         Pair("block", 29, 13),
         Pair("embedding", None, None),
         Pair("mlp", 3, 1),
         Pair("attention", 4, 2),
         Pair("block", 5, 5),
+        Pair("block", 29, 15),
     )
-    assert ",".join(map(str, parse_pairs("block:1:0,embedding,mlp:3:1"))) == "1:0,embedding,mlp:3:1"
+    for text, named in (
+        ("block:1:0,embedding,mlp:3:1", "1:0,embedding,mlp:3:1"),
+        ("last:last,attention:last:2", "31:15,attention:31:2"),
+    ):
+        assert ",".join(map(str, parse_pairs(text, lasts))) == named
+    with pytest.raises(ValueError, match="'last:15' is there twice"):
+        parse_pairs("31:15,last:15", lasts)

@@ -52,22 +52,27 @@ class Pair:
         return layers if self.kind == BLOCK else f"{self.kind}:{layers}"
 
 
-def parse_pairs(text: str) -> tuple[Pair, ...]:
-    """Return the pairs of ``29:13,embedding,mlp:29:13,attention:29:13``, teacher:student.
+def parse_pairs(text: str, last: tuple[int, int]) -> tuple[Pair, ...]:
+    """Return the pairs of ``29:13,embedding,mlp:29:13,attention:29:last``, teacher:student.
+
+    Args:
+        text: as above.
+        last: numbers of the last layers of teacher and student.
 
     Raises:
         ValueError: naming the part that is none, or that is there twice.
     """
     pairs = []
     for part in text.split(","):
-        match = re.fullmatch(r"(?:(mlp|attention|block):)?(\d+):(\d+)", part.strip())
+        match = re.fullmatch(r"(?:(mlp|attention|block):)?(\d+|last):(\d+|last)", part.strip())
         if part.strip() == EMBEDDING:
             pair = Pair(EMBEDDING, None, None)
         elif match:
-            pair = Pair(match[1] or BLOCK, int(match[2]), int(match[3]))
+            named = zip(match.groups()[1:], last, strict=True)
+            pair = Pair(match[1] or BLOCK, *(end if n == "last" else int(n) for n, end in named))
         else:
             raise ValueError(
-                f"{part!r} is none of teacher:student (layers from 0), mlp:teacher:student, "
+                f"{part!r} is none of teacher:student (layers from 0; last), mlp:teacher:student, "
                 "attention:teacher:student, embedding"
             )
         if pair in pairs:

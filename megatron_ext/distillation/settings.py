@@ -96,7 +96,7 @@ def pairs(flags: TrainFlags, student: Arch, teacher: Arch) -> tuple[Pair, ...]:
     if text is None:
         return ()
     try:
-        named = parse_pairs(text)
+        named = parse_pairs(text, last=(teacher.num_layers - 1, student.num_layers - 1))
     except ValueError as error:
         raise UserError(f"--kd-hidden-states {text}: {error}.", USAGE) from error
     for pair in named:
