@@ -17,6 +17,7 @@ megatron-core does for the load-balancing loss. Both parts are sums over tokens,
 
 import hashlib
 import re
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,15 +165,22 @@ class HiddenLoss(nn.Module):
 
     def _compare(self, seen: dict[Pair, Tensor], pair: Pair) -> Callable[[Tensor], Tensor]:
         normalization, epsilon = self.config.normalization, self.config.layernorm_epsilon
+        waiting: deque[tuple[Tensor, Tensor]] = deque()
 
         def compare(x: Tensor) -> Tensor:
-            teacher = normalised(seen.pop(pair), normalization, epsilon)
+            if self.training and not torch.is_grad_enabled():
+                # Of a layer that runs again in backward, and has a gradient then: of the oldest
+                # micro-batch that waits, while the teacher may be some ahead.
+                waiting.append((seen.pop(pair), self.loss_mask))
+                return x
+            teacher, mask = waiting.popleft() if waiting else (seen.pop(pair), self.loss_mask)
+            teacher = normalised(teacher, normalization, epsilon)
             student = normalised(x, normalization, epsilon)
             if self.maps:
                 weight = self.maps[self._map_of(pair)]
                 student = F.linear(student.to(weight.dtype), weight).to(teacher.dtype)
             loss = distance(self.states.loss, student, teacher)
-            loss = (loss * self.loss_mask).sum()
+            loss = (loss * mask).sum()
             self.total += loss.detach()
             return _WithLoss.apply(x, loss, self.scale)
 

@@ -108,10 +108,11 @@ def pairs(flags: TrainFlags, student: Arch, teacher: Arch) -> tuple[Pair, ...]:
                 raise UserError(
                     f"--kd-hidden-states {pair}: the {who} has layers 0 to {num_layers - 1}.", USAGE
                 )
-    if flags.batch.recompute_granularity == "full":
+    if flags.batch.recompute_granularity == "full" and flags.fp8.fp8_format:
+        # Transformer Engine runs the layers again then, not megatron-core.
         raise UserError(
-            "--kd-hidden-states with --recompute-granularity full: layers that run twice would "
-            "count twice; use selective.",
+            "--kd-hidden-states with --recompute-granularity full and --fp8-format has not been "
+            "tried: use selective.",
             USAGE,
         )
     return named
