@@ -54,9 +54,9 @@ class Distill:
     )
     kd_hidden_states: str | None = flag(
         None,
-        "states to compare too, teacher:student with layers from 0, e.g. "
-        "29:13,embedding,mlp:29:13,attention:29:13 (outputs of layers, of the embedding, inputs of "
-        "MLPs, outputs of attention)",
+        "states to compare too, teacher:student with layers from 0 or last, e.g. "
+        "29:last,embedding,mlp:29:13,attention:29:13 (outputs of layers, of the embedding, inputs "
+        "of MLPs, outputs of attention)",
     )
     kd_hidden_loss: str = flag(
         "cosine", "between hidden states, normalised", choices=("cosine", "mse")

@@ -8,6 +8,7 @@ NeMo puts ``module.`` or ``model.`` in front of a model's tensors; here all go w
 
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from megatron_ext.safe_load import load_metadata
 FIRST_WEIGHT = "embedding.word_embeddings.weight"
 # Of other tensors whose names end alike.
 NOT_A_MODEL = ("optimizer.", "chained_")
-LAYER_NUMBER = re.compile(rf"({'|'.join(map(re.escape, LAYER_PREFIXES))})\d+\.")
+LAYER_NUMBER = re.compile(rf"({'|'.join(map(re.escape, LAYER_PREFIXES))})(\d+)\.")
 # What torch raises on files that are missing, cut short or overwritten.
 DAMAGE = (
     OSError,
@@ -142,13 +143,29 @@ class SliceReader:
 
     @property
     def global_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors by name, layers stacked in either style."""
+        """Shapes of the tensors by name, layers stacked in either style.
+
+        Raises:
+            UserError: naming a tensor that a layer lacks, or has in another shape than others.
+        """
         found: dict[str, tuple[int, ...]] = {}
+        layers: dict[str, dict[int, tuple[int, ...]]] = {}
         for key, (size, _) in self.shapes.items():
-            layer = LAYER_NUMBER.match(key)
-            stacked = LAYER_NUMBER.sub(r"\1", key)
-            count = found[stacked][0] + 1 if stacked in found else 1
-            found[stacked] = (count, *size) if layer else size
+            if match := LAYER_NUMBER.match(key):
+                layers.setdefault(LAYER_NUMBER.sub(r"\1", key), {})[int(match[2])] = size
+            else:
+                found[key] = size
+        for stacked, sizes in layers.items():
+            ((usual, _),) = Counter(sizes.values()).most_common(1)
+            for number in range(max(sizes) + 1):
+                if sizes.get(number) != usual:
+                    size = list(sizes[number]) if number in sizes else "not there"
+                    raise UserError(
+                        f"{self.folder}: {layer_key(stacked, number)} is {size}, in other layers "
+                        f"it is {list(usual)}: layers that differ are not read here.",
+                        CHECKPOINT,
+                    )
+            found[stacked] = (len(sizes), *usual)
         return found
 
     def read_shard(self, shard: ShardedTensor) -> Tensor:

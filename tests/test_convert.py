@@ -2,7 +2,11 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
+import weakref
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +14,16 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from safetensors import SafetensorError
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import load_file, save_file
 
-from megatron_ext import checkpoint, platform
+from megatron_ext import checkpoint, checkpoint_writer, platform
 from megatron_ext.arch import num_parameters
 from megatron_ext.convert import exporter
 from megatron_ext.convert.config import arch_of, config_of
 from megatron_ext.convert.exporter import export_folder
 from megatron_ext.convert.families import FAMILIES
+from megatron_ext.convert.hf_folder import header_of, write_weights
 from megatron_ext.convert.importer import import_folder
 from megatron_ext.errors import CHECKPOINT, RUNTIME, USAGE, UserError
 from megatron_ext.model import ModelOptions, build_model
@@ -384,6 +389,56 @@ def test_ranks_share_the_work_and_files_are_cut(tmp_path):
     assert all(len(load_file(p)) == 1 for p in large)
 
 
+def widen_norms(source, folder):
+    """Copy a checkpoint whose norms are float32."""
+    found, state = checkpoint.read(source), {}
+    platform.initialize()
+    for key, tensor in read_tensors(source).items():
+        whole = tensor.float() if "norm" in key else tensor
+        state[key] = ShardedTensor.from_rank_offsets(key, whole)
+    args = Namespace(**found.args)
+    checkpoint_writer.save(folder, "release", {"model": state, "args": args}, files={})
+
+
+def test_a_checkpoint_of_two_dtypes(tmp_path):
+    """Regression: the index counted every tensor with the bytes of the embedding's dtype."""
+    hf = write_hf(tmp_path / "hf", "qwen2", torch.bfloat16)
+    narrow, wide, out = (str(tmp_path / name) for name in ("narrow", "wide", "out"))
+    succeed("tools.convert", ["import", "--hf", hf, "--save", narrow])
+    run_ranks(1, widen_norms, narrow, wide)
+    flags = ["export", "--load", wide, "--hf", out, "--max-shard-size", "50KB"]
+    succeed("tools.convert", flags, 2)
+    before, found = load_file(f"{hf}/model.safetensors"), {}
+    for path in Path(out).glob("*.safetensors"):
+        found |= load_file(path)
+        tensors = sum(x.numel() * x.itemsize for x in load_file(path).values())
+        assert tensors <= 50_000 or len(load_file(path)) == 1
+    assert found.keys() == before.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == (torch.float32 if "norm" in name else torch.bfloat16), name
+        assert torch.equal(tensor.bfloat16(), before[name]), name
+    index = json.loads(Path(out, "model.safetensors.index.json").read_text())
+    total = sum(x.numel() * x.itemsize for x in found.values())
+    assert index["metadata"]["total_size"] == total
+
+
+def test_weights_are_written_one_by_one(tmp_path):
+    """Regression: an export held two copies of a file. The tensor written may still be there."""
+    written, alive = tmp_path / "weights", []
+
+    def tensors():
+        for value in range(3):
+            tensor = torch.full((1000, 100), float(value))
+            alive.append(weakref.ref(tensor))
+            yield tensor
+            del tensor
+            assert sum(ref() is not None for ref in alive) <= 1
+
+    header = header_of((str(value), (1000, 100), torch.float32) for value in range(3))
+    write_weights(written, header, tensors())
+    assert {k: x.unique().item() for k, x in load_file(written).items()} == {"0": 0, "1": 1, "2": 2}
+
+
 def test_tokenizer_and_origin_travel_through_pruning_and_training(tmp_path):
     """Rows beyond the tokenizer's tokens are kept as padding, and come back."""
     hf = write_hf(tmp_path / "hf", "qwen2")
@@ -488,16 +543,15 @@ def test_a_kill_while_exporting_leaves_nothing_that_looks_complete(folders, tmp_
 
 
 def fill_the_disk():
-    def save_file(*args, **kwargs):
-        raise SafetensorError("Error while serializing: No space left on device")
-
-    exporter.save_file = save_file
+    """Limit files to 10 kB: the write that goes beyond fails."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
 
 def test_what_cannot_be_exported_is_said_in_a_line_and_leaves_nothing(folders, tmp_path):
     flags = ["export", "--load", str(folders / "qwen2/megatron"), "--hf", str(tmp_path / "hf")]
     code, line = fail("tools.convert", flags, 2, before=fill_the_disk)
-    assert (code, "No space left on device" in line) == (RUNTIME, True)
+    assert (code, "File too large" in line) == (RUNTIME, True)
     code, line = fail("tools.convert", [*flags, "--tokenizer-model", str(tmp_path)], 2)
     assert (code, "no tokenizer files there" in line) == (USAGE, True)
     assert list(tmp_path.iterdir()) == []

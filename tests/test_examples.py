@@ -108,7 +108,9 @@ def test_dry_run_of_every_step(name, step, tmp_path, monkeypatch):
     code, stdout, stderr, argv = dry_run(name, step, tmp_path, monkeypatch)
     assert (code, stderr) == (0, ""), stderr
     assert stdout.endswith("OK\n")
-    if argv[0].startswith("tools/"):
+    converts = step.startswith(("import", "export"))  # job.sbatch gives these one task
+    assert argv[0] == "tools/convert.py" if converts else not argv[0].startswith("tools/")
+    if converts:
         return
     assert f"--world-size {128 if 'nemotron' in name else 256}" in " ".join(argv) or "prune" in step
     assert table_row(step, stdout) in (ROOT / "examples" / name / "README.md").read_text()
@@ -188,6 +190,24 @@ def test_one_way_to_launch_everywhere(environ, expected, tmp_path):
     script = f"set -euo pipefail; source {COMMON}/launch.sh; launch prune.py --x"
     ran = bash("-c", script, path=tmp_path, **environ)
     assert (ran.stdout.strip(), ran.returncode) == (expected, 0), ran.stderr
+
+
+@pytest.mark.parametrize("procid", range(4))
+def test_alone_is_one_task_of_many(procid, tmp_path):
+    """Regression: with a task per GPU every one of them converted."""
+    write_stub(tmp_path, "python", 'echo python "$@" "$SLURM_NTASKS"')
+    script = f"set -euo pipefail; source {COMMON}/launch.sh; alone convert.py --x"
+    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
+    ran = bash("-c", script, path=tmp_path, SLURM_PROCID=str(procid), **step)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == ("python convert.py --x 1\n" if procid == 0 else "")
+
+
+def test_alone_outside_of_slurm(tmp_path):
+    write_stub(tmp_path, "python", 'echo python "$@"; exit 3')
+    script = f"set -euo pipefail; source {COMMON}/launch.sh; alone convert.py --x"
+    ran = bash("-c", script, path=tmp_path)
+    assert (ran.stdout, ran.returncode) == ("python convert.py --x\n", 3)
 
 
 @pytest.mark.parametrize(("said", "code"), [("0", 0), ("2", 2), ("75", 75), (None, 1)])
@@ -311,7 +331,7 @@ def test_sigterm_on_one_machine(everyone, tmp_path):
 # A job of SLURM.
 
 
-def job(tmp_path, code, **environ):
+def job(tmp_path, code, step="distil", **environ):
     """Run job.sbatch with commands of SLURM that write down what they are asked."""
     log = tmp_path / "log"
     write_stub(
@@ -325,7 +345,7 @@ def job(tmp_path, code, **environ):
     )
     slurm = {"SLURM_JOB_ID": "12345", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[03-04]"}
     ran = bash(
-        COMMON / "job.sbatch", "run.sh", "distil", path=tmp_path, LOG=str(log), **slurm | environ
+        COMMON / "job.sbatch", "run.sh", step, path=tmp_path, LOG=str(log), **slurm | environ
     )
     assert log.exists(), ran.stderr
     return ran, log.read_text().splitlines()
@@ -358,6 +378,13 @@ def test_a_job_in_a_container_with_a_task_per_gpu(tmp_path):
     assert srun.startswith("srun --ntasks-per-node=8 ")
     assert "--container-image=/images/m.sqsh " in srun
     assert f"--container-mounts={ROOT}:{ROOT},/lustre:/lustre " in srun
+
+
+@pytest.mark.parametrize("step", ["import", "export-width"])
+def test_a_job_that_converts_has_one_task(step, tmp_path):
+    """Regression: --wait=120 ends what still works two minutes after the first idle task."""
+    _, (srun,) = job(tmp_path, 0, step, TASKS_PER_NODE="8")
+    assert srun.startswith("srun --nodes=1 --ntasks=1 --kill-on-bad-exit=0 ")
 
 
 def test_jobs_wait_for_the_step_before(tmp_path):

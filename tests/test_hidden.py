@@ -39,7 +39,8 @@ from tests.test_layouts import LAYOUTS
 NARROW = replace(LLAMA, hidden_size=32, ffn_hidden_size=48)
 NARROW_GPT2 = replace(GPT2, hidden_size=24)
 # On the first, the middle and the last stages.
-PAIRS = "embedding,0:0,mlp:1:1,attention:2:2,2:2,3:3"
+PAIRS = "embedding,0:0,mlp:1:1,attention:2:2,2:2,3:last"
+LASTS = (3, 3)
 KEPT = tuple(range(0, 48, 3)) + tuple(range(1, 48, 3))
 CASES = {
     "cosine, one map": (NARROW, LLAMA, {}),
@@ -54,7 +55,7 @@ NUM_SAMPLES, SEQ_LENGTH, ALPHA = 4, 16, 0.7
 
 def models(case, groups, options, dtype=torch.float64):
     student, teacher, settings = CASES[case]
-    states = None if settings is None else HiddenStates(pairs=parse_pairs(PAIRS), **settings)
+    states = None if settings is None else HiddenStates(pairs=parse_pairs(PAIRS, LASTS), **settings)
     distillation = Distillation(hidden_states=states, vocab_size=student.vocab_size)
     options = ModelOptions(params_dtype=dtype, **options)
     students = build_model(student, options, groups, seed=7)
@@ -66,13 +67,17 @@ def models(case, groups, options, dtype=torch.float64):
     return students, modules
 
 
-def trained(case, layout, options, micro_batch_size=1, dtype=torch.float64, distributed=False):
+def trained(
+    case, layout, options, micro_batch_size=1, dtype=torch.float64, distributed=False, overlap=False
+):
     """Return the losses of each step and this rank's {(key, offset): trained tensor}."""
     groups = platform.initialize(**layout).groups
     students, modules = models(case, groups, options, dtype)
     parts = [module.hidden for module in modules if module.hidden is not None]
     hidden = HiddenLosses(parts, groups, None) if parts else None
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=distributed, overlap_grad_reduce=overlap
+    )
     model = wrap(modules, ddp, groups, hidden)
     config = OptimizerConfig(
         optimizer="adam",
@@ -170,6 +175,27 @@ def test_the_size_of_micro_batches_changes_nothing(serial):
     assert_same(run_ranks(1, trained, case, {}, {}, 4)[0], serial[case], case)
 
 
+@pytest.mark.parametrize(
+    ("case", "layout", "method", "num_layers"),
+    [
+        ("cosine, one map", "serial", "uniform", 1),
+        ("cosine, one map", "TP2+SP", "uniform", 2),
+        ("cosine, one map", "PP2", "uniform", 1),
+        ("mse, a map for each", "PP2xVPP2", "uniform", 1),
+        ("mse, a map for each", "TP2xPP2", "block", 1),
+        ("LayerNorm, tied", "DP2", "block", 2),
+    ],
+)
+def test_layers_that_run_again_in_backward_change_nothing(case, layout, method, num_layers, serial):
+    """Under PP a layer runs again when the teacher is some micro-batches ahead."""
+    world_size, parallel, options = {"serial": (1, {}, {}), **LAYOUTS}[layout]
+    recompute = {"granularity": "full", "method": method, "num_layers": num_layers}
+    options = options | {"recompute": {f"recompute_{k}": v for k, v in recompute.items()}}
+    settings = 1, torch.float64, False, layout == "DP2"  # the shared map's gradient comes in parts
+    for ours in run_ranks(world_size, trained, case, parallel, options, *settings):
+        assert_same(ours, serial[case], case)
+
+
 def test_the_distributed_optimizer_changes_nothing():
     """The shared map's gradients are added between stages that each hold a share of them."""
     case, pp2 = "cosine, one map", {"pipeline_model_parallel_size": 2}
@@ -223,7 +249,7 @@ def naive_and_ours(case):
     kl = vocab_parallel_kl(plain(*inputs), teacher_logits, vocab_size=student.vocab_size) * mask
     total = 0.0
     is_rms, epsilon = student.normalization == "RMSNorm", student.norm_epsilon
-    for pair in parse_pairs(PAIRS):
+    for pair in parse_pairs(PAIRS, LASTS):
         names = [
             "embedding" if pair.kind == "embedding" else f"{pair.kind}{layer}"
             for layer in (pair.student, pair.teacher)
@@ -363,14 +389,16 @@ def test_the_map_is_no_weight_of_the_model(place, tmp_path):
             "--pipeline-model-parallel-layout Ett|ttL",
             ["3:0", "different pipeline stages"],
         ),
-        ("--kd-hidden-states 3:3 --recompute-granularity full", ["full"]),
+        (
+            "--kd-hidden-states 3:3 --recompute-granularity full --recompute-method uniform "
+            "--recompute-num-layers 1 --bf16 --fp8-format hybrid",
+            ["full and --fp8-format has not been tried"],
+        ),
     ],
 )
 def test_what_is_refused(flags, words, place, tmp_path):
     argv, _ = place
     flags = flags.split()
-    if "full" in flags:
-        flags += ["--recompute-method", "uniform", "--recompute-num-layers", "1"]
     code, message = fail("pretrain_distill", [*argv, *flags, "--save", str(tmp_path / "save")], 2)
     assert code == USAGE, message
     assert all(word in message for word in words), message
@@ -378,11 +406,19 @@ def test_what_is_refused(flags, words, place, tmp_path):
 
 
 def test_the_grammar():
-    assert parse_pairs("29:13, embedding,mlp:3:1,attention:4:2,block:5:5") == (
+    lasts = (31, 15)
+    assert parse_pairs("29:13, embedding,mlp:3:1,attention:4:2,block:5:5,29:last", lasts) == (
         Pair("block", 29, 13),
         Pair("embedding", None, None),
         Pair("mlp", 3, 1),
         Pair("attention", 4, 2),
         Pair("block", 5, 5),
+        Pair("block", 29, 15),
     )
-    assert ",".join(map(str, parse_pairs("block:1:0,embedding,mlp:3:1"))) == "1:0,embedding,mlp:3:1"
+    for text, named in (
+        ("block:1:0,embedding,mlp:3:1", "1:0,embedding,mlp:3:1"),
+        ("last:last,attention:last:2", "31:15,attention:31:2"),
+    ):
+        assert ",".join(map(str, parse_pairs(text, lasts))) == named
+    with pytest.raises(ValueError, match="'last:15' is there twice"):
+        parse_pairs("31:15,last:15", lasts)

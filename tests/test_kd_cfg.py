@@ -41,6 +41,31 @@ def test_every_key_becomes_a_flag_and_typed_flags_win(tmp_path):
     assert distill.kd_hidden_states == "29:13,attention:7:3"
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "pair"),
+    [
+        ("decoder.layers.3", "decoder.layers.7", "7:3"),
+        ("decoder.layers.3.pre_mlp_layernorm", "decoder.layers.7.pre_mlp_layernorm", "mlp:7:3"),
+        (
+            "decoder.layers.3.self_attention.linear_proj",
+            "decoder.layers.7.self_attention",
+            "attention:7:3",
+        ),
+        ("decoder.layers.3.input_layernorm", "decoder.layers.7.input_layernorm", "6:2"),
+        ("decoder.layers.3.input_layernorm", "decoder.layers.7", "7:2"),
+        ("decoder.layers.0.input_layernorm", "decoder.layers.0.input_layernorm", "embedding"),
+        ("decoder.layers.0.input_layernorm", "embedding", "embedding"),
+        ("decoder.final_layernorm", "decoder.final_layernorm", "last:last"),
+        # Of Megatron-LM's documentation.
+        ("decoder.final_layernorm", "decoder.layers.30.input_layernorm", "29:last"),
+    ],
+)
+def test_names_of_states(student, teacher, pair, tmp_path):
+    """What comes out of a module of megatron-core is the state that the grammar names."""
+    values = {"intermediate_layer_pairs": [[student, teacher]]}
+    assert read_kd_cfg(write(tmp_path, values))["kd_hidden_states"] == pair
+
+
 def test_its_defaults_are_those_here(tmp_path):
     defaults = {"intermediate_layer_pairs": [], "logit_kl_topk": None, "skip_lm_loss": True}
     assert read_kd_cfg(write(tmp_path, defaults)) == {}
@@ -59,6 +84,20 @@ def test_its_defaults_are_those_here(tmp_path):
         (
             {"intermediate_layer_pairs": [["decoder.layers.3", "decoder.layers.3.mlp"]]},
             ["decoder.layers.3.mlp is none of"],
+        ),
+        *(
+            (
+                {"intermediate_layer_pairs": [["decoder.layers.0", name]]},
+                [f"{name} is none of", "decoder.final_layernorm"],
+            )
+            for name in ("encoder.layers.0", "output_layer", "decoder.layers.0.mlp.linear_fc2", 3)
+        ),
+        *(
+            (
+                {"intermediate_layer_pairs": [["decoder.layers.0", name]]},
+                ["are different places"],
+            )
+            for name in ("embedding", "decoder.layers.0.input_layernorm")
         ),
         (
             {

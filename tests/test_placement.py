@@ -18,7 +18,7 @@ from tests.programs import (
 
 def layouts(student, teacher, pairs="", **parallel):
     sizes = {"pipeline_model_parallel_size": 2, **parallel}
-    pairs = parse_pairs(pairs) if pairs else ()
+    pairs = parse_pairs(pairs, (teacher - 1, student - 1)) if pairs else ()
     both = layouts_of_both(Parallel(**sizes), student, teacher, pairs)
     return [each.pipeline_model_parallel_layout for each in both]
 

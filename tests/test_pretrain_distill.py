@@ -229,14 +229,14 @@ def test_a_torn_line_of_metrics_is_dropped(place, tmp_path):
 # Stopped: the step is finished, saved, and code 75 says that there is more to do.
 
 
-def signal_in_step(iteration, *ranks, times=1):
-    """Get SIGTERM on some ranks when ``iteration`` is logged."""
+def signal_in_step(iteration, *ranks, times=1, wanted=signal.SIGTERM):
+    """Get a signal on some ranks when ``iteration`` is logged."""
 
     def step(self, number, *args, **kwargs):
         log_step(self, number, *args, **kwargs)
         if number == iteration and torch.distributed.get_rank() in ranks:
             for _ in range(times):
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), wanted)
 
     log_step, Log.step = Log.step, step
 
@@ -260,24 +260,23 @@ def test_sigterm_to_one_rank_or_all(ranks, place, whole, tmp_path):
     assert_same_run(save, whole)
 
 
-def signal_twice_in_step(iteration, echo_seconds):
-    loop.ECHO_SECONDS = echo_seconds
-    signal_in_step(iteration, 0, times=2)
+def interrupt_in_step(iteration, times):
+    signal_in_step(iteration, 0, times=times, wanted=signal.SIGINT)
 
 
-def test_a_second_signal_ends_the_run_at_once(place, tmp_path):
+def test_ctrl_c_and_its_echo_leave_a_checkpoint(place, tmp_path):
     save = str(tmp_path / "save")
-    with pytest.raises(AssertionError, match="died"):
-        run_program(NAME, place.flags(save, ALONE), 1, partial(signal_twice_in_step, 3, 0))
-    assert latest(save) == 2
-
-
-def test_the_echo_of_a_signal_does_not(place, tmp_path):
-    """Ctrl-C reaches torchrun too, which passes it on."""
-    save = str(tmp_path / "save")
-    before = partial(signal_twice_in_step, 3, loop.ECHO_SECONDS)
+    before = partial(interrupt_in_step, 3, 2)
     (outcome,) = run_program(NAME, place.flags(save, ALONE), 1, before)
     assert (outcome.code, latest(save)) == (INTERRUPTED, 3)
+    assert "received SIGINT" in outcome.stdout
+
+
+def test_the_third_ctrl_c_ends_the_run_at_once(place, tmp_path):
+    save = str(tmp_path / "save")
+    with pytest.raises(AssertionError, match="KeyboardInterrupt"):
+        run_program(NAME, place.flags(save, ALONE), 1, partial(interrupt_in_step, 3, 3))
+    assert latest(save) == 2
 
 
 def test_sigterm_to_a_process(place, tmp_path):

@@ -7,7 +7,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy
 import pytest
@@ -21,6 +23,7 @@ from tests.programs import (
     kill_all,
     read_metrics,
     run_program,
+    succeed,
     wait_until,
     write_corpus,
     write_model,
@@ -110,9 +113,95 @@ def test_a_run_that_stopped_by_itself_under_torchrun(place, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# In place of torchrun: says what it was started with; unless a run was stopped before, waits for
+# SIGTERM and ends as one that has saved, else leaves the metrics of a run that came to its end.
+STAND_IN = """
+import json, os, pathlib, signal, sys
+given = dict(zip(sys.argv, sys.argv[1:]))
+save = pathlib.Path(given["--save"])
+save.mkdir(exist_ok=True)
+ignored = signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+(save / "given").write_text(json.dumps([sys.argv[1:], os.getsid(0), ignored]))
+if not (save.parent / "stopped").exists():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    (save / "ready").touch()
+    assert signal.sigtimedwait([signal.SIGTERM], 60)
+    (save.parent / "stopped").touch()
+    if SAID:
+        pathlib.Path(os.environ["EXIT_CODE_FILE"]).write_text(str(SAID))
+    sys.exit(1)
+losses = {"lm loss validation": 3.0, "kd loss validation": 1.0}
+lines = [json.dumps({"iteration": i} | losses) for i in (0, 4)]
+(save / "metrics.jsonl").write_text("".join(line + chr(10) for line in lines))
+"""
+
+
+def stand_in(folder, code):
+    path = folder / "stand_in.py"
+    path.write_text(STAND_IN.replace("SAID", str(code)))
+    return shlex.join([sys.executable, str(path)])
+
+
+def signal_when(path, number, **environ):
+    """Signal this process as soon as ``path`` is there."""
+
+    def wait_and_signal():
+        wait_until(path.exists)
+        os.kill(os.getpid(), number)
+
+    os.environ.update(environ)
+    threading.Thread(target=wait_and_signal, daemon=True).start()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_passed_on_and_the_same_command_goes_on(number, place, tmp_path):
+    """Regression: SIGUSR1 ended the program, and its run went on alone."""
+    folder, flags = place
+    argv = arguments(folder, tmp_path, flags, launch=shlex.quote(stand_in(tmp_path, INTERRUPTED)))
+    argv.insert(0, "--trust-checkpoint")
+    before = partial(signal_when, tmp_path / "narrow" / "ready", number)
+    (outcome,) = run_program("tools.rank_candidates", argv, 1, before)
+    assert (outcome.code, outcome.stderr) == (INTERRUPTED, "stopped; start again to go on\n")
+    assert not (tmp_path / "shallow").exists()
+    succeed("tools.rank_candidates", argv)
+    ranked = json.loads((tmp_path / "ranking.json").read_text())
+    assert sorted(c["name"] for c in ranked) == sorted(ARCHS)
+    for name in ARCHS:
+        words, session, ignores_usr1 = json.loads((tmp_path / name / "given").read_text())
+        assert "--trust-checkpoint" in words
+        assert words[-len(flags) :] == flags
+        assert session != os.getsid(0)
+        assert ignores_usr1  # torchrun knows none and would end
+
+
+@pytest.mark.parametrize(("said", "code"), [(None, INTERRUPTED), (2, RUNTIME)])
+def test_a_stop_hides_no_failure(said, code, place, tmp_path):
+    """A run that was not listening yet says nothing; one that says another code has failed."""
+    folder, flags = place
+    argv = arguments(folder, tmp_path, flags, launch=shlex.quote(stand_in(tmp_path, said)))
+    before = partial(signal_when, tmp_path / "narrow" / "ready", signal.SIGTERM)
+    (outcome,) = run_program("tools.rank_candidates", argv, 1, before)
+    assert outcome.code == code, outcome.stderr
+
+
+@pytest.mark.parametrize(("number", "is_told"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_in_a_step_of_slurm_a_run_is_told_once(number, is_told, place, tmp_path):
+    """SLURM signals every process; two SIGTERM do not leave torchrun the time to save."""
+    folder, flags = place
+    before = partial(signal_when, tmp_path / "narrow" / "ready", number, SLURM_STEP_ID="0")
+    launch = f"timeout --preserve-status --signal KILL 2 {stand_in(tmp_path, INTERRUPTED)}"
+    argv = arguments(folder, tmp_path, flags, launch=shlex.quote(launch))
+    (outcome,) = run_program("tools.rank_candidates", argv, 1, before)
+    assert outcome.code == INTERRUPTED
+    assert (tmp_path / "stopped").exists() == is_told
+    _, session, _ = json.loads((tmp_path / "narrow" / "given").read_text())
+    assert session == os.getsid(0)  # SLURM may know its processes by it
+
+
 @pytest.mark.parametrize(
     ("flags", "changes", "code", "words"),
     [
+        ("--trust-checkpoint", {}, USAGE, "--trust-checkpoint stands before the --"),
         ("--hiden-size 4", {}, USAGE, "--hiden-size (did you mean --hidden-size?)"),
         ("--load x", {}, USAGE, "--load stands before the --"),
         ("--eval-iters 0", {}, USAGE, "candidates are ranked by evaluations"),

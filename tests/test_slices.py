@@ -99,6 +99,28 @@ def test_layers_of_both_styles(folder, key):
         assert torch.equal(reader.read_layer(key, layer), global_tensors()[key][layer])
 
 
+def test_layers_are_stacked_in_shapes_of_either_style(folder):
+    whole = {key: tuple(tensor.shape) for key, tensor in global_tensors().items()}
+    assert SliceReader(folder).global_shapes == whole
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "found"),
+    [(0, (6, 5), "[6, 5]"), (2, (6, 5), "[6, 5]"), (1, None, "not there")],
+)
+def test_layers_of_different_shapes_are_refused(folder, layer, size, found):
+    """Regression: the last layer's shape, and their number, stood for all layers."""
+    reader = SliceReader(folder)
+    key = PER_LAYER.replace("layers.", f"layers.{layer}.")
+    del reader.shapes[key]
+    if size is not None:
+        reader.shapes[key] = (size, torch.float32)
+    with pytest.raises(UserError) as error:
+        _ = reader.global_shapes
+    assert error.value.code == CHECKPOINT
+    assert f"{key} is {found}, in other layers it is [6, 4]" in str(error.value)
+
+
 def test_memory_is_reused_where_it_fits(folder):
     reader = SliceReader(folder)
     first = reader.read_layer(STACKED, 0)

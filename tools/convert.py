@@ -201,7 +201,7 @@ def rehearse_export(options: Export, sizes: dict[str, Any], dry: Dry) -> None:
 
 
 def finish(arch: Arch, where: str) -> None:
-    """Print a model, its size on disk and OK. In memory a process holds one piece or file of it."""
+    """Print a model, its size on disk and OK. In memory a process holds a piece or two of it."""
     print(model_line("model", arch, where))
     print(f"{'bfloat16':12}{2 * num_parameters(arch) / 1e9:.2f} GB on disk\nOK")
 

@@ -13,27 +13,27 @@ how far the order at each evaluation agrees with the last. Started again, it goe
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_ext import checkpoint
+from megatron_ext import checkpoint, safe_load
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.errors import CHECKPOINT, INTERRUPTED, RUNTIME, USAGE, UserError, run_main
+from megatron_ext.flag_groups import trust_flag
 from megatron_ext.flag_parser import REQUIRED, dashed, flag, parse, read
 from megatron_ext.flags import TrainFlags
 from megatron_ext.ignored_flags import IGNORED_IN_TRAINING
 from megatron_ext.pruning.plan import PRUNABLE
 from megatron_ext.pruning.scores import written_aside
 from megatron_ext.report import curve, markdown_table, new_figure, plot_curves, read_metrics
+from megatron_ext.stop_signals import StopSignals
 
 PROGRAM = Path(__file__).parents[1] / "pretrain_distill.py"
 LOSS, KL = "lm loss validation", "kd loss validation"
@@ -49,6 +49,7 @@ class Search:
     launch: str = flag(
         sys.executable, "what starts the program, e.g. torchrun --nproc-per-node 8; default python"
     )
+    trust_checkpoint: bool = trust_flag()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, rest = argv[:where], argv[where + 1 :]
     options = parse(SearchFlags, own).search
     check_training_flags(rest)
+    safe_load.trust(options.trust_checkpoint)
     teacher = checkpoint.read(options.teacher_load).arch
     archs = find_candidates(options.candidates)
-    for number, name in enumerate(archs, 1):
-        print(f"=== {name} ({number} of {len(archs)})", flush=True)
-        stopped = retrain(options, name, rest)
-        if stopped:
-            print("stopped; start again to go on", file=sys.stderr)
-            return INTERRUPTED
+    with StopSignals() as stop:
+        for number, name in enumerate(archs, 1):
+            print(f"=== {name} ({number} of {len(archs)})", flush=True)
+            if not retrain(options, name, rest, stop):
+                print("stopped; start again to go on", file=sys.stderr)
+                return INTERRUPTED
     found = [load(options.save, name, arch, teacher) for name, arch in archs.items()]
     write(Path(options.save), found)
     return 0
@@ -97,10 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_training_flags(rest: Sequence[str]) -> None:
     """Refuse flags without which there is nothing to rank, or that this program gives itself."""
     typed = read(TrainFlags, rest, IGNORED_IN_TRAINING)
-    for name in ("load", "save", "teacher_load"):
+    for name in ("load", "save", "teacher_load", "trust_checkpoint"):
         if name in typed:
             raise UserError(
-                f"{dashed(name)} stands before the --: it differs between candidates.", USAGE
+                f"{dashed(name)} stands before the --: this program reads it too.", USAGE
             )
     if not typed.get("eval_interval") or typed.get("eval_iters") == 0:
         raise UserError("after --: candidates are ranked by evaluations: --eval-interval.", USAGE)
@@ -117,36 +119,50 @@ def find_candidates(folder: str) -> dict[str, Arch]:
     return found
 
 
-def retrain(options: Search, name: str, rest: Sequence[str]) -> bool:
-    """Run the training program of one candidate; returns whether it was asked to stop.
+def retrain(options: Search, name: str, rest: Sequence[str], stop: StopSignals) -> bool:
+    """Run the training program of one candidate; returns whether it came to its end.
 
     Raises:
         UserError: it failed.
     """
     command = [*shlex.split(options.launch), str(PROGRAM), "--load", f"{options.candidates}/{name}"]
-    command += ["--save", f"{options.save}/{name}", "--teacher-load", options.teacher_load, *rest]
-    said = Path(tempfile.mkdtemp()) / "code"  # torchrun returns 1, whatever its ranks return
-    process = subprocess.Popen(command, env=os.environ | {"EXIT_CODE_FILE": str(said)})
-    asked = []
-
-    def pass_on(number: int, _: Any) -> None:
-        asked.append(number)
-        process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if said.exists():
-        code = int(said.read_text())
-    shutil.rmtree(said.parent)
-    if asked or code == INTERRUPTED:
-        return True
-    if code:
+    command += ["--save", f"{options.save}/{name}", "--teacher-load", options.teacher_load]
+    command += ["--trust-checkpoint"] * options.trust_checkpoint
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "code"  # torchrun returns 1, whatever its ranks return
+        code = run_until_told([*command, *rest], {"EXIT_CODE_FILE": str(said)}, stop)
+        if said.exists():
+            code = int(said.read_text())
+        elif stop.caught and code:
+            code = INTERRUPTED  # it was loading, and did not listen yet
+    if code not in (0, INTERRUPTED):
         raise UserError(f"candidate {name} ended with code {code}; see above.", RUNTIME)
-    return False
+    return not code and not stop.caught
+
+
+def run_until_told(command: Sequence[str], environ: Mapping[str, str], stop: StopSignals) -> int:
+    """Run ``command`` and return its code; what ``stop`` catches reaches it once, as SIGTERM.
+
+    torchrun passes SIGTERM on, and no SIGUSR1. Of two it does not leave its ranks the time to save:
+    the command has a session of its own, which a terminal's Ctrl-C does not reach. Where SLURM
+    signals every process of a step, and may know them by their session, only a SIGUSR1 is passed
+    on, which torchrun is told to ignore.
+    """
+    in_step = "SLURM_STEP_ID" in os.environ
+    process = subprocess.Popen(
+        ["bash", "-c", "trap '' USR1; exec \"$@\"", "bash", *command],
+        env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "900"} | os.environ | environ,
+        start_new_session=not in_step,
+    )
+    is_told = False
+    while True:
+        try:
+            return process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            if stop.caught and not is_told:
+                is_told = True
+                if not in_step or stop.caught == signal.SIGUSR1:
+                    process.terminate()
 
 
 def load(save: str, name: str, arch: Arch, teacher: Arch) -> Candidate:

@@ -2,7 +2,7 @@
 # Sourced by the examples: one way to start a program, wherever it runs.
 #
 #   launch PROGRAM ARGUMENTS...
-#   alone PROGRAM ARGUMENTS...      one process, whatever the layout
+#   alone PROGRAM ARGUMENTS...      one process, whatever the layout; of several tasks the first
 #
 # DRY_RUN=1            check it for NODES x GPUS_PER_NODE ranks with --dry-run and DRY_FLAGS
 # in a task of srun    one of a task per GPU: the program itself; SLURM says which rank it is
@@ -43,8 +43,8 @@ launch() {
 alone() {
     if [ "$DRY_RUN" = 1 ]; then
         python "$@" --dry-run "${DRY_FLAGS[@]}"
-    else
-        python "$@"
+    elif [ -z "${SLURM_STEP_ID:-}" ] || [ "${SLURM_PROCID:-0}" = 0 ]; then
+        SLURM_NTASKS=1 python "$@" # or it would wait for the other tasks, which have nothing to do
     fi
 }
 

@@ -1,26 +1,30 @@
 """A Megatron checkpoint as a Hugging Face folder, shard by shard, each written by one rank."""
 
 import json
-import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.convert.config import config_of, num_rows
 from megatron_ext.convert.families import FAMILIES, Family
-from megatron_ext.convert.hf_folder import CONFIG, INDEX, WEIGHTS, read_files
+from megatron_ext.convert.hf_folder import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    header_of,
+    read_files,
+    write_weights,
+)
 from megatron_ext.convert.importer import EMBEDDING
 from megatron_ext.convert.pieces import Piece, pieces
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError, warn
 from megatron_ext.pruning.trim import check_tensors, read_piece
-from megatron_ext.slices import SliceReader
+from megatron_ext.slices import SliceReader, layer_key
 from megatron_ext.together import on_all_ranks, on_first_rank
 
 
@@ -34,7 +38,7 @@ def export_folder(
 ) -> None:
     """Write ``source`` as a folder that transformers loads. Collective.
 
-    A rank holds one file of weights in memory at a time.
+    A rank holds two pieces in memory at most: a weight of a layer, or an embedding.
 
     Args:
         source: the checkpoint; its sizes are what config.json says.
@@ -51,26 +55,27 @@ def export_folder(
     reader = on_all_ranks(lambda: SliceReader(source.folder))
     check_tensors(reader, source.arch)
     origin = source.args.get("hf_config") or {}
-    dtype = reader.shapes[EMBEDDING][1]
+    dtype = str(reader.shapes[EMBEDDING][1]).removeprefix("torch.")
+    rows = num_rows(source.arch, origin)
     try:
-        config = config_of(source.arch, family, origin, str(dtype).removeprefix("torch."))
+        config = config_of(source.arch, family, origin, dtype)
         work = list(pieces(source.arch, family))
+        shards, headers = planned_shards(work, reader, source.arch, rows, max_shard_size)
     except ValueError as error:
         raise UserError(
             f"{source.folder} cannot be exported as {family.model_type}: {error}.", CHECKPOINT
         ) from None
-    rows = num_rows(source.arch, origin)
-    shards = into_shards(work, source.arch, max_shard_size // dtype.itemsize)
     names = shard_names(len(shards))
-    index = index_of(shards, names, size_of(work, source.arch, rows) * dtype.itemsize)
+    index = index_of(headers, names)
+    weights = list(zip(names, headers, shards, strict=True))
     files = tokenizer_files(source, tokenizer)
     final = Path(folder)
     aside = final.with_name(f".{final.name}.tmp")
     on_first_rank(lambda: _make_empty(aside, final))
     try:
-        on_all_ranks(lambda: _write_shards(aside, reader, source.arch, shards, names, rows))
+        on_all_ranks(lambda: _write_shards(aside, reader, source.arch, weights, rows))
         on_first_rank(lambda: _finish(aside, final, config, index, files))
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"--hf {folder} cannot be written: {error}.") from error
     finally:
         if torch.distributed.get_rank() == 0:
@@ -89,16 +94,45 @@ def family_for(source: Checkpoint, model_type: str | None) -> Family:
     return FAMILIES[chosen]
 
 
-def into_shards(work: Sequence[Piece], arch: Arch, max_numel: int) -> list[list[Piece]]:
+def planned_shards(
+    work: Sequence[Piece], reader: SliceReader, arch: Arch, num_rows: int, max_size: int
+) -> tuple[list[list[Piece]], list[dict[str, dict[str, Any]]]]:
+    """Return the pieces of each file, and its header, of which ``max_size`` bytes are tensors.
+
+    Raises:
+        ValueError: naming a tensor whose dtype is not written here.
+    """
+
+    def dtype_of(piece: Piece) -> torch.dtype:
+        key = piece.weight.key
+        return reader.shapes[key if key in reader.shapes else layer_key(key, piece.layer)][1]
+
+    shards = into_shards(work, lambda x: x.numel(arch) * dtype_of(x).itemsize, max_size)
+    for shard in shards:
+        shard.sort(key=lambda piece: -dtype_of(piece).itemsize)  # header_of says why
+    headers = [
+        header_of(
+            (name, size, dtype_of(piece))
+            for piece in shard
+            for name, size in piece.shapes(arch, num_rows).items()
+        )
+        for shard in shards
+    ]
+    return shards, headers
+
+
+def into_shards(
+    work: Sequence[Piece], size: Callable[[Piece], int], max_size: int
+) -> list[list[Piece]]:
     """Fill files in the order of ``work``: a piece that no longer fits begins the next."""
     shards: list[list[Piece]] = []
     room = 0
     for piece in work:
-        if not shards or piece.numel(arch) > room:
+        if not shards or size(piece) > room:
             shards.append([])
-            room = max_numel
+            room = max_size
         shards[-1].append(piece)
-        room -= piece.numel(arch)
+        room -= size(piece)
     return shards
 
 
@@ -109,23 +143,13 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def size_of(work: Sequence[Piece], arch: Arch, num_rows: int) -> int:
-    """Return the elements of all tensors in the folder."""
-    shapes = (size for piece in work for size in piece.shapes(arch, num_rows).values())
-    return sum(math.prod(size) for size in shapes)
-
-
-def index_of(
-    shards: Sequence[Sequence[Piece]], names: Sequence[str], total_size: int
-) -> dict[str, Any]:
+def index_of(headers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """Return the index of the files: which tensor is in which, and the bytes of all."""
+    ends = [entry["data_offsets"] for header in headers for entry in header.values()]
     return {
-        "metadata": {"total_size": total_size},
+        "metadata": {"total_size": sum(end - start for start, end in ends)},
         "weight_map": {
-            tensor: name
-            for shard, name in zip(shards, names, strict=True)
-            for piece in shard
-            for tensor in piece.names
+            tensor: name for header, name in zip(headers, names, strict=True) for tensor in header
         },
     }
 
@@ -145,21 +169,18 @@ def _write_shards(
     aside: Path,
     reader: SliceReader,
     arch: Arch,
-    shards: Sequence[Sequence[Piece]],
-    names: Sequence[str],
+    weights: Sequence[tuple[str, Mapping[str, Any], Sequence[Piece]]],
     num_rows: int,
 ) -> None:
     """Write every world_size-th file; the same on every rank otherwise."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    for shard, name in list(zip(shards, names, strict=True))[rank::world_size]:
-        tensors = {}
-        for piece in shard:
-            parts = piece.split(read_piece(reader, piece), arch, num_rows)
-            # Parts are often views of one tensor, which safetensors does not write twice.
-            tensors |= {n: part.clone() for n, part in zip(piece.names, parts, strict=True)}
-        save_file(
-            {n: x.contiguous() for n, x in tensors.items()}, aside / name, metadata={"format": "pt"}
+    for name, header, shard in weights[rank::world_size]:
+        parts = (
+            part
+            for piece in shard
+            for part in piece.split(read_piece(reader, piece), arch, num_rows)
         )
+        write_weights(aside / name, header, parts)
 
 
 def _make_empty(aside: Path, final: Path) -> None:

@@ -4,11 +4,14 @@ Pickled weights (pytorch_model.bin) are never opened.
 """
 
 import json
-from collections.abc import Iterator
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -81,6 +84,37 @@ class HfFolder:
         if not isinstance(index, dict) or not all(isinstance(x, str) for x in index.values()):
             raise UserError(f"{self.folder / INDEX} has no weight_map.", CHECKPOINT)
         return [self.folder / name for name in sorted(set(index.values()))]
+
+
+def header_of(
+    tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
+) -> dict[str, dict[str, Any]]:
+    """Return the header of a safetensors file of these names, shapes and dtypes, without metadata.
+
+    Tensors lie one behind the other, without gaps: the widest dtypes stand first, or others would
+    not be aligned.
+
+    Raises:
+        ValueError: naming a tensor whose dtype is not written here.
+    """
+    names = {getattr(torch, theirs): name for name, theirs in DTYPES.items()}
+    header, end = {}, 0
+    for name, size, dtype in tensors:
+        if dtype not in names:
+            raise ValueError(f"{name} is {dtype}")
+        start, end = end, end + math.prod(size) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(size), "data_offsets": [start, end]}
+    return header
+
+
+def write_weights(path: Path, header: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:
+    """Write a safetensors file: ``tensors`` on the CPU, in the order of ``header``, one by one."""
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in zip(header, tensors, strict=True):
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

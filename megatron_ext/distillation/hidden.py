@@ -17,6 +17,7 @@ megatron-core does for the load-balancing loss. Both parts are sums over tokens,
 
 import hashlib
 import re
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,22 +53,27 @@ class Pair:
         return layers if self.kind == BLOCK else f"{self.kind}:{layers}"
 
 
-def parse_pairs(text: str) -> tuple[Pair, ...]:
-    """Return the pairs of ``29:13,embedding,mlp:29:13,attention:29:13``, teacher:student.
+def parse_pairs(text: str, last: tuple[int, int]) -> tuple[Pair, ...]:
+    """Return the pairs of ``29:13,embedding,mlp:29:13,attention:29:last``, teacher:student.
+
+    Args:
+        text: as above.
+        last: numbers of the last layers of teacher and student.
 
     Raises:
         ValueError: naming the part that is none, or that is there twice.
     """
     pairs = []
     for part in text.split(","):
-        match = re.fullmatch(r"(?:(mlp|attention|block):)?(\d+):(\d+)", part.strip())
+        match = re.fullmatch(r"(?:(mlp|attention|block):)?(\d+|last):(\d+|last)", part.strip())
         if part.strip() == EMBEDDING:
             pair = Pair(EMBEDDING, None, None)
         elif match:
-            pair = Pair(match[1] or BLOCK, int(match[2]), int(match[3]))
+            named = zip(match.groups()[1:], last, strict=True)
+            pair = Pair(match[1] or BLOCK, *(end if n == "last" else int(n) for n, end in named))
         else:
             raise ValueError(
-                f"{part!r} is none of teacher:student (layers from 0), mlp:teacher:student, "
+                f"{part!r} is none of teacher:student (layers from 0; last), mlp:teacher:student, "
                 "attention:teacher:student, embedding"
             )
         if pair in pairs:
@@ -160,15 +166,22 @@ class HiddenLoss(nn.Module):
 
     def _compare(self, seen: dict[Pair, Tensor], pair: Pair) -> Callable[[Tensor], Tensor]:
         normalization, epsilon = self.config.normalization, self.config.layernorm_epsilon
+        waiting: deque[tuple[Tensor, Tensor]] = deque()
 
         def compare(x: Tensor) -> Tensor:
-            teacher = normalised(seen.pop(pair), normalization, epsilon)
+            if self.training and not torch.is_grad_enabled():
+                # Of a layer that runs again in backward, and has a gradient then: of the oldest
+                # micro-batch that waits, while the teacher may be some ahead.
+                waiting.append((seen.pop(pair), self.loss_mask))
+                return x
+            teacher, mask = waiting.popleft() if waiting else (seen.pop(pair), self.loss_mask)
+            teacher = normalised(teacher, normalization, epsilon)
             student = normalised(x, normalization, epsilon)
             if self.maps:
                 weight = self.maps[self._map_of(pair)]
                 student = F.linear(student.to(weight.dtype), weight).to(teacher.dtype)
             loss = distance(self.states.loss, student, teacher)
-            loss = (loss * self.loss_mask).sum()
+            loss = (loss * mask).sum()
             self.total += loss.detach()
             return _WithLoss.apply(x, loss, self.scale)
 

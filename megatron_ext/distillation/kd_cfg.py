@@ -7,7 +7,9 @@
     logit_kl_temperature: 1.0
     logit_kl_topk: null
 
-(nvidia-modelopt 0.47.0, Megatron plugin.) Every key is mapped or refused by name.
+(nvidia-modelopt 0.47.0, Megatron plugin.) Every key is mapped or refused by name. A layer's name
+stands for what comes out of it; what comes out of a norm is compared before the norm's weights, as
+all states here.
 """
 
 import os
@@ -19,8 +21,16 @@ import yaml
 
 from megatron_ext.errors import USAGE, UserError
 
-# Where a pair of Model Optimizer's layer names lies in the residual stream.
-KINDS = {"": "", ".self_attention": "attention:", ".pre_mlp_layernorm": "mlp:"}
+# What comes out of these parts of decoder.layers.N, as --kd-hidden-states calls it.
+KINDS = {
+    "": "",
+    ".input_layernorm": "",  # of the layer before
+    ".pre_mlp_layernorm": "mlp:",
+    ".self_attention": "attention:",
+    ".self_attention.linear_proj": "attention:",
+}
+EMBEDDING = "embedding"
+OTHERS = {EMBEDDING: EMBEDDING, "decoder.final_layernorm": "last"}
 
 
 def read_kd_cfg(path: str | os.PathLike) -> dict[str, Any]:
@@ -60,10 +70,10 @@ def _pairs(value: Any) -> dict[str, Any]:
     for entry in value or []:
         if not isinstance(entry, list) or len(entry) not in (2, 3):
             raise ValueError("needs [student layer, teacher layer] or a loss behind them")
-        student, teacher = (_layer(name) for name in entry[:2])
-        if student[1] != teacher[1]:
+        (kind, student), (other, teacher) = (_state(name) for name in entry[:2])
+        if kind != other or (student == EMBEDDING) != (teacher == EMBEDDING):
             raise ValueError(f"{entry[0]} and {entry[1]} are different places in a layer")
-        names.append(f"{KINDS[student[1]]}{teacher[0]}:{student[0]}")
+        names.append(EMBEDDING if student == EMBEDDING else f"{kind}{teacher}:{student}")
         losses.add(entry[2] if len(entry) == 3 else "cosine")
     if not names:
         return {}
@@ -72,12 +82,16 @@ def _pairs(value: Any) -> dict[str, Any]:
     return {"kd_hidden_states": ",".join(names), "kd_hidden_loss": losses.pop()}
 
 
-def _layer(name: str) -> tuple[int, str]:
-    match = re.fullmatch(r"decoder\.layers\.(\d+)(\.\w+)?", name)
-    if match is None or (match[2] or "") not in KINDS:
-        places = ", ".join(f"decoder.layers.N{place}" for place in KINDS)
+def _state(name: str) -> tuple[str, str]:
+    """Return the kind of a state and which it is: the embedding, a layer's number, last."""
+    if name in OTHERS:
+        return "", OTHERS[name]
+    match = re.fullmatch(r"decoder\.layers\.(\d+)((?:\.\w+)*)", str(name))
+    if match is None or match[2] not in KINDS:
+        places = ", ".join([*(f"decoder.layers.N{place}" for place in KINDS), *OTHERS])
         raise ValueError(f"{name} is none of {places}")
-    return int(match[1]), match[2] or ""
+    number = int(match[1]) - (match[2] == ".input_layernorm")
+    return KINDS[match[2]], EMBEDDING if number < 0 else str(number)
 
 
 def _skip_lm_loss(value: Any) -> dict[str, Any]:

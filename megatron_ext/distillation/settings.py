@@ -97,7 +97,7 @@ def pairs(flags: TrainFlags, student: Arch, teacher: Arch) -> tuple[Pair, ...]:
     if text is None:
         return ()
     try:
-        named = parse_pairs(text)
+        named = parse_pairs(text, last=(teacher.num_layers - 1, student.num_layers - 1))
     except ValueError as error:
         raise UserError(f"--kd-hidden-states {text}: {error}.", USAGE) from error
     for pair in named:
@@ -116,10 +116,11 @@ def pairs(flags: TrainFlags, student: Arch, teacher: Arch) -> tuple[Pair, ...]:
             "would count twice; leave layernorm out.",
             USAGE,
         )
-    if flags.batch.recompute_granularity == "full":
+    if flags.batch.recompute_granularity == "full" and flags.fp8.fp8_format:
+        # Transformer Engine runs the layers again then, not megatron-core.
         raise UserError(
-            "--kd-hidden-states with --recompute-granularity full: layers that run twice would "
-            "count twice; use selective.",
+            "--kd-hidden-states with --recompute-granularity full and --fp8-format has not been "
+            "tried: use selective.",
             USAGE,
         )
     return named

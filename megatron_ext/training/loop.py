@@ -13,13 +13,11 @@ import torch
 from megatron_ext import graphs
 from megatron_ext.distillation.model import KD_LOSS
 from megatron_ext.errors import INTERRUPTED, RUNTIME, UserError
+from megatron_ext.stop_signals import StopSignals
 from megatron_ext.training import state
 from megatron_ext.training.log import Log
 from megatron_ext.training.state import Run
 from megatron_ext.training.step import HIDDEN_LOSS, Batch, StepShape, evaluate, train_step
-
-ECHO_SECONDS = 5.0
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # Returns one iterator of micro-batches, from the given number of consumed samples on.
 MakeBatches = Callable[[int], Iterator[Batch]]
@@ -184,52 +182,25 @@ def gathered_parameters(run: Run) -> Iterator[None]:
     With --overlap-param-gather they otherwise arrive during the forward pass of a training step.
     """
     late = run.model if run.flags.parallel.overlap_param_gather else []
-    for chunk in late:
-        chunk.disable_forward_pre_hook()
-    yield
-    for chunk in late:
-        chunk.enable_forward_pre_hook()
+    with contextlib.ExitStack() as stack:
+        for chunk in late:
+            chunk.disable_forward_pre_hook()
+            stack.callback(chunk.enable_forward_pre_hook)
+        yield
 
 
 @contextlib.contextmanager
 def collecting_by_hand(is_on: bool) -> Iterator[None]:
     """Leave Python's garbage to ``gc.collect`` inside: ranks wait for whoever collects."""
-    if is_on:
-        gc.disable()
+    if not is_on:
+        yield
+        return
+    gc.disable()
+    try:
         gc.collect()
-    yield
-    if is_on:
+        yield
+    finally:
         gc.enable()
-
-
-class StopSignals:
-    """Catches the signals that ask a run to stop, so that it can finish its step and save.
-
-    A second signal ends the process at once, unless it is an echo: Ctrl-C and SLURM reach every
-    process, torchrun among them, which passes on what it gets.
-    """
-
-    def __init__(self) -> None:
-        self.caught: int = 0
-        self.caught_at = 0.0
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in STOP_SIGNALS:
-            self.previous[number] = signal.signal(number, self._catch)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _catch(self, number: int, frame: Any) -> None:
-        now = time.perf_counter()
-        if self.caught and now - self.caught_at > ECHO_SECONDS:
-            signal.signal(number, self.previous[number])
-            signal.raise_signal(number)
-        elif not self.caught:
-            self.caught, self.caught_at = number, now
 
 
 def _save(run: Run, log: Log) -> None:

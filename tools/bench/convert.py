@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -27,6 +26,7 @@ from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.convert.config import config_of
 from megatron_ext.convert.exporter import index_of, into_shards, shard_names
 from megatron_ext.convert.families import FAMILIES
+from megatron_ext.convert.hf_folder import header_of, write_weights
 from megatron_ext.convert.pieces import pieces
 from megatron_ext.errors import run_main
 from megatron_ext.flag_parser import flag, parse
@@ -95,13 +95,14 @@ def write_folder(folder: Path) -> None:
     """Write the model, file by file."""
     folder.mkdir()
     family = FAMILIES["llama"]
-    shards = into_shards(list(pieces(ARCH, family)), ARCH, SHARD // 2)
-    names = shard_names(len(shards))
+    shards = into_shards(list(pieces(ARCH, family)), lambda x: 2 * x.numel(ARCH), SHARD)
+    names, headers = shard_names(len(shards)), []
     for shard, name in zip(shards, names, strict=True):
         shapes = {k: v for piece in shard for k, v in piece.shapes(ARCH, ARCH.vocab_size).items()}
-        tensors = {k: torch.randn(size).bfloat16() for k, size in shapes.items()}
-        save_file(tensors, folder / name)
-    index = index_of(shards, names, 2 * num_parameters(ARCH))
+        headers.append(header_of((k, size, torch.bfloat16) for k, size in shapes.items()))
+        weights = (torch.randn(size).bfloat16() for size in shapes.values())
+        write_weights(folder / name, headers[-1], weights)
+    index = index_of(headers, names)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config_of(ARCH, family, {}, "bfloat16")))
 
