@@ -95,8 +95,8 @@ def problems(graphs: Graphs, flags: Any) -> Iterator[str]:
         yield f"{name} needs --bf16."
 
 
-def check_machine(graphs: Graphs, *, device: str, transformer_impl: str) -> None:
-    """Refuse graphs where nothing can capture them.
+def check_machine(graphs: Graphs, *, device: str, transformer_impl: str | None) -> None:
+    """Refuse graphs where nothing can capture them; None: layers that are not chosen yet.
 
     Raises:
         UserError: with code ``USAGE``.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_ext import data, platform
+from megatron_ext import data, graphs, platform
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import Checkpoint
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError, warn
@@ -24,7 +24,11 @@ from megatron_ext.platform import Platform
 
 def join_ranks(flags: Any, num_layers: int) -> Platform:
     """Return this rank's place in the layout of ``flags``, for models of ``num_layers``."""
-    parallel = flags.parallel
+    parallel, has_graphs = flags.parallel, False
+    if hasattr(flags, "graphs"):
+        device = platform.choose_device(parallel.device).type
+        graphs.check_machine(flags.graphs, device=device, transformer_impl=None)
+        has_graphs = flags.graphs.cuda_graph_impl != "none"
     return platform.initialize(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -34,7 +38,7 @@ def join_ranks(flags: Any, num_layers: int) -> Platform:
         device=parallel.device,
         backend=parallel.distributed_backend,
         seed=flags.batch.seed,
-        graph_safe_rng=hasattr(flags, "graphs") and flags.graphs.cuda_graph_impl != "none",
+        graph_safe_rng=has_graphs,
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
 

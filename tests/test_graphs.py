@@ -120,7 +120,7 @@ def assert_equal(captured, eager):
                 assert torch.equal(found[1][name], gradient), (step, name)
 
 
-HIDDEN = {"hidden_states": HiddenStates(pairs=parse_pairs("embedding,mlp:1:1,2:2,3:3"))}
+HIDDEN = {"hidden_states": HiddenStates(pairs=parse_pairs("embedding,mlp:1:1,2:2,3:3", (3, 3)))}
 WHOLE_STEPS = [
     ("one rank", {}),
     ("one rank", {"logit_loss": LogitLoss(kind="reverse-kl")}),
