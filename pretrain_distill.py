@@ -29,7 +29,7 @@ from megatron_ext.flags import (
     new_arch,
     parse_train,
 )
-from megatron_ext.model import build_model
+from megatron_ext.model import ModelOptions, build_model
 from megatron_ext.platform import Platform
 from megatron_ext.startup import (
     batches_of_rank,
@@ -145,23 +145,8 @@ def build(
         recompute_modules=list(flags.batch.recompute_modules) or None,
     )
     check_fp8(flags.fp8, options)
-    impl = options.transformer_impl
-    graphs.check_machine(flags.graphs, device=place.device.type, transformer_impl=impl)
-    tp_overlap.start(
-        flags.overlap,
-        arch,
-        flags.fp8,
-        tokens=flags.batch.micro_batch_size * flags.batch.seq_length // place.groups.cp.size(),
-        tp_size=place.groups.tp.size(),
-        transformer_impl=impl,
-    )
     seed = flags.batch.seed if start.source is None else None
-    own_options = replace(
-        options,
-        fp8=fp8.of_student(flags.fp8),
-        graphs=graphs.of_student(flags.graphs),
-        overlap=tp_overlap.of_student(flags.overlap),
-    )
+    own_options = student_options(flags, arch, options, place)
     chunks = build_model(arch, own_options, place.groups, seed=seed)
     modules, objective, eval_losses, hidden = chunks, {LM_LOSS: 1.0}, (LM_LOSS,), None
     flops = 3 * forward_flops(arch, flags.batch.seq_length)
@@ -214,6 +199,28 @@ def build(
     if start.resume:
         state.restore(run, start.source)
     return run
+
+
+def student_options(
+    flags: TrainFlags, arch: Arch, options: ModelOptions, place: Platform
+) -> ModelOptions:
+    """Return ``options`` with what is the trained model's alone, and prepare it. Collective."""
+    impl, batch = options.transformer_impl, flags.batch
+    graphs.check_machine(flags.graphs, device=place.device.type, transformer_impl=impl)
+    tp_overlap.start(
+        flags.overlap,
+        arch,
+        flags.fp8,
+        tokens=batch.micro_batch_size * batch.seq_length // place.groups.cp.size(),
+        tp_size=place.groups.tp.size(),
+        transformer_impl=impl,
+    )
+    return replace(
+        options,
+        fp8=fp8.of_student(flags.fp8),
+        graphs=graphs.of_student(flags.graphs),
+        overlap=tp_overlap.of_student(flags.overlap),
+    )
 
 
 def go(run: state.Run, tokenizer: data.MegatronTokenizerBase, place: Platform) -> int:

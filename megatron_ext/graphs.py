@@ -188,10 +188,12 @@ def capture_layers(
     config = get_model_config(model[0])
     sizes = batch.seq_length, batch.micro_batch_size
     helper = TECudaGraphHelper(list(model), config, *sizes, [optimizer])
-    for chunk in model if overlaps else ():
+    if not overlaps:
+        helper.create_cudagraphs()
+        return
+    for chunk in model:
         chunk.disable_forward_pre_hook(param_sync=False)
     helper.create_cudagraphs()
-    for chunk in model if overlaps else ():
+    for chunk in model:
         chunk.enable_forward_pre_hook()
-    if overlaps:
-        helper.cuda_graph_set_manual_hooks()
+    helper.cuda_graph_set_manual_hooks()

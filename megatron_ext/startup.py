@@ -24,11 +24,9 @@ from megatron_ext.platform import Platform
 
 def join_ranks(flags: Any, num_layers: int) -> Platform:
     """Return this rank's place in the layout of ``flags``, for models of ``num_layers``."""
-    parallel, has_graphs = flags.parallel, False
-    if hasattr(flags, "graphs"):
-        device = platform.choose_device(parallel.device).type
-        graphs.check_machine(flags.graphs, device=device, transformer_impl=None)
-        has_graphs = flags.graphs.cuda_graph_impl != "none"
+    parallel, captured = flags.parallel, getattr(flags, "graphs", graphs.Graphs())
+    device = platform.choose_device(parallel.device).type
+    graphs.check_machine(captured, device=device, transformer_impl=None)
     return platform.initialize(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -38,7 +36,7 @@ def join_ranks(flags: Any, num_layers: int) -> Platform:
         device=parallel.device,
         backend=parallel.distributed_backend,
         seed=flags.batch.seed,
-        graph_safe_rng=has_graphs,
+        graph_safe_rng=captured.cuda_graph_impl != "none",
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
 

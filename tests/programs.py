@@ -52,6 +52,12 @@ LAYOUTS = {
     "DP2": (2, ""),
     "CP2": (2, "--context-parallel-size 2"),
 }
+# Flags of a training run that needs no file.
+NEW_MODEL = (
+    "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --max-position-embeddings 8 "
+    "--seq-length 8 --micro-batch-size 1 --train-iters 1 --lr 1 --mock-data "
+    "--tokenizer-type NullTokenizer --vocab-size 7 "
+)
 # What depends on how busy the machine is.
 TIMINGS = ("iteration-time", "tokens/s", "throughput", "mem-GiB")
 

@@ -26,6 +26,7 @@ from megatron_ext.model import ModelOptions, build_model
 from megatron_ext.training.step import StepShape, evaluate, train_step, wrap
 from tests import cuda_graphs
 from tests.models import BERT, GPT2, LLAMA, MOE, random_batch
+from tests.programs import NEW_MODEL as FLAGS
 from tests.programs import fail
 from tests.ranks import run_ranks
 from tests.test_layouts import LAYOUTS
@@ -195,11 +196,6 @@ def test_settings_are_megatron_cores():
     assert graphs.of_student(STEPS)["cuda_graph_scope"] == ["full_iteration"]
 
 
-FLAGS = (
-    "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --max-position-embeddings 8 "
-    "--seq-length 8 --micro-batch-size 1 --train-iters 1 --lr 1 --mock-data "
-    "--tokenizer-type NullTokenizer --vocab-size 7 "
-)
 REFUSED = {
     "--cuda-graph-scope attn": "--cuda-graph-scope needs --cuda-graph-impl",
     "--cuda-graph-warmup-steps 5": "--cuda-graph-warmup-steps needs --cuda-graph-impl",

@@ -14,13 +14,9 @@ from megatron_ext.flags import parse_prune, parse_train
 from megatron_ext.fp8 import Fp8
 from megatron_ext.tp_overlap import TpOverlap
 from tests.models import LLAMA
+from tests.programs import NEW_MODEL as FLAGS
 
 ON = TpOverlap(tp_comm_overlap=True)
-FLAGS = (
-    "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --max-position-embeddings 8 "
-    "--seq-length 8 --micro-batch-size 1 --train-iters 1 --lr 1 --mock-data "
-    "--tokenizer-type NullTokenizer --vocab-size 7 "
-)
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel "
 
 
