@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 MARK = "<!-- written by tools/gpu_check.sh -->"
 PARTS = {
+    "ceilings": "what the machine can do at most",
     "engine": "Transformer Engine against local layers",
     "fp8": "FP8 against bf16, 50 steps of distillation",
     "losses": "the distillation losses against float64 and plain torch",
@@ -40,14 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.run_part:
         return run_part(flags)
     begin = time.perf_counter()
-    rows: list[Row] = []
-    facts: dict[str, str] = {}
-    for part in flags.parts:
-        print(f"{part}: {PARTS[part]} ...", file=sys.stderr, flush=True)
-        own, found = in_own_process(part, flags)
-        rows += own
-        facts |= found
-    facts["minutes"] = f"{(time.perf_counter() - begin) / 60:.1f}"
+    with tempfile.TemporaryDirectory() as folder:
+        into = Path(flags.rows or Path(folder) / "rows.jsonl")
+        for part in flags.parts:
+            print(f"{part}: {PARTS[part]} ...", file=sys.stderr, flush=True)
+            run_in_own_process(part, flags, into)
+        append(into, {"minutes": f"{(time.perf_counter() - begin) / 60:.1f}"})
+        rows, facts = read(into)
     text = table(rows, facts)
     write(flags.output, text)
     print(text)
@@ -63,6 +63,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: the code, not the GPU")
     parser.add_argument("--output", default=str(ROOT / "docs/gpu.md"), help="- for stdout alone")
+    parser.add_argument(
+        "--rows",
+        metavar="FILE",
+        help="append rows to FILE as they are found, a line of JSON each; the table holds all of "
+        "it, so that a run that was cut short goes on with the missing --parts",
+    )
     parser.add_argument("--run-part", help=argparse.SUPPRESS)
     parser.add_argument("--into", help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
@@ -73,23 +79,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return flags
 
 
-def in_own_process(part: str, flags: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
-    """Return the rows of a part and what it says of the machine; a crash is a row too."""
-    with tempfile.TemporaryDirectory() as folder:
-        into = Path(folder) / "rows.jsonl"
-        command = [sys.executable, __file__, "--run-part", part, "--into", str(into)]
-        command += ["--device", flags.device, *["--quick"] * flags.quick]
-        try:
-            done = subprocess.run(command, timeout=SECONDS, stdout=sys.stderr, check=False)
-            reason = f"the process ended with code {done.returncode}" if done.returncode else ""
-        except subprocess.TimeoutExpired:
-            reason = f"not finished after {SECONDS} s"
-        lines = [json.loads(x) for x in into.read_text().splitlines()] if into.exists() else []
-    rows = [line for line in lines if "check" in line]
-    facts = {name: value for line in lines if "check" not in line for name, value in line.items()}
+def run_in_own_process(part: str, flags: argparse.Namespace, into: Path) -> None:
+    """Append the rows of a part, and what it says of the machine; a crash is a row too."""
+    command = [sys.executable, __file__, "--run-part", part, "--into", str(into)]
+    command += ["--device", flags.device, *["--quick"] * flags.quick]
+    try:
+        done = subprocess.run(command, timeout=SECONDS, stdout=sys.stderr, check=False)
+        reason = f"the process ended with code {done.returncode}" if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        reason = f"not finished after {SECONDS} s"
     if reason:
-        rows.append(row_of(part, "the part itself", verdict=f"failed: {reason}"))
-    return rows, facts
+        append(into, row_of(part, "the part itself", verdict=f"failed: {reason}"))
+
+
+def append(into: Path, line: Row) -> None:
+    """Add a line of JSON to the file ``into``."""
+    with into.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read(into: Path) -> tuple[list[Row], dict[str, str]]:
+    """Return rows and facts; where a row was found twice, the later one."""
+    lines = [json.loads(line) for line in into.read_text().splitlines()]
+    rows = {(line["part"], line["check"]): line for line in lines if "check" in line}
+    facts = {name: value for line in lines if "check" not in line for name, value in line.items()}
+    return list(rows.values()), facts
 
 
 def run_part(flags: argparse.Namespace) -> int:
@@ -97,6 +111,7 @@ def run_part(flags: argparse.Namespace) -> int:
     from tools.gpu import engine, graphs, losses, programs, setup, steps
 
     checks = {
+        "ceilings": setup.ceiling_checks,
         "engine": engine.engine_checks,
         "fp8": steps.fp8_checks,
         "losses": losses.loss_checks,
@@ -106,16 +121,10 @@ def run_part(flags: argparse.Namespace) -> int:
         "trim": programs.trim_checks,
         "programs": programs.program_checks,
     }[flags.run_part]
-    with Path(flags.into).open("a") as file:
-
-        def say(line: Row) -> None:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-
-        where = setup.prepare(flags.device, quick=flags.quick)
-        say(setup.facts(where))
-        for row in rows_of(flags.run_part, checks(where)):
-            say(row)
+    where, into = setup.prepare(flags.device, quick=flags.quick), Path(flags.into)
+    append(into, setup.facts(where))
+    for row in rows_of(flags.run_part, checks(where)):
+        append(into, row)
     return 0
 
 

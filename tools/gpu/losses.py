@@ -1,15 +1,27 @@
 """Distillation losses and their gradients: exactness, speed, memory, distance to the bandwidth."""
 
+import functools
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.distillation import native
+from megatron_ext.distillation.fused import fused_losses
 from megatron_ext.distillation.losses import LogitLoss
-from tools.gpu.setup import DTYPES, Checks, Found, Setup, UnavailableError, clock
+from tools.gpu.setup import (
+    DTYPES,
+    Checks,
+    Found,
+    Setup,
+    UnavailableError,
+    ceilings,
+    seconds_of,
+)
 
 # Largest error of the loss (absolute), and of the gradient as a share of its norm, which for the
 # others is a difference of larger terms; bf16 rounds the gradient.
@@ -19,6 +31,12 @@ SHARES = {"fp32": 1e-5, "bf16": 4e-3}
 # of jsd needs first reads two more.
 UNITS = {"forward-kl": 5, "reverse-kl": 5, "jsd": 7, "mse": 5, "cosine": 5}
 WAYS = ("kernels", "in torch", "plain autograd")
+# Other people's losses of the same definition: pip install nvidia-modelopt liger-kernel
+PEERS = {
+    "forward-kl": ("Model Optimizer", "Liger"),
+    "reverse-kl": ("Liger JSD",),
+    "jsd": ("Liger JSD",),
+}
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -32,11 +50,13 @@ def loss_checks(setup: Setup) -> Checks:
                     f"{name}, {way} {dtype}: error of loss, gradient",
                     lambda name=name, dtype=dtype, way=way: exactness(setup, name, dtype, way),
                 )
-        for way in WAYS:
+        for way in (*WAYS, *PEERS.get(name, ())):
             yield (
                 f"{name}, {way} bf16: speed, memory",
                 lambda name=name, way=way: cost(setup, name, way),
             )
+    for way in ("whole logits, kernels", "fused", "Liger fused JSD"):
+        yield f"forward-kl with output layers, {way}", lambda way=way: output_layers(setup, way)
 
 
 def kernels_there(setup: Setup) -> Found:
@@ -92,17 +112,38 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 def run(name: str, way: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Return loss and gradient of its sum."""
     leaf = student.detach().requires_grad_()
-    if way == "plain autograd":
-        value = plain(name, leaf, teacher)
-        value.sum().backward()
-    elif way == "in torch":
+    if way == "in torch":
         with without_kernels():
             value = LogitLoss(kind=name)(leaf, teacher)
             value.sum().backward()
     else:
-        value = LogitLoss(kind=name)(leaf, teacher)
+        if way == "plain autograd":
+            value = plain(name, leaf, teacher)
+        elif way == "kernels":
+            value = LogitLoss(kind=name)(leaf, teacher)
+        else:
+            value = peer(name, way, leaf, teacher)
         value.sum().backward()
     return value.detach(), leaf.grad
+
+
+def peer(name: str, way: str, student: Tensor, teacher: Tensor) -> Tensor:
+    """Return another project's loss, summed over positions or one per position."""
+    try:
+        if way == "Model Optimizer":
+            from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+
+            return LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=1))(student, teacher)[0]
+        from liger_kernel.transformers.jsd import LigerJSD
+        from liger_kernel.transformers.kl_div import LigerKLDIVLoss
+    except ImportError as error:
+        raise UnavailableError(f"{way} ({error})") from error
+    # Liger's take logarithms of probabilities, [positions, V].
+    s, t = (F.log_softmax(x.flatten(0, 1).float(), dim=-1) for x in (student, teacher))
+    if way == "Liger":
+        return LigerKLDIVLoss(reduction="sum", log_target=True)(s, t)
+    # The mean over positions; its beta is 0 for KL(teacher || student), 1 for the reverse.
+    return LigerJSD(beta=0.5 if name == "jsd" else 1.0)(s, t) * s.size(0)
 
 
 def exactness(setup: Setup, name: str, dtype: str, way: str) -> Found:
@@ -119,29 +160,70 @@ def exactness(setup: Setup, name: str, dtype: str, way: str) -> Found:
 def cost(setup: Setup, name: str, way: str) -> Found:
     """Time loss and gradient beside a copy of the same logits."""
     student, teacher = logits(setup, 16 if setup.quick else 4096, torch.bfloat16)
-    device, is_cuda = setup.place.device, student.is_cuda
-    bandwidth = 2 * student.nbytes / least(student.clone, device)
-    run(name, way, student, teacher)  # kernels are compiled
-    extra = "-"
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(name, way, student, teacher)
-        peak = torch.cuda.max_memory_allocated() - before - student.nbytes
-        extra = f"{peak / 2**20:,.0f} MiB beside the gradient"
-    seconds = least(lambda: run(name, way, student, teacher), device)
-    floor = UNITS[name] * student.nbytes / bandwidth
+    device = setup.place.device
+    units = UNITS[name]
+    floor = units * student.nbytes / ceilings(device).copy
+    action = functools.partial(run, name, way, student, teacher)
+    action()  # kernels are compiled
+    extra = extra_memory(action, student.nbytes)
+    seconds = seconds_of(action, device)
     return Found(
-        f"{1000 * seconds:.2f} ms, {seconds / floor:.1f} x the floor of {UNITS[name]} units at "
-        f"{bandwidth / 1e9:,.0f} GB/s; {extra}"
+        f"{1000 * seconds:.2f} ms, {seconds / floor:.2f} x the floor of {units} units; {extra}"
     )
 
 
-def least(action: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
-    """Return the seconds of the fastest of some calls."""
-    found = []
-    for _ in range(repeats):
-        start = clock(device)
-        action()
-        found.append(clock(device) - start)
-    return min(found)
+def extra_memory(action: Callable[[], object], gradients: int) -> str:
+    """Say how much memory ``action`` takes beside its ``gradients`` bytes."""
+    if not torch.cuda.is_available():
+        return "memory is not counted on a CPU"
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    action()
+    peak = torch.cuda.max_memory_allocated() - before - gradients
+    return f"{peak / 2**20:,.0f} MiB beside gradients"
+
+
+def output_layers(setup: Setup, way: str) -> Found:
+    """Time both models' output layers with forward KL behind them: loss and gradients."""
+    device = setup.place.device
+    tokens, columns = (16, 1000) if setup.quick else (4096, 128256)
+    hidden_sizes = (32, 48) if setup.quick else (2048, 3072)
+    (states, weight), (others, other_weight) = (
+        [torch.randn(rows, size, device=device).mul_(0.1).bfloat16() for rows in (tokens, columns)]
+        for size in hidden_sizes
+    )
+    leaves = [states, weight]
+    labels = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+    mask = torch.ones(1, tokens, device=device)
+
+    def parts(student: Tensor, teacher: Tensor, _: Tensor) -> dict[str, Tensor]:
+        return {"kd": LogitLoss()(student, teacher).transpose(0, 1)}
+
+    def loss() -> Tensor:
+        if way == "fused":
+            models = (states[:, None], weight, others[:, None], other_weight)
+            return fused_losses(parts, {"kd": 1.0}, *models, labels, mask)["kd"]
+        if way == "Liger fused JSD":
+            try:
+                from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+            except ImportError as error:
+                raise UnavailableError(f"Liger ({error})") from error
+            return LigerFusedLinearJSD(jsd_beta=0.0)(states, weight, others, other_weight)
+        return LogitLoss()((states @ weight.t())[:, None], (others @ other_weight.t())[:, None])
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+            leaf.requires_grad_()
+        loss().sum().backward()
+
+    step()
+    for leaf in leaves:
+        leaf.grad = None
+    extra = extra_memory(step, sum(leaf.nbytes for leaf in leaves))
+    seconds = seconds_of(step, device, repeats=5)
+    # The student's product, its two gradients, and the teacher's product.
+    flops = 2 * tokens * columns * (3 * hidden_sizes[0] + hidden_sizes[1])
+    share = flops / seconds / ceilings(device).matmul
+    return Found(f"{1000 * seconds:.1f} ms, {share:.0%} of the rate of a matrix product; {extra}")

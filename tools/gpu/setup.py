@@ -1,7 +1,9 @@
 """Where the checks run, what they return, and what the machine is."""
 
+import functools
 import importlib.metadata
 import platform as machine
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -83,6 +85,64 @@ def need_engine(setup: Setup) -> None:
     """Raise ``UnavailableError`` without Transformer Engine."""
     if not setup.engine:
         raise UnavailableError("no Transformer Engine on a GPU")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The two rates that nothing on this device exceeds for long."""
+
+    copy: float
+    """Bytes per second of a copy from memory to memory, those read and those written."""
+    matmul: float
+    """Operations per second of a bf16 matrix product of random numbers."""
+
+
+@functools.cache
+def ceilings(device: torch.device) -> Ceilings:
+    """Measure the ceilings of ``device``, once per process: every figure is a share of them."""
+    large = device.type == "cuda"
+    source = torch.randn(2**28 if large else 2**20, device=device)
+    copy = 2 * source.nbytes / seconds_of(functools.partial(torch.clone, source), device)
+    size = 8192 if large else 128
+    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    product = seconds_of(functools.partial(torch.matmul, left, right), device)
+    return Ceilings(copy, 2 * size**3 / product)
+
+
+def ceiling_checks(setup: Setup) -> Checks:
+    """Report the ceilings."""
+
+    def measure() -> Found:
+        found = ceilings(setup.place.device)
+        return Found(
+            f"copy {found.copy / 1e9:,.0f} GB/s, matmul {found.matmul / 1e12:,.1f} TFLOP/s"
+        )
+
+    yield "copy of 1 GiB, bf16 product of 8192 x 8192", measure
+
+
+def seconds_of(action: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    """Return the median seconds of ``action`` after two calls that warm up.
+
+    On a GPU an event before and one behind each call: what the host does meanwhile does not count
+    as long as it keeps ahead.
+    """
+    for _ in range(2):
+        action()
+    if device.type != "cuda":
+        found = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            action()
+            found.append(time.perf_counter() - start)
+        return statistics.median(found)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for before, after in events:
+        before.record()
+        action()
+        after.record()
+    torch.cuda.synchronize()
+    return statistics.median(before.elapsed_time(after) / 1000 for before, after in events)
 
 
 def clock(device: torch.device) -> float:

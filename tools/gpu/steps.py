@@ -2,6 +2,7 @@
 
 import gc
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 from megatron_ext.arch import Arch, forward_flops, num_parameters
 from megatron_ext.distillation.model import KD_LOSS, Distillation, DistillationModel
 from megatron_ext.fp8 import Fp8, of_student, of_teacher
-from megatron_ext.model import ModelOptions, build_model
-from megatron_ext.startup import check_fp8
+from megatron_ext.model import LanguageModel, ModelOptions, build_model
 from megatron_ext.training.step import StepShape, train_step, wrap
+from tools.bench.calibration import draw_weights
 from tools.gpu.engine import LLAMA, sized
-from tools.gpu.setup import Checks, Found, Setup, clock, need_engine
+from tools.gpu.setup import Checks, Found, Setup, ceilings, clock, need_engine, seconds_of
 
 FORMATS = {
     "tensorwise": Fp8(fp8_format="hybrid", fp8_recipe="tensorwise"),
@@ -82,7 +83,7 @@ TEACHER = replace(STUDENT, num_layers=28, hidden_size=3072, num_attention_heads=
 
 
 def step_checks(setup: Setup) -> Checks:
-    """Time a distillation step of a 1B student."""
+    """Time a distillation step of a 1B student, and its parts apart."""
     ways = {
         "bf16": (Fp8(), False),
         "bf16, fused output layers": (Fp8(), True),
@@ -90,23 +91,69 @@ def step_checks(setup: Setup) -> Checks:
     }
     for name, (fp8, fused) in ways.items():
         yield name, lambda fp8=fp8, fused=fused: speed(setup, fp8, fused=fused)
+    yield "bf16, beside its parts", lambda: beside_parts(setup)
+
+
+def step_sizes(setup: Setup) -> tuple[Arch, Arch, int, int]:
+    """Return student, teacher, tokens of a step and steps."""
+    seq_length, steps = (32, 2) if setup.quick else (4096, 8)
+    return sized(STUDENT, setup), sized(TEACHER, setup), seq_length, steps
 
 
 def speed(setup: Setup, fp8: Fp8, *, fused: bool) -> Found:
     """Return TFLOP/s, tokens/s and memory of a step, the optimizer's included."""
     if fp8.fp8_format:
         need_engine(setup)
-    seq_length, steps = (32, 2) if setup.quick else (4096, 8)
-    student, teacher = sized(STUDENT, setup), sized(TEACHER, setup)
+    student, teacher, seq_length, steps = step_sizes(setup)
     found = distil(
         setup, teacher, student, steps=steps, fp8=fp8, batch=1, seq_length=seq_length, fused=fused
     )
     flops = 3 * forward_flops(student, seq_length) + forward_flops(teacher, seq_length)
     rate = flops * seq_length / found.seconds
+    share = rate / ceilings(setup.place.device).matmul
     models = f"{num_parameters(student) / 1e9:.2f}B of {num_parameters(teacher) / 1e9:.2f}B"
     return Found(
-        f"{models}, {seq_length} tokens: {1000 * found.seconds:.0f} ms, {rate / 1e12:.1f} TFLOP/s, "
-        f"{seq_length / found.seconds:,.0f} tokens/s, {found.peak / 2**30:.1f} GiB"
+        f"{models}, {seq_length} tokens: {1000 * found.seconds:.0f} ms, {rate / 1e12:.1f} TFLOP/s "
+        f"({share:.0%} of a matrix product's), {seq_length / found.seconds:,.0f} tokens/s, "
+        f"{found.peak / 2**30:.1f} GiB"
+    )
+
+
+def beside_parts(setup: Setup) -> Found:
+    """Compare a step's forward and backward with the teacher's forward and the student's step.
+
+    The student's own step has the cross entropy that the distillation step leaves out. Without the
+    optimizer, which is the same in both.
+    """
+    student_arch, teacher_arch, seq_length, _ = step_sizes(setup)
+    device = setup.place.device
+    student, teacher = (
+        random_model(setup, arch, {}, seed)
+        for seed, arch in enumerate((student_arch, teacher_arch))
+    )
+    distillation = Distillation(vocab_size=student_arch.vocab_size)
+    both = DistillationModel(student[0], teacher[0], distillation, setup.place.groups.tp)
+    batch = random_batch(student_arch.vocab_size, 1, seq_length, 1, device)
+    inputs = (batch["tokens"], batch["position_ids"], None)
+
+    def teacher_forward() -> None:
+        with torch.no_grad():
+            teacher[0](*inputs)
+
+    def student_step() -> None:
+        student[0].zero_grad(set_to_none=True)
+        student[0](*inputs, labels=batch["labels"]).sum().backward()
+
+    def distillation_step() -> None:
+        student[0].zero_grad(set_to_none=True)
+        losses = both(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
+        losses[KD_LOSS].sum().backward()
+
+    steps: list[Callable[[], None]] = [teacher_forward, student_step, distillation_step]
+    forward, train, together = (1000 * seconds_of(step, device) for step in steps)
+    return Found(
+        f"{together:.1f} ms against {forward:.1f} (teacher's forward) + {train:.1f} (student's own "
+        f"step): {together / (forward + train):.3f} x"
     )
 
 
@@ -134,17 +181,12 @@ def distil(
 ) -> Steps:
     """Distil a random teacher into a random student for some steps, with Adam in bf16."""
     groups, device = setup.place.groups, setup.place.device
-    impl = "transformer_engine" if setup.engine else "local"
-    options = ModelOptions(
-        params_dtype=torch.bfloat16, transformer_impl=impl, fuse_kernels=device.type == "cuda"
-    )
-    check_fp8(fp8, options)
     gc.collect()  # the models of the check before
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    own = build_model(student, replace(options, fp8=of_student(fp8)), groups, seed=1)
-    others = build_model(teacher, replace(options, fp8=of_teacher(fp8)), groups, seed=2)
+    own = random_model(setup, student, of_student(fp8), seed=1)
+    others = random_model(setup, teacher, of_teacher(fp8), seed=2)
     distillation = Distillation(vocab_size=student.vocab_size, fused_output=fused)
     both = DistillationModel(own[0], others[0], distillation, groups.tp)
     model = wrap([both], DistributedDataParallelConfig(grad_reduce_in_fp32=True), groups)
@@ -165,6 +207,22 @@ def distil(
         losses.append(found[KD_LOSS])
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     return Steps(losses, statistics.median(seconds[min(3, steps - 1) :]), peak)
+
+
+def random_model(
+    setup: Setup, arch: Arch, fp8: dict[str, object], seed: int
+) -> list[LanguageModel]:
+    """Return a model in bf16 whose weights are drawn on the device, billions in a second."""
+    device = setup.place.device
+    options = ModelOptions(
+        params_dtype=torch.bfloat16,
+        transformer_impl="transformer_engine" if setup.engine else "local",
+        fuse_kernels=device.type == "cuda",
+        fp8=fp8,
+    )
+    chunks = build_model(arch, options, setup.place.groups)
+    draw_weights(chunks[0], arch.init_method_std, seed)
+    return chunks
 
 
 def random_batch(
