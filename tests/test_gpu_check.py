@@ -152,7 +152,7 @@ def test_parts_that_crash_and_rows_that_fail_are_in_the_exit_code(tmp_path, monk
     assert text.count("| losses | first |") == 1
     with pytest.raises(SystemExit):
         gpu_check.main(["--parts", "none"])
-    assert "there are engine" in capsys.readouterr().err
+    assert "there are ceilings" in capsys.readouterr().err
 
 
 def test_the_script_writes_its_table(tmp_path):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -140,6 +141,7 @@ def rows_of(part: str, checks: Sequence) -> list[Row]:
         except UnavailableError as reason:
             yield row_of(part, name, verdict=f"not available on this machine: {reason}")
         except Exception as error:
+            traceback.print_exc()
             lines = str(error).strip().splitlines() or [""]
             text = f"{type(error).__name__} {lines[0]}"[:200]
             yield row_of(part, name, verdict=f"failed: {text}")

@@ -143,6 +143,7 @@ def output_of(argv: list[str], folder: str = ".") -> str:
         check=False,
     )
     if done.returncode:
+        print(done.stderr, file=sys.stderr)
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         errors = [line for line in lines if line.startswith("ERROR")]
         raise RuntimeError(f"code {done.returncode}: {(errors or lines)[-1]}")
