@@ -207,20 +207,24 @@ CHOICES = [
 
 @pytest.mark.parametrize(("name", "choice"), CHOICES, ids=str)
 def test_kernels_compile_for_a_gpu(name, choice, monkeypatch, tmp_path):
-    """To machine code, without one: NVIDIA's assembler comes with Triton."""
+    from megatron_ext.distillation import losses_triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = dict.fromkeys(("student", "teacher", "gradient"), "*bf16")
+    types |= dict.fromkeys(("stats", "known", "sums", "factor"), "*fp32")
+    types |= {"scale": "fp32", "beta": "fp32"}
+    kernel = getattr(losses_triton, name)
+    compile_for_gpu(kernel, types, choice | {"block": 4096}, num_warps=8)
+
+
+def compile_for_gpu(kernel, types, choice, num_warps):
+    """Compile to machine code, without a GPU: NVIDIA's assembler comes with Triton."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_ext.distillation import losses_triton
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(losses_triton, name)
-    choice = choice | {"block": 4096}
-    types = dict.fromkeys(("student", "teacher", "gradient"), "*bf16")
-    types |= dict.fromkeys(("stats", "known", "sums", "factor"), "*fp32")
-    types |= {"scale": "fp32", "beta": "fp32"} | dict.fromkeys(choice, "constexpr")
+    types = types | dict.fromkeys(choice, "constexpr")
     signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=choice)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-    assert compiled.asm["cubin"]
+    options = {"num_warps": num_warps}
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]

@@ -175,7 +175,7 @@ class Importance:
         left_out = self.left_out
         if left_out is not None and self.sequence_parallel and tap.axis not in TP_SPLIT_AXES:
             left_out = left_out.chunk(self.groups.tp.size())[self.groups.tp.rank()]
-        sums = tap.sums_in_c(tap.samples.sequence, tensors, left_out)
+        sums = tap.sums(tap.samples.sequence, tensors, left_out)
         if sums is None:
             sums = _sums_in_blocks(tap, tensors, left_out)
         tap.samples.add(sums, self.num_positions, self.weights[tap.axis])

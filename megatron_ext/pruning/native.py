@@ -1,84 +1,47 @@
-"""Sums over positions in C, on CPUs: one read of the activations and one call per hook.
+"""Which kernels sum over positions: ``sums_c`` on CPUs, ``sums_triton`` on CUDA, or none.
 
-Shape letters are those of ``aggregation``. Functions return what the torch way of
-``importance`` does, or None where they decline: no compiler (``compiled``), another device, dtype
-or aggregation, channels that do not lie side by side. MEGATRON_EXT_NATIVE=0 has them always
-decline. Threads change no bit of a result.
+Shape letters are those of ``aggregation``. Both modules have these four functions. Each makes one
+read of the activations, or declines and returns None (``add_samples``: False): ``importance`` and
+``OverSamples`` then compute in torch. None without a compiler (``compiled``) or Triton, for other
+dtypes and aggregations, and for channels that do not lie side by side; MEGATRON_EXT_NATIVE=0 has
+them always decline. Threads change no bit of a result.
 """
 
-import ctypes
 import functools
-import itertools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import importlib
+import os
+from collections.abc import Sequence
+from types import ModuleType
 
-import torch
 from torch import Tensor
 
-from megatron_ext.compiled import library
-
-SOURCE = Path(__file__).with_name("sums_cpu.c")
-DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-STRIDED = (POINTER, LONG, LONG)
-# left_out, positions, batch
-WHICH = (POINTER, LONG, LONG)
-ARGUMENTS = {
-    "unit_sums": (*STRIDED, *WHICH, LONG, INT, POINTER, INT),
-    "head_sums": (*STRIDED, *WHICH, LONG, LONG, INT, POINTER, INT),
-    "change_sums": (*STRIDED, *STRIDED, *WHICH, LONG, POINTER, INT),
-    "add_samples": (POINTER, POINTER, POINTER, LONG, LONG, INT, POINTER, POINTER),
-}
+MODULES = {"cpu": "sums_c", "cuda": "sums_triton"}
 
 
 def unit_sums(kind: str, tensors: Sequence[Tensor], left_out: Tensor | None) -> Tensor | None:
-    """Return ``sums_over_positions`` of one tensor, [1, B, c] float64.
+    """Return ``sums_over_positions`` of one tensor, [K, B, c] float64.
 
     Args:
-        kind: mean or l2; var is declined.
+        kind: mean, l2 or var (in Triton alone).
         tensors: one, [s, B, c].
         left_out: [s, B] bool, contiguous, true at positions that take no part; None for none.
     """
-    units = tensors[0].size(2)
-    return _sums("unit_sums", kind, tensors, left_out, units, units, kind == "l2")
+    module = _module(tensors[0].device.type)
+    return None if module is None else module.unit_sums(kind, tensors, left_out)
 
 
 def head_sums(
     kind: str, tensors: Sequence[Tensor], left_out: Tensor | None, *, channels: int
 ) -> Tensor | None:
-    """Return those of the L2 norms of heads of D ``channels``, [1, B, c] of [s, B, c * D]."""
-    heads = tensors[0].size(2) // channels
-    return _sums("head_sums", kind, tensors, left_out, heads, heads, channels, kind == "l2")
+    """Return those of the L2 norms of heads of D ``channels``, [K, B, c] of [s, B, c * D]."""
+    module = _module(tensors[0].device.type)
+    return None if module is None else module.head_sums(kind, tensors, left_out, channels=channels)
 
 
 def change_sums(kind: str, tensors: Sequence[Tensor], left_out: Tensor | None) -> Tensor | None:
     """Return the sum of 1 - cos of two tensors [s, B, H], [1, B, 1] float64; mean alone."""
-    if kind != "mean":
-        return None
-    return _sums("change_sums", kind, tensors, left_out, 1, tensors[0].size(2))
-
-
-def _sums(
-    name: str,
-    kind: str,
-    tensors: Sequence[Tensor],
-    left_out: Tensor | None,
-    units: int,
-    *sizes: int,
-) -> Tensor | None:
-    first = tensors[0]
-    if kind == "var" or not first.is_cpu or first.dtype not in DTYPES:
-        return None
-    if any(x.stride(2) != 1 or x.dtype != first.dtype for x in tensors):
-        return None
-    if (kernel := _function(name, f"_{DTYPES[first.dtype]}")) is None:
-        return None
-    positions, batch, _ = first.shape
-    out = torch.empty(1, batch, units, dtype=torch.float64)
-    places = itertools.chain(*((x.data_ptr(), x.stride(0), x.stride(1)) for x in tensors))
-    which = None if left_out is None else left_out.data_ptr()
-    kernel(*places, which, positions, batch, *sizes, out.data_ptr(), torch.get_num_threads())
-    return out
+    module = _module(tensors[0].device.type)
+    return None if module is None else module.change_sums(kind, tensors, left_out)
 
 
 def add_samples(
@@ -87,29 +50,22 @@ def add_samples(
     """Do what ``OverSamples.add`` does with the sums of a micro-batch; False where it declines.
 
     Args:
-        totals: ``OverSamples.sums`` and ``count``, changed.
-        kind: aggregation over positions, mean or l2.
-        sums: [1, B, c] float64.
+        totals: ``OverSamples.sums`` [2, c] and ``count`` [], float64, changed.
+        kind: aggregation over positions, mean, l2 or var (in Triton alone).
+        sums: [K, B, c] float64.
         num_positions: [B, 1] float64.
         weights: [B] float64.
     """
-    if kind == "var" or not sums.is_cpu or (kernel := _function("add_samples")) is None:
-        return False
-    inputs = [x.contiguous() for x in (sums, num_positions, weights)]
-    kernel(
-        *(x.data_ptr() for x in inputs),
-        sums.size(1),
-        sums.size(2),
-        kind == "l2",
-        *(x.data_ptr() for x in totals),
-    )
-    return True
+    module = _module(sums.device.type)
+    return module is not None and module.add_samples(totals, kind, sums, num_positions, weights)
 
 
 @functools.cache
-def _function(name: str, dtype: str = "") -> Callable | None:
-    if (kernels := library(SOURCE)) is None:
+def _module(device_type: str) -> ModuleType | None:
+    """Return the module of kernels for a kind of device, or None without Triton."""
+    if device_type not in MODULES or os.environ.get("MEGATRON_EXT_NATIVE") == "0":
         return None
-    function = getattr(kernels, name + dtype)
-    function.argtypes, function.restype = ARGUMENTS[name], None
-    return function
+    try:
+        return importlib.import_module(f"{__package__}.{MODULES[device_type]}")
+    except ImportError:
+        return None

@@ -27,9 +27,9 @@ class Tap:
     """(first input, output) of the module -> tensors [s, B, ...]."""
     values: Callable[..., Tensor]
     """Some positions of these tensors -> what is aggregated, [s, B, c]."""
-    sums_in_c: Callable[..., Tensor | None]
+    sums: Callable[..., Tensor | None]
     """(aggregation over positions, the tensors, left_out) -> what ``sums_over_positions`` makes of
-    the values of all of them, [K, B, c]; None where there is no C. A function of ``native``."""
+    the values of all of them, [K, B, c]; None without a kernel. A function of ``native``."""
     samples: OverSamples
 
 
