@@ -16,8 +16,9 @@ Losses = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 # Tokens whose logits exist at a time. Matrix products want more rows than the losses do.
 CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
-# Elements of the weight's gradient that are summed at a time: there is a product of that size.
-CHUNK_PRODUCT = {"cpu": 2**22, "cuda": 2**26}
+# Elements of the weight's gradient that are summed at a time on a CPU: there is a product of that
+# size.
+CHUNK_PRODUCT = 2**22
 
 
 def fused_losses(
@@ -142,8 +143,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
         return
-    elements = CHUNK_PRODUCT.get(total.device.type, CHUNK_PRODUCT["cuda"])
-    count = max(1, elements // total.size(1))
+    if total.is_cuda:  # the product adds itself up: no second tensor of its size
+        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
+        return
+    count = max(1, CHUNK_PRODUCT // total.size(1))
     for part, rows in zip(total.split(count), left.split(count), strict=True):
         part += rows @ right
 

@@ -2,10 +2,10 @@
 
 Functions as in ``native``; formulas stand at the public functions of ``losses``. A unit is the
 memory of one model's logits. ``row_stats`` reads both once, 2 units: sums are centred on the
-largest logit so far, and scaled down where a larger one comes. ``gradient`` reads both again and
-writes, 3 units. ``mixture_sums``, which only jsd needs, reads both, 2 units. Logits are subtracted
-from one another before they are scaled, and products arranged so that two equal models give zero
-although the compiler fuses. The logits may differ in dtype and width.
+largest logit that a lane has seen so far, and scaled down where a larger one comes. ``gradient``
+reads both again and writes, 3 units. ``mixture_sums``, which only jsd needs, reads both, 2 units.
+Logits are subtracted from one another before they are scaled, and products arranged so that two
+equal models give zero although the compiler fuses. The logits may differ in dtype and width.
 """
 
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor
 from megatron_ext.distillation.chunks import LOG2_E
 from megatron_ext.distillation.native import MOMENTS
 
-# Columns at a time. With products 4096 would take 136 registers a thread (compiled for sm_90), and
-# a multiprocessor would hold one row at a time.
-BLOCKS = {"none": 4096, "gap": 4096, "products": 2048}
-BLOCK = 4096  # of the others
+# Lanes of the statistics, which take two columns at a time, and columns of the others.
+BLOCKS = {"none": 1024, "gap": 1024, "products": 1024}
+BLOCK = 4096
 # Below any logit, and finite: shifts from it must not be infinite.
 FLOOR = tl.constexpr(-1e30)
 NAT = tl.constexpr(1 / LOG2_E)  # of a bit
@@ -42,41 +41,60 @@ def _stats_kernel(
     row = tl.program_id(0).to(tl.int64)
     s_row, t_row = student + row * s_width, teacher + row * t_width
     lane = tl.arange(0, block)
-    s_max, t_max = FLOOR, FLOOR
+    # Every lane has maxima and sums of its own: no thread waits for another before the end.
     s_sum = tl.zeros([block], tl.float32)
-    t_sum = tl.zeros([block], tl.float32)
-    first = tl.zeros([block], tl.float32)
-    second = tl.zeros([block], tl.float32)
-    third = tl.zeros([block], tl.float32)
-    for start in range(0, columns, block):
-        is_real = start + lane < columns
-        s = tl.load(s_row + start + lane, mask=is_real, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_row + start + lane, mask=is_real, other=float("-inf")).to(tl.float32)
-        s_higher, t_higher = tl.maximum(s_max, tl.max(s, 0)), tl.maximum(t_max, tl.max(t, 0))
+    t_sum, first, second, third = s_sum, s_sum, s_sum, s_sum
+    s_max = s_sum + FLOOR
+    t_max = s_max
+    for start in range(0, columns, 2 * block):
+        here, there = start + lane < columns, start + block + lane < columns
+        s, t = _load(s_row + start + lane, here), _load(t_row + start + lane, here)
+        u, v = (
+            _load(s_row + start + block + lane, there),
+            _load(t_row + start + block + lane, there),
+        )
+        s_higher = tl.maximum(s_max, tl.maximum(s, u))
+        t_higher = tl.maximum(t_max, tl.maximum(t, v))
         # What was summed so far was centred on lower maxima.
         s_shift, t_shift = (s_higher - s_max) * scale, (t_higher - t_max) * scale
         s_max, t_max = s_higher, t_higher
         s_factor, t_factor = tl.exp2(-s_shift), tl.exp2(-t_shift)
-        s_part, t_part = tl.exp2((s - s_max) * scale), tl.exp2((t - t_max) * scale)
+        p_s, p_t = tl.exp2((s - s_max) * scale), tl.exp2((t - t_max) * scale)
+        p_u, p_v = tl.exp2((u - s_max) * scale), tl.exp2((v - t_max) * scale)
         if moments == "gap":
-            gap = ((t - t_max) - (s - s_max)) * scale
             first = (first + (s_shift - t_shift) * t_sum) * t_factor
-            first += tl.where(is_real, t_part * gap, 0.0)
+            first += tl.where(here, p_t * (((t - t_max) - (s - s_max)) * scale), 0.0)
+            first += tl.where(there, p_v * (((v - t_max) - (u - s_max)) * scale), 0.0)
         if moments == "products":
-            first = first * (s_factor * s_factor) + s_part * s_part
-            second = second * (t_factor * t_factor) + t_part * t_part
-            third = third * (s_factor * t_factor) + s_part * t_part
-        s_sum = s_sum * s_factor + s_part
-        t_sum = t_sum * t_factor + t_part
-    tl.store(stats + row, s_max)
-    tl.store(stats + rows + row, t_max)
-    tl.store(stats + 2 * rows + row, tl.sum(s_sum, 0))
-    tl.store(stats + 3 * rows + row, tl.sum(t_sum, 0))
+            first = first * (s_factor * s_factor) + p_s * p_s + p_u * p_u
+            second = second * (t_factor * t_factor) + p_t * p_t + p_v * p_v
+            third = third * (s_factor * t_factor) + p_s * p_t + p_u * p_v
+        s_sum = s_sum * s_factor + p_s + p_u
+        t_sum = t_sum * t_factor + p_t + p_v
+    s_top, t_top = tl.max(s_max, 0), tl.max(t_max, 0)
+    s_shift, t_shift = (s_top - s_max) * scale, (t_top - t_max) * scale
+    s_factor, t_factor = tl.exp2(-s_shift), tl.exp2(-t_shift)
+    if moments == "gap":
+        first = (first + (s_shift - t_shift) * t_sum) * t_factor
+    if moments == "products":
+        first = first * (s_factor * s_factor)
+        second = second * (t_factor * t_factor)
+        third = third * (s_factor * t_factor)
+    tl.store(stats + row, s_top)
+    tl.store(stats + rows + row, t_top)
+    tl.store(stats + 2 * rows + row, tl.sum(s_sum * s_factor, 0))
+    tl.store(stats + 3 * rows + row, tl.sum(t_sum * t_factor, 0))
     if moments != "none":
         tl.store(stats + 4 * rows + row, tl.sum(first, 0))
     if moments == "products":
         tl.store(stats + 5 * rows + row, tl.sum(second, 0))
         tl.store(stats + 6 * rows + row, tl.sum(third, 0))
+
+
+@triton.jit
+def _load(logits, is_real):
+    """Return logits, -inf where there are none."""
+    return tl.load(logits, mask=is_real, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -185,7 +203,7 @@ def row_stats(
     """Return [4 + m, S, B] float32, see ``native``."""
     shape = (4 + MOMENTS[moments], *student.shape[:-1])
     stats = torch.empty(shape, dtype=torch.float32, device=student.device)
-    choice = {"moments": moments, "block": BLOCKS[moments]}
+    choice = {"moments": moments, "block": BLOCKS[moments], "num_warps": 4}
     _launch(_stats_kernel, student, teacher, columns, temperature, (stats,), **choice)
     return stats
 
@@ -223,9 +241,11 @@ def gradient(
     return result
 
 
-def _launch(kernel, student, teacher, columns, temperature, tensors, numbers=(), **choice) -> None:
+def _launch(
+    kernel, student, teacher, columns, temperature, tensors, numbers=(), *, num_warps=8, **choice
+) -> None:
     """Run ``kernel`` on every row: what all three take, in their order."""
     rows = student[..., 0].numel()
     if rows:
         sizes = (rows, student.size(-1), teacher.size(-1), columns, LOG2_E / temperature)
-        kernel[(rows,)](student, teacher, *tensors, *sizes, *numbers, **choice, num_warps=8)
+        kernel[(rows,)](student, teacher, *tensors, *sizes, *numbers, **choice, num_warps=num_warps)
