@@ -2,7 +2,7 @@
 
 import functools
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -27,6 +27,9 @@ from tools.gpu.setup import (
 # others is a difference of larger terms; bf16 rounds the gradient.
 VALUE = 2e-6
 SHARES = {"fp32": 1e-5, "bf16": 4e-3}
+# Of the fused output layers' gradients: of the logits, of the product's sums, and of the result,
+# three roundings to bf16.
+FUSED = 8e-3
 # Of one logits tensor: statistics read two, a gradient reads two and writes one; what the mixture
 # of jsd needs first reads two more.
 UNITS = {"forward-kl": 5, "reverse-kl": 5, "jsd": 7, "mse": 5, "cosine": 5}
@@ -55,6 +58,7 @@ def loss_checks(setup: Setup) -> Checks:
                 f"{name}, {way} bf16: speed, memory",
                 lambda name=name, way=way: cost(setup, name, way),
             )
+    yield "forward-kl, fused output layers: error of both gradients", lambda: fused_exactness(setup)
     for way in ("whole logits, kernels", "fused", "Liger fused JSD"):
         yield f"forward-kl with output layers, {way}", lambda way=way: output_layers(setup, way)
 
@@ -184,46 +188,78 @@ def extra_memory(action: Callable[[], object], gradients: int) -> str:
     return f"{peak / 2**20:,.0f} MiB beside gradients"
 
 
+def output_inputs(setup: Setup, tokens: int, columns: int) -> list[tuple[Tensor, Tensor]]:
+    """Return states [tokens, H] and output weight [columns, H], student's and teacher's."""
+    device = setup.place.device
+    generator = torch.Generator(device).manual_seed(1)
+    options = {"generator": generator, "device": device}
+    return [
+        tuple(torch.randn(rows, size, **options).mul_(0.1).bfloat16() for rows in (tokens, columns))
+        for size in ((32, 48) if setup.quick else (2048, 3072))
+    ]
+
+
+def fused_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Return forward KL [1, tokens] by this project's fused output layers."""
+
+    def parts(s: Tensor, t: Tensor, _: Tensor) -> dict[str, Tensor]:
+        return {"kd": LogitLoss()(s, t).transpose(0, 1)}
+
+    labels = torch.zeros(1, len(student[0]), dtype=torch.int64, device=student[0].device)
+    models = (student[0][:, None], student[1], teacher[0][:, None], teacher[1])
+    return fused_losses(parts, {"kd": 1.0}, *models, labels, torch.ones_like(labels).float())["kd"]
+
+
+def fused_exactness(setup: Setup) -> Found:
+    """Compare the gradients of states and weight with those of whole logits in float64."""
+    student, teacher = output_inputs(setup, *((40, 100) if setup.quick else (2304, 32000)))
+    own, wide = (
+        [x.detach().to(dtype).requires_grad_() for x in student]
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    fused_loss(own, teacher).sum().backward()
+    logits = [
+        (states @ weight.t())[:, None] for states, weight in (wide, [x.double() for x in teacher])
+    ]
+    plain("forward-kl", *logits).sum().backward()
+    shares = [
+        ((a.grad.double() - b.grad).norm() / b.grad.norm()).item()
+        for a, b in zip(own, wide, strict=True)
+    ]
+    text = ", ".join(f"{share:.1e}" for share in shares)
+    return Found(text, f"{FUSED:.0e}", max(shares) <= FUSED)
+
+
 def output_layers(setup: Setup, way: str) -> Found:
     """Time both models' output layers with forward KL behind them: loss and gradients."""
-    device = setup.place.device
     tokens, columns = (16, 1000) if setup.quick else (4096, 128256)
-    hidden_sizes = (32, 48) if setup.quick else (2048, 3072)
-    (states, weight), (others, other_weight) = (
-        [torch.randn(rows, size, device=device).mul_(0.1).bfloat16() for rows in (tokens, columns)]
-        for size in hidden_sizes
-    )
-    leaves = [states, weight]
-    labels = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-    mask = torch.ones(1, tokens, device=device)
-
-    def parts(student: Tensor, teacher: Tensor, _: Tensor) -> dict[str, Tensor]:
-        return {"kd": LogitLoss()(student, teacher).transpose(0, 1)}
+    student, teacher = output_inputs(setup, tokens, columns)
 
     def loss() -> Tensor:
         if way == "fused":
-            models = (states[:, None], weight, others[:, None], other_weight)
-            return fused_losses(parts, {"kd": 1.0}, *models, labels, mask)["kd"]
+            return fused_loss(student, teacher)
         if way == "Liger fused JSD":
             try:
                 from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
             except ImportError as error:
                 raise UnavailableError(f"Liger ({error})") from error
-            return LigerFusedLinearJSD(jsd_beta=0.0)(states, weight, others, other_weight)
-        return LogitLoss()((states @ weight.t())[:, None], (others @ other_weight.t())[:, None])
+            fused = LigerFusedLinearJSD(jsd_beta=0.0)
+            return fused(*student, *teacher, None)
+        logits = ((states @ weight.t())[:, None] for states, weight in (student, teacher))
+        return LogitLoss()(*logits)
 
     def step() -> None:
-        for leaf in leaves:
+        for leaf in student:
             leaf.grad = None
             leaf.requires_grad_()
         loss().sum().backward()
 
     step()
-    for leaf in leaves:
+    for leaf in student:
         leaf.grad = None
-    extra = extra_memory(step, sum(leaf.nbytes for leaf in leaves))
-    seconds = seconds_of(step, device, repeats=5)
+    extra = extra_memory(step, sum(leaf.nbytes for leaf in student))
+    seconds = seconds_of(step, setup.place.device, repeats=5)
     # The student's product, its two gradients, and the teacher's product.
-    flops = 2 * tokens * columns * (3 * hidden_sizes[0] + hidden_sizes[1])
-    share = flops / seconds / ceilings(device).matmul
+    flops = 2 * tokens * columns * (3 * student[0].size(1) + teacher[0].size(1))
+    share = flops / seconds / ceilings(setup.place.device).matmul
     return Found(f"{1000 * seconds:.1f} ms, {share:.0%} of the rate of a matrix product; {extra}")
