@@ -187,6 +187,11 @@ def resume_elsewhere(arch, folder, extra):
     """Load and train a step without dropout, which is the only thing that a layout may change."""
     run = make_run(arch, folder, extra, seed=99)
     state.restore(run, checkpoint.read(folder))
+    turn_dropout_off(run)
+    return do_steps(run, 2, 4)
+
+
+def turn_dropout_off(run):
     for chunk in run.chunks:
         chunk.config.attention_dropout = 0.0
         for module in chunk.modules():
@@ -194,7 +199,6 @@ def resume_elsewhere(arch, folder, extra):
                 module.p = module.dropout = 0.0
             if hasattr(module, "hidden_dropout"):
                 module.hidden_dropout = 0.0
-    return do_steps(run, 2, 4)
 
 
 @pytest.mark.parametrize("arch", [LLAMA, GPT2], ids=["llama", "gpt2"])
