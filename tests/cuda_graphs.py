@@ -112,7 +112,7 @@ def capture(graph, **_):
 
 
 class Stream:
-    """Stands in for ``torch.cuda.Stream`` and ``torch.cuda.Event``: all is done when it is asked."""
+    """Stands in for ``torch.cuda.Stream`` and ``torch.cuda.Event``: what is asked is done."""
 
     def __init__(self, *_, **__):
         pass

@@ -179,7 +179,10 @@ def test_settings_are_megatron_cores():
     names = {f.name for f in fields(TransformerConfig)}
     assert graphs.of_student(LAYERS).keys() <= names
     assert graphs.of_student(Graphs()) == {}
-    assert graphs.of_student(STEPS) == {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": []}
+    assert graphs.of_student(STEPS) == {
+        "cuda_graph_impl": "full_iteration",
+        "cuda_graph_modules": [],
+    }
 
 
 REFUSED = {
