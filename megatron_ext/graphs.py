@@ -10,6 +10,7 @@ host, and hooks, are those of the capture. The teacher's layers, frozen, are nev
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -150,6 +151,28 @@ def forward_backward(graphs: Graphs) -> Callable[..., list[Any]]:
     if not graphs.of_steps:
         return schedule
     return FullCudaGraphWrapper(schedule, graphs.cuda_graph_warmup_steps)
+
+
+@contextmanager
+def initialization_stream(config: Any) -> Iterator[None]:
+    """Run on the stream on which gradient buffers must be made, where there is a GPU.
+
+    DistributedDataParallel keeps the node that accumulates each gradient, and autograd runs a node
+    on the stream of its making. A capture fails on a node of the default stream
+    (cudaErrorStreamCaptureImplicit); Megatron-LM makes them on another one too.
+    """
+    import torch
+    from megatron.core.full_cuda_graph import get_shared_capture_stream
+
+    if not torch.cuda.is_available():
+        yield
+        return
+    of_steps = config.cuda_graph_impl == STEP
+    stream = get_shared_capture_stream() if of_steps else torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def make_own_tables(model: Any) -> None:

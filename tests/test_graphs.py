@@ -279,3 +279,46 @@ def test_transformer_engine_captures_layers(overlaps):
     if overlaps:
         expected = [(8, 2, 2), ("off", False), "capture", "on", "hooks"]
     assert run_ranks(1, asked_of_transformer_engine, overlaps)[0] == expected
+
+
+class Stream:
+    """What a stream of a GPU is asked for; ``log`` is the order in which that happens."""
+
+    log: ClassVar[list] = []
+
+    def __init__(self, name="side"):
+        self.name = name
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def __enter__(self):
+        self.log.append(f"on {self.name}")
+
+    def __exit__(self, *_):
+        self.log.append(f"off {self.name}")
+
+
+@pytest.mark.parametrize(("impl", "name"), [("full_iteration", "capture"), ("local", "side")])
+def test_gradient_buffers_are_made_where_a_capture_may_run_them(impl, name, monkeypatch):
+    """Regression: whole steps could not be captured on a GPU (cudaErrorStreamCaptureImplicit).
+
+    The nodes that accumulate gradients had been made on the default stream.
+    """
+    from megatron.core import full_cuda_graph
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("default"))
+    monkeypatch.setattr(full_cuda_graph, "get_shared_capture_stream", lambda: Stream("capture"))
+    monkeypatch.setattr(Stream, "log", [])
+    with graphs.initialization_stream(SimpleNamespace(cuda_graph_impl=impl)):
+        Stream.log.append("buffers")
+    assert Stream.log == [
+        f"{name} waits for default",
+        f"on {name}",
+        "buffers",
+        f"off {name}",
+        f"default waits for {name}",
+    ]

@@ -17,7 +17,7 @@ from megatron_ext.distillation.chunks import LOG2_E
 from megatron_ext.distillation.native import MOMENTS
 
 # Lanes of the statistics, which take two columns at a time, and columns of the others.
-BLOCKS = {"none": 1024, "gap": 1024, "products": 1024}
+BLOCKS = {"none": 1024, "gap": 1024, "products": 512}
 BLOCK = 4096
 # Below any logit, and finite: shifts from it must not be infinite.
 FLOOR = tl.constexpr(-1e30)

@@ -130,7 +130,9 @@ class Importance:
         counts = (~left_out).sum(dim=1).double()
         if self.groups.cp.size() > 1:
             torch.distributed.all_reduce(counts, group=self.groups.cp)
-        self.left_out = left_out.T.contiguous() if left_out.any() else None  # [s, B]
+        # A GPU is not asked whether there are any: it would have to finish all before.
+        some = left_out.is_cuda or left_out.any()
+        self.left_out = left_out.T.contiguous() if some else None  # [s, B]
         self.num_positions = counts.clamp_min(1).unsqueeze(-1)  # [B, 1]
         # A layer's score is a mean over positions, the others' over samples that have any.
         self.weights = {axis: (counts > 0).double() for axis in self._widths()} | {"layers": counts}

@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POSITIONS = 32  # that are added in float32
 UNROLLED = tl.constexpr(4)  # positions whose loads are under way at a time
 BLOCK = 512  # units of a program
-HEADS_BLOCK = 2048  # channels of a program
+HEADS_BLOCK = 512  # channels of a program
 
 
 @triton.jit
@@ -217,7 +217,7 @@ def head_sums(
     width = triton.next_power_of_2(channels)
     blocks = {"block": max(1, HEADS_BLOCK // width), "width": width}
     heads = tensors[0].size(2) // channels
-    return _sums(_head_kernel, kind, tensors, left_out, heads, blocks, channels, num_warps=4)
+    return _sums(_head_kernel, kind, tensors, left_out, heads, blocks, channels, num_warps=2)
 
 
 def _sums(

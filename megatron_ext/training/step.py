@@ -20,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megatron_ext import graphs
 from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.distillation.stored import STORED
 
@@ -48,17 +49,18 @@ def wrap(
 
     ``hidden`` are the hidden-state losses of the chunks, if they have any.
     """
-    model = [
-        DistributedDataParallel(
-            config=get_model_config(chunk),
-            ddp_config=ddp_config,
-            module=chunk,
-            # Later chunks' gradients are ready early: buckets pay for the first chunk only.
-            disable_bucketing=index > 0,
-            pg_collection=groups,
-        )
-        for index, chunk in enumerate(chunks)
-    ]
+    with graphs.initialization_stream(get_model_config(chunks[0])):
+        model = [
+            DistributedDataParallel(
+                config=get_model_config(chunk),
+                ddp_config=ddp_config,
+                module=chunk,
+                # Later chunks' gradients are ready early: buckets pay for the first chunk only.
+                disable_bucketing=index > 0,
+                pg_collection=groups,
+            )
+            for index, chunk in enumerate(chunks)
+        ]
     config = get_model_config(model[0])
     config.finalize_model_grads_func = partial(_finalize_model_grads, groups, hidden)
     if ddp_config.overlap_grad_reduce:
