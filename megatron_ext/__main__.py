@@ -5,8 +5,8 @@ The programs are files of the root and of tools/. A wheel has them in megatron_e
 """
 
 import difflib
-import runpy
 import sys
+import types
 from pathlib import Path
 
 from megatron_ext import __version__
@@ -49,7 +49,10 @@ def _run() -> None:
     if not program.exists():
         raise UserError(f"minitron {name}: {program} is not there; install the package again.")
     sys.argv = [f"minitron {name}", *flags]
-    runpy.run_path(str(program), run_name="__main__")  # ends in SystemExit
+    # As runpy.run_path, which would put the file's name into sys.argv, and so into --help.
+    module = types.ModuleType("__main__")
+    module.__file__, sys.modules["__main__"] = str(program), module
+    exec(compile(program.read_bytes(), program, "exec"), module.__dict__)  # ends in SystemExit
 
 
 def overview() -> str:

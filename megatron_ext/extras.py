@@ -20,8 +20,9 @@ def need(module: str, extra: str, wanted_by: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        package = (error.name or module).partition(".")[0]
         raise UserError(
-            f"{wanted_by} needs {error.name}, of the extra {extra}: pip install "
+            f"{wanted_by} needs {package}, of the extra {extra}: pip install "
             f"'megatron-minitron[{extra}]', or pip install -e '.[{extra}]' in a checkout.",
             USAGE,
         ) from error
