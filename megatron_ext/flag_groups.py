@@ -241,7 +241,7 @@ class Tokenizer:
     vocab_file: str | None = flag(None, "vocab.json of GPT2BPETokenizer")
     merge_file: str | None = flag(None, "merges.txt of GPT2BPETokenizer")
     vocab_size: int | None = flag(
-        None, "tokens of NullTokenizer, without the end of document", at_least=1
+        None, "tokens of NullTokenizer; the last one ends documents", at_least=1
     )
     trust_remote_code: bool = flag(False, "let a Hugging Face tokenizer run its own code")
 

@@ -57,8 +57,13 @@ def of_student(graphs: Graphs) -> dict[str, Any]:
     """Return megatron-core's settings of the model that is trained; empty without graphs."""
     if graphs.cuda_graph_impl == "none":
         return {}
-    settings = {f.name: getattr(graphs, f.name) for f in fields(graphs)}
-    return settings | {"cuda_graph_scope": list(graphs.cuda_graph_scope)}
+    if graphs.of_steps:
+        return {"cuda_graph_impl": STEP, "cuda_graph_modules": []}
+    return {
+        "cuda_graph_impl": graphs.cuda_graph_impl,
+        "cuda_graph_modules": [scope for scope in graphs.cuda_graph_scope if scope != "full"],
+        "cuda_graph_warmup_steps": graphs.cuda_graph_warmup_steps,
+    }
 
 
 def problems(graphs: Graphs, flags: Any) -> Iterator[str]:

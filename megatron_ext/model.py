@@ -26,7 +26,7 @@ from megatron_ext.arch import Arch, weights
 from megatron_ext.bert import MaskedLanguageModel, build_bert
 from megatron_ext.checkpoint import sharded_tensors
 from megatron_ext.errors import USAGE, UserError
-from megatron_ext.layers import Router, local_block_spec
+from megatron_ext.layers import local_block_spec
 from megatron_ext.output import VocabularyOutput
 
 
@@ -248,8 +248,6 @@ def _build_gpt(
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=arch.qk_layernorm,
         )
-        if arch.num_experts is not None:
-            spec.submodules.mlp.submodules.router = Router
     else:
         spec = local_block_spec(config, num_layers)
     return LanguageModel(
