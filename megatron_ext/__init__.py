@@ -3,6 +3,8 @@
 import logging
 import warnings
 
+__version__ = "0.1.0"  # pyproject.toml and CITATION.cff say the same
+
 # Said by megatron-core and torch on every rank, of things that are as intended here: no Apex or
 # Transformer Engine on a CPU, and functions that megatron-core calls and torch has deprecated.
 for _message in (

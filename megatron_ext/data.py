@@ -25,9 +25,13 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_ext import masked as masked_view
 from megatron_ext.data_check import DEFAULT_SPLIT, Source, all_prefixes, check_data, sources
 from megatron_ext.errors import DATA, USAGE, UserError
+from megatron_ext.extras import need
 from megatron_ext.flag_checks import TOKENIZER_NEEDS
 from megatron_ext.flag_parser import dashed
 from megatron_ext.together import on_all_ranks, on_first_rank
+
+# Types that megatron-core reads with transformers.
+OF_TRANSFORMERS = ("HuggingFaceTokenizer", "GPT2BPETokenizer")
 
 
 def build_tokenizer(data: Any) -> MegatronTokenizerBase:
@@ -37,7 +41,7 @@ def build_tokenizer(data: Any) -> MegatronTokenizerBase:
     last id of a ``NullTokenizer``. No token is added around a text.
 
     Raises:
-        UserError: unknown type or missing flag (USAGE); unreadable model or no eod (DATA).
+        UserError: unknown type, missing flag or package (USAGE); unreadable model or no eod (DATA).
     """
     kind = data.tokenizer_type
     if kind not in TOKENIZER_NEEDS:
@@ -45,6 +49,8 @@ def build_tokenizer(data: Any) -> MegatronTokenizerBase:
     needed = {dashed(name): getattr(data, name) for name in TOKENIZER_NEEDS[kind]}
     if not all(needed.values()):
         raise UserError(f"--tokenizer-type {kind} needs {' '.join(needed)}.", USAGE)
+    if kind in OF_TRANSFORMERS:
+        need("transformers", "hf", f"--tokenizer-type {kind}")
     typed = " ".join(f"{flag} {value}" for flag, value in needed.items())
     try:
         tokenizer = core_tokenizers.build_tokenizer(

@@ -21,7 +21,7 @@ import operator
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from megatron_ext.errors import USAGE, UserError, warn
 
@@ -33,7 +33,6 @@ BOUNDS = {
     "below": (operator.lt, "<"),
 }
 METAVARS = {int: "N", float: "X", str: "TEXT"}
-Program = TypeVar("Program")
 
 
 def flag(
@@ -134,7 +133,7 @@ def missing(program: type, typed: Mapping[str, Any]) -> list[str]:
     return [option(field) for field in required if field.name not in typed]
 
 
-def build(program: type[Program], typed: Mapping[str, Any]) -> Program:
+def build[Program](program: type[Program], typed: Mapping[str, Any]) -> Program:
     """Return ``program`` with the typed values and, elsewhere, the groups' defaults."""
     hints, values = typing.get_type_hints(program), {}
     for name, group in groups(program).items():
@@ -143,7 +142,7 @@ def build(program: type[Program], typed: Mapping[str, Any]) -> Program:
     return program(**values)
 
 
-def parse(program: type[Program], argv: Sequence[str] | None) -> Program:
+def parse[Program](program: type[Program], argv: Sequence[str] | None) -> Program:
     """Return the flags of a program that ignores none; ``argv`` None reads the command line.
 
     Raises:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.errors import RUNTIME, UserError
+from megatron_ext.extras import need
 from megatron_ext.pruning.scores import Scores, written_aside
 
 if TYPE_CHECKING:
@@ -75,9 +76,8 @@ def _cell(value: Any) -> str:
 
 def new_figure(rows: int, columns: int) -> "tuple[Figure, Sequence[Axes]]":
     """Return a figure without a window and its rows * columns Axes, row by row."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
+    picture = need("matplotlib.figure", "plot", "a picture")
+    figure = picture.Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, list(axes.flat)
 

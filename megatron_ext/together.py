@@ -6,14 +6,12 @@ collective over all ranks of small Python objects; without torch.distributed thi
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-T = TypeVar("T")
 
-
-def gather(value: T) -> list[T]:
+def gather[T](value: T) -> list[T]:
     """Return the values of all ranks, by rank."""
     if not torch.distributed.is_initialized():
         return [value]
@@ -22,7 +20,7 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def on_all_ranks(action: Callable[[], T]) -> T:
+def on_all_ranks[T](action: Callable[[], T]) -> T:
     """Return ``action()`` of this rank, or raise the error of the first rank that failed."""
     result, error = _try(action)
     for other in gather(error):
@@ -31,7 +29,7 @@ def on_all_ranks(action: Callable[[], T]) -> T:
     return result
 
 
-def on_first_rank(action: Callable[[], T]) -> T:
+def on_first_rank[T](action: Callable[[], T]) -> T:
     """Return ``action()`` of rank 0, which alone runs it, or raise its error."""
     is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     result, error = gather(_try(action) if is_first else None)[0]
@@ -40,7 +38,7 @@ def on_first_rank(action: Callable[[], T]) -> T:
     return result
 
 
-def _try(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def _try[T](action: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return action(), None
     except Exception as error:

@@ -87,7 +87,7 @@ def test_weights_and_biases(tmp_path):
 @pytest.mark.parametrize(
     ("before", "code", "words"),
     [
-        (without_board, USAGE, "--wandb-project needs the package wandb"),
+        (without_board, USAGE, "--wandb-project needs wandb, of the extra log"),
         (with_board_without_key, 0, "--wandb-project p: division by zero; nothing is sent there"),
     ],
 )

@@ -104,6 +104,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Convert in the direction that the first word names."""
     argv = sys.argv[1:] if argv is None else argv
     commands = {"import": run_import, "export": run_export}
+    if argv in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        print("\nconvert import --help and convert export --help list their flags.")
+        return
     if not argv or argv[0] not in commands:
         said = argv[0] if argv else "nothing"
         raise UserError(f"{said}: the first word is one of {', '.join(commands)}.", USAGE)

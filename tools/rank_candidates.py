@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_ext import checkpoint, safe_load
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.errors import CHECKPOINT, INTERRUPTED, RUNTIME, USAGE, UserError, run_main
+from megatron_ext.extras import need
 from megatron_ext.flag_groups import trust_flag
 from megatron_ext.flag_parser import REQUIRED, dashed, flag, parse, read
 from megatron_ext.flags import TrainFlags
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, rest = argv[:where], argv[where + 1 :]
     options = parse(SearchFlags, own).search
     check_training_flags(rest)
+    need("matplotlib", "plot", "ranking.png")  # found out now, not after the last candidate
     safe_load.trust(options.trust_checkpoint)
     teacher = checkpoint.read(options.teacher_load).arch
     archs = find_candidates(options.candidates)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import transformers
 
 from megatron_ext import checkpoint, platform
 from megatron_ext.errors import UserError, run_main
+from megatron_ext.extras import need
 from megatron_ext.flag_parser import REQUIRED, flag, parse
 from megatron_ext.model import ModelOptions, build_model
 from megatron_ext.training.state import restore_weights
@@ -39,6 +39,7 @@ class CheckFlags:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the difference on a batch of random tokens."""
     flags = parse(CheckFlags, argv).check
+    transformers = need("transformers", "hf", "the comparison")
     source = checkpoint.read(flags.load)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(source.arch.vocab_size, (2, 128), generator=generator)

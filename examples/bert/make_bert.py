@@ -9,12 +9,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import tokenizers
 import torch
-import transformers
 
 from megatron_ext.errors import run_main
+from megatron_ext.extras import need
 from megatron_ext.flag_parser import REQUIRED, flag, parse
 
 
@@ -38,6 +38,7 @@ class MakeFlags:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the folder and print its sizes."""
     flags = parse(MakeFlags, argv).make
+    transformers = need("transformers", "hf", "BERT's folder")
     folder = Path(flags.output)
     folder.mkdir(parents=True, exist_ok=True)
     with open(flags.text) as lines:
@@ -50,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{folder}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
     """Return BERT's tokenizer, lower case, of ``vocab_size`` tokens or as many as texts have."""
+    tokenizers = need("tokenizers", "hf", "BERT's tokenizer")
+    transformers = need("transformers", "hf", "BERT's tokenizer")
     wordpiece = tokenizers.BertWordPieceTokenizer(lowercase=True)
     wordpiece.train_from_iterator(texts, vocab_size, show_progress=False)
     special = {

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy
 import torch
-import transformers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.errors import run_main
+from megatron_ext.extras import need
 from megatron_ext.flag_parser import REQUIRED, flag, parse
 
 
@@ -38,6 +38,7 @@ class CheckFlags:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the loss."""
     options = parse(CheckFlags, argv).check
+    transformers = need("transformers", "hf", "the comparison")
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         options.hf, dtype=torch.float32, output_loading_info=True
     )

@@ -7,12 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import tokenizers
 import torch
-import transformers
 
 from megatron_ext.errors import run_main
+from megatron_ext.extras import need
 from megatron_ext.flag_parser import REQUIRED, flag, parse
 
 END = "<|endoftext|>"
@@ -37,6 +37,7 @@ class ModelFlags:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write tokenizer and model."""
     options = parse(ModelFlags, argv).model
+    transformers = need("transformers", "hf", "GPT-2's folder")
     lines = (Path(options.corpus) / "train.jsonl").read_text().splitlines()
     tokenizer = byte_level_bpe([json.loads(line)["text"] for line in lines], options.vocab_size)
     fast = transformers.PreTrainedTokenizerFast(
@@ -50,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{options.hf}: {model.num_parameters():,} parameters, {len(fast):,} tokens")
 
 
-def byte_level_bpe(texts: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
+def byte_level_bpe(texts: Sequence[str], vocab_size: int) -> Any:
     """Return a tokenizer of GPT-2's kind: byte-level BPE, one special token."""
+    tokenizers = need("tokenizers", "hf", "GPT-2's tokenizer")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

@@ -10,7 +10,7 @@ set -euo pipefail
 ROOT=$(realpath "$(dirname "$0")/../..")
 OUT=$(realpath -m "${1:-${OUT:-$ROOT/runs/quickstart}}")
 cd "$ROOT"
-source tools/venv.sh "" # without an argument of its own, it would see ours
+source tools/venv.sh hf,plot
 
 # Sizes. Those of the environment win:  TEACHER_ITERS=2000 OUT=runs/long bash ...
 if [ "${QUICK:-0}" = 1 ]; then

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_ext.errors import USAGE, UserError, warn
+from megatron_ext.errors import UserError, warn
+from megatron_ext.extras import need
 from megatron_ext.flags import TrainFlags, flags_as_dict, format_flags
 from megatron_ext.together import on_first_rank
 
@@ -60,9 +61,9 @@ class Log:
                 (folder / "flags.json").write_text(json.dumps(flags_as_dict(flags), indent=1))
                 self.metrics = _reopen(folder / "metrics.jsonl", first_iteration)
             if flags.log.tensorboard_dir:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(flags.log.tensorboard_dir, purge_step=first_iteration)
+                board = need("torch.utils.tensorboard", "log", "--tensorboard-dir")
+                folder = flags.log.tensorboard_dir
+                self.board = board.SummaryWriter(folder, purge_step=first_iteration)
             self.wandb = _wandb_run(flags)
         except OSError as error:
             raise UserError(f"logs under --save or --tensorboard-dir: {error}.") from error
@@ -186,12 +187,7 @@ def _wandb_run(flags: TrainFlags) -> Any:
     log, save = flags.log, flags.checkpoint.save
     if log.wandb_project is None:
         return None
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "--wandb-project needs the package wandb: pip install wandb.", USAGE
-        ) from error
+    wandb = need("wandb", "log", "--wandb-project")
     try:
         return wandb.init(
             project=log.wandb_project,
