@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from megatron_ext import checkpoint, data, dry_run, fp8, graphs, platform, safe_load, tp_overlap
 from megatron_ext.arch import Arch, forward_flops, num_parameters
-from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.checkpoint_folder import Checkpoint
 from megatron_ext.distillation import settings
 from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
@@ -29,16 +29,10 @@ from megatron_ext.flags import (
     new_arch,
     parse_train,
 )
+from megatron_ext.identity import check_tokenizer, padded_alike, tokenizer_sha256
 from megatron_ext.model import ModelOptions, build_model
 from megatron_ext.platform import Platform
-from megatron_ext.startup import (
-    batches_of_rank,
-    check_fp8,
-    check_tokenizer,
-    join_ranks,
-    model_options,
-    padded_alike,
-)
+from megatron_ext.startup import batches_of_rank, check_fp8, join_ranks, model_options
 from megatron_ext.together import on_all_ranks
 from megatron_ext.training import phase, state
 from megatron_ext.training.log import Log
@@ -74,7 +68,7 @@ def main() -> int:
     teacher = teacher and teacher.with_tokens(tokenizer.vocab_size)
     arch = choose_arch(flags, start, tokenizer.vocab_size)
     for source in filter(None, (start.source, teacher)):
-        check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
+        check_tokenizer(source, tokenizer.vocab_size, tokenizer_sha256(flags.data))
     if flags.distill.kd_teacher_store is not None:
         settings.check_stored_teacher(flags, tokenizer.vocab_size)
     flags, teacher_parallel = settings.check_models(

@@ -30,7 +30,7 @@ from megatron_ext import (
     saved_args,
 )
 from megatron_ext.arch import Arch
-from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.checkpoint_folder import Checkpoint
 from megatron_ext.errors import UserError, run_main
 from megatron_ext.flags import (
     PruneFlags,
@@ -39,6 +39,7 @@ from megatron_ext.flags import (
     megatron_command_line,
     parse_prune,
 )
+from megatron_ext.identity import check_tokenizer, tokenizer_sha256
 from megatron_ext.masked import FRAME
 from megatron_ext.model import build_model, model_state_dict
 from megatron_ext.platform import Platform
@@ -58,16 +59,11 @@ from megatron_ext.pruning.jobs import (
 )
 from megatron_ext.pruning.plan import Plan, save_plan
 from megatron_ext.pruning.planner import make_plan, summary
-from megatron_ext.pruning.scores import (
-    Scores,
-    check_scores,
-    depth_method,
-    load_scores,
-    save_scores,
-)
+from megatron_ext.pruning.scores import Scores, depth_method
+from megatron_ext.pruning.scores_file import check_scores, load_scores, save_scores
 from megatron_ext.pruning.trim import fill_trimmed, trimmed_share
 from megatron_ext.slices import SliceReader
-from megatron_ext.startup import check_tokenizer, join_ranks, model_options
+from megatron_ext.startup import join_ranks, model_options
 from megatron_ext.together import on_all_ranks, on_first_rank
 from megatron_ext.training.state import restore_weights
 
@@ -271,7 +267,7 @@ def calibration_data(flags: PruneFlags, source: Checkpoint, place: Platform) -> 
     num_samples = flags.prune.calibration_samples
     check_passes(flags, source.arch.num_layers, place.groups.dp.size())
     tokenizer = data.build_tokenizer(flags.data)
-    check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
+    check_tokenizer(source, tokenizer.vocab_size, tokenizer_sha256(flags.data))
     dataset, _, _ = data.build_datasets(
         flags.data,
         seq_length=flags.batch.seq_length,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.errors import RUNTIME, UserError
-from megatron_ext.pruning.scores import Scores, written_aside
+from megatron_ext.files import written_aside
+from megatron_ext.pruning.scores import Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

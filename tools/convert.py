@@ -16,11 +16,11 @@ from typing import Annotated, Any
 
 from megatron_ext import checkpoint, platform, safe_load
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.checkpoint_folder import Checkpoint
 from megatron_ext.convert.config import config_of
-from megatron_ext.convert.exporter import export_folder, tokenizer_files
+from megatron_ext.convert.exporter import export_folder
 from megatron_ext.convert.families import FAMILIES
-from megatron_ext.convert.hf_folder import CONFIG
+from megatron_ext.convert.hf_files import CONFIG, tokenizer_files
 from megatron_ext.convert.importer import import_folder
 from megatron_ext.dry_run import arch_at, config_arch, read_config, with_sizes
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from megatron_ext import checkpoint, data, platform, safe_load
 from megatron_ext import flag_groups as group
-from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.checkpoint_folder import Checkpoint
 from megatron_ext.data_check import check_token_ids
 from megatron_ext.distillation.losses import vocab_parallel_kl
 from megatron_ext.distillation.model import LM_LOSS, Distillation, DistillationModel
@@ -31,6 +31,7 @@ from megatron_ext.distillation.placement import layouts_of_both
 from megatron_ext.distillation.topk import teacher_top_k
 from megatron_ext.documents import Documents
 from megatron_ext.errors import run_main
+from megatron_ext.files import written_aside
 from megatron_ext.flag_checks import (
     layout_problems,
     precision_problems,
@@ -39,18 +40,11 @@ from megatron_ext.flag_checks import (
 )
 from megatron_ext.flag_parser import REQUIRED, flag, parse
 from megatron_ext.flags import check_experts, check_layout, without_idle_sequence_parallel
+from megatron_ext.identity import check_comparable, check_tokenizer, padded_alike, tokenizer_sha256
 from megatron_ext.masked import FRAME, MaskedTokens, SpecialTokens, special_tokens
 from megatron_ext.model import LanguageModel, build_model
 from megatron_ext.platform import Platform
-from megatron_ext.pruning.scores import written_aside
-from megatron_ext.startup import (
-    batches_of_rank,
-    check_comparable,
-    check_tokenizer,
-    join_ranks,
-    model_options,
-    padded_alike,
-)
+from megatron_ext.startup import batches_of_rank, join_ranks, model_options
 from megatron_ext.together import on_all_ranks, on_first_rank
 from megatron_ext.training.state import restore_weights
 from megatron_ext.training.step import Batch, StepShape, evaluate
@@ -115,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = source.with_tokens(tokenizer.vocab_size)
     teacher = teacher and teacher.with_tokens(tokenizer.vocab_size)
     for model in filter(None, (source, teacher)):
-        check_tokenizer(model, tokenizer.vocab_size, data.tokenizer_sha256(flags.tokenizer))
+        check_tokenizer(model, tokenizer.vocab_size, tokenizer_sha256(flags.tokenizer))
     own = others = flags.parallel
     if teacher:
         depths = source.arch.num_layers, teacher.arch.num_layers

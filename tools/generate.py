@@ -16,14 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ext import checkpoint, data, platform, safe_load
-from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.checkpoint_folder import Checkpoint
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
 from megatron_ext.flag_groups import NeededTokenizer, trust_flag
 from megatron_ext.flag_parser import REQUIRED, flag
 from megatron_ext.flag_parser import parse as parse_flags
+from megatron_ext.identity import check_tokenizer, tokenizer_sha256
 from megatron_ext.model import ModelOptions, build_model, choose_transformer_impl
 from megatron_ext.platform import Platform
-from megatron_ext.startup import check_tokenizer
 from megatron_ext.training.state import restore_weights
 
 # Tokens [n], n >= 1, to the logits of the token that follows them, [padded_vocab_size].
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{source.folder} is a BertModel, which continues no texts.", CHECKPOINT)
     tokenizer = data.build_tokenizer(flags.tokenizer)
     source = source.with_tokens(tokenizer.vocab_size)
-    check_tokenizer(source, tokenizer.vocab_size, data.tokenizer_sha256(flags.tokenizer))
+    check_tokenizer(source, tokenizer.vocab_size, tokenizer_sha256(flags.tokenizer))
     prompts = [tokens_of(text, tokenizer) for text in options.prompt]
     for text, ids in zip(options.prompt, prompts, strict=True):
         check_length(text, len(ids), options.max_new_tokens, source.arch.max_position_embeddings)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from megatron_ext import checkpoint, safe_load
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.checkpoint_folder import Checkpoint
 from megatron_ext.errors import run_main
 from megatron_ext.flag_groups import trust_flag
 from megatron_ext.flag_parser import REQUIRED, flag, parse

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_ext.errors import USAGE, UserError, run_main
 from megatron_ext.flag_parser import REQUIRED, flag, parse
-from megatron_ext.pruning.scores import load_scores
+from megatron_ext.pruning.scores_file import load_scores
 from megatron_ext.report import plot_scores
 
 FORMATS = (".png", ".svg", ".pdf")

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_ext import checkpoint, safe_load
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.errors import CHECKPOINT, INTERRUPTED, RUNTIME, USAGE, UserError, run_main
+from megatron_ext.files import written_aside
 from megatron_ext.flag_groups import trust_flag
 from megatron_ext.flag_parser import REQUIRED, dashed, flag, parse, read
 from megatron_ext.flags import TrainFlags
 from megatron_ext.ignored_flags import IGNORED_IN_TRAINING
 from megatron_ext.pruning.plan import PRUNABLE
-from megatron_ext.pruning.scores import written_aside
 from megatron_ext.report import curve, markdown_table, new_figure, plot_curves, read_metrics
 from megatron_ext.stop_signals import StopSignals
 

@@ -42,11 +42,12 @@ from megatron_ext.flags import (
     virtual_pipeline_size,
     without_idle_sequence_parallel,
 )
+from megatron_ext.identity import check_tokenizer, tokenizer_sha256
 from megatron_ext.layers import gathered_positions
 from megatron_ext.model import LanguageModel, build_model
 from megatron_ext.platform import Platform
 from megatron_ext.pruning.calibrate import evaluating
-from megatron_ext.startup import check_tokenizer, join_ranks, model_options
+from megatron_ext.startup import join_ranks, model_options
 from megatron_ext.together import on_all_ranks, on_first_rank
 from megatron_ext.training.state import restore_weights
 from megatron_ext.training.step import Batch
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher = checkpoint.read(options.teacher_load)
     tokenizer = data.build_tokenizer(flags.data)
     teacher = teacher.with_tokens(tokenizer.vocab_size)
-    check_tokenizer(teacher, tokenizer.vocab_size, data.tokenizer_sha256(flags.data))
+    check_tokenizer(teacher, tokenizer.vocab_size, tokenizer_sha256(flags.data))
     if options.kd_top_k > teacher.arch.vocab_size:
         raise UserError(
             f"--kd-top-k {options.kd_top_k}: the vocabulary has {teacher.arch.vocab_size} tokens.",
@@ -153,7 +154,7 @@ def index_of(
         temperature=options.kd_temperature,
         seq_length=batch.seq_length,
         vocab_size=teacher.arch.vocab_size,
-        tokenizer_sha256=data.tokenizer_sha256(flags.data),
+        tokenizer_sha256=tokenizer_sha256(flags.data),
         num_samples=num_samples,
         samples_per_file=unit * max(1, SAMPLES_PER_FILE // unit),
         teacher=str(teacher.folder),

@@ -15,24 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ext.convert.hf_files import CONFIG, read_files
 from megatron_ext.errors import CHECKPOINT, UserError
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# What a folder holds beside config and weights, and what travels with a converted model.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 # safetensors' names of dtypes, and torch's.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -115,12 +102,6 @@ def write_weights(path: Path, header: Mapping[str, Any], tensors: Iterable[Tenso
         file.write(struct.pack("<Q", len(text)) + text)
         for _, tensor in zip(header, tensors, strict=True):
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
-
-
-def read_files(folder: Path) -> dict[str, bytes]:
-    """Return those of ``TOKENIZER_FILES`` that ``folder`` holds, by name."""
-    paths = (folder / name for name in TOKENIZER_FILES)
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
