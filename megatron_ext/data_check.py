@@ -246,6 +246,11 @@ def check_token_ids(prefix: str, vocab_size: int) -> None:
             )
 
 
+def check_index(prefix: str) -> None:
+    """Raise ``UserError`` unless both files of ``prefix`` are there and whole."""
+    _read_index(prefix)
+
+
 def _read_index(prefix: str) -> tuple[type, numpy.ndarray, numpy.ndarray]:
     """Return dtype of the tokens, lengths [n] int32 and byte offsets [n] int64 of the documents."""
     idx, binary = prefix + ".idx", prefix + ".bin"

@@ -3,7 +3,7 @@
     flags = parse_train(argv)                # and whatever else can be refused without a model
     with heavy.imports():
         from megatron_ext.training import run
-    run.train(flags)
+    run.pretrain(flags)
 
 megatron-core decorates its small functions with torch.compile, which imports torch's whole compiler
 for each process that imports megatron-core, on machines too that compile nothing. Inside the

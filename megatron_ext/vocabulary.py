@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext import heavy
+from megatron_ext.errors import DATA, UserError
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
@@ -23,6 +24,16 @@ def vocab_size(data: Any) -> int:
     with heavy.imports():
         from megatron_ext.data import build_tokenizer
     return build_tokenizer(data).vocab_size
+
+
+def check_tokenizer_file(data: Any) -> None:
+    """Refuse a SentencePiece model that is not there, as ``data.build_tokenizer`` does."""
+    kind, path = data.tokenizer_type, data.tokenizer_model
+    if kind in SENTENCEPIECE and path and not Path(path).exists():
+        # The words of megatron-core.
+        raise UserError(
+            f"--tokenizer-model {path}: not a {kind}: tokenizer_path: {path} is invalid", DATA
+        )
 
 
 def _simple_count(data: Any) -> int | None:

@@ -6,16 +6,15 @@ Pickled weights (pytorch_model.bin) are never opened.
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from megatron_ext.convert.hf_files import CONFIG, read_files
+from megatron_ext.convert.hf_files import CONFIG, read_files, read_json, readable
 from megatron_ext.errors import CHECKPOINT, UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -38,7 +37,7 @@ class HfFolder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for path in self._paths():
-            with _readable(path), safe_open(path, framework="pt") as file:
+            with readable(path), safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     part = file.get_slice(name)
                     self._files[name] = path
@@ -48,7 +47,7 @@ class HfFolder:
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU in its own dtype, which keeps its file mapped."""
         path = self._files[name]
-        with _readable(path), safe_open(path, framework="pt") as file:
+        with readable(path), safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
 
     def tokenizer_files(self) -> dict[str, bytes]:
@@ -102,24 +101,3 @@ def write_weights(path: Path, header: Mapping[str, Any], tensors: Iterable[Tenso
         file.write(struct.pack("<Q", len(text)) + text)
         for _, tensor in zip(header, tensors, strict=True):
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds."""
-    with _readable(path):
-        value = json.loads(path.read_text())
-        if not isinstance(value, dict):
-            raise ValueError("it holds no object")
-    return value
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing.", CHECKPOINT) from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}", CHECKPOINT
-        ) from None
