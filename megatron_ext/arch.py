@@ -217,7 +217,7 @@ class Arch:
         else:
             known |= _expert_args(args)
         if known.get("bert_binary_head", True):
-            # megatron-core 0.16.1 parses it and computes a pre-norm GPTModel all the same.
+            # megatron-core 0.19.2 parses it and computes a pre-norm GPTModel all the same.
             known.pop("apply_residual_connection_post_layernorm", None)
         if not args.get("group_query_attention"):
             known["num_query_groups"] = args["num_attention_heads"]

@@ -1,6 +1,6 @@
 """megatron-core's BertModel as a masked language model, and layers whose norms come last.
 
-Post-norm, as BERT was published: each sub-layer adds to the output of a norm. megatron-core 0.16.1
+Post-norm, as BERT was published: each sub-layer adds to the output of a norm. megatron-core 0.19.2
 parses ``apply_residual_connection_post_layernorm`` and computes pre-norm layers all the same. Its
 modules are in the right order for both:
 

@@ -2,7 +2,7 @@
 
     <root>/latest_checkpointed_iteration.txt     "100" or "release"
     <root>/iter_0000100/  or  <root>/release/    one torch_dist checkpoint of megatron-core
-        common.pt .metadata metadata.json __*.distcp      (no common.pt from megatron-core 0.19 on)
+        .metadata metadata.json __*.distcp     (up to megatron-core 0.18 common.pt too)
         integrity.json         SHA-256 of the files above, in Megatron-LM's schema
         megatron_args.sh       the flags with which Megatron-LM builds this model
         tokenizer/             of a model that was imported, and of what came of it
@@ -69,17 +69,29 @@ def read(root: str, step: int | None = None) -> Checkpoint:
     try:
         common = safe_load.load_common(folder)
     except Exception as error:
-        # torch's first lines advise to load it without protection.
-        text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or repr(error)
-        reason = text.splitlines()[0].rstrip(".")
-        raise UserError(
-            f"{folder / safe_load.COMMON} cannot be read: {reason}.", CHECKPOINT
-        ) from error
+        raise _unread_common(folder, error) from error
     if not isinstance(common, dict):
-        raise UserError(f"{folder / safe_load.COMMON}: holds no table of settings.", CHECKPOINT)
+        raise UserError(
+            f"{safe_load.place_of_common(folder)}: holds no table of settings.", CHECKPOINT
+        )
     if not isinstance(common.get("args"), Namespace):
         common = {**common, "args": Namespace(**_args_beside(folder))}
     return Checkpoint(folder, common)
+
+
+def _unread_common(folder: Path, error: Exception) -> UserError:
+    """Return what to say of ``error``, met in reading the part that is not sharded."""
+    if isinstance(error, OSError) and error.filename:
+        is_absent = isinstance(error, FileNotFoundError)
+        reason = "is missing" if is_absent else f"cannot be read: {error.strerror}"
+        return UserError(f"{error.filename} {reason}.", CHECKPOINT)
+    place = safe_load.place_of_common(folder)
+    if place.name != safe_load.COMMON:
+        SliceReader(folder)  # it names .metadata, if that is what cannot be read
+    # torch's first lines advise to load it without protection.
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or repr(error)
+    reason = text.splitlines()[0].rstrip(".")
+    return UserError(f"{place} cannot be read: {reason}.", CHECKPOINT)
 
 
 def _args_beside(folder: Path) -> dict[str, Any]:

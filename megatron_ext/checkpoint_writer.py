@@ -75,7 +75,7 @@ def save(
     final = top / name
     try:
         on_first_rank(lambda: _make_empty(aside))
-        strategy = _WriteInProcess("torch_dist", 1, thread_count=1)
+        strategy = _WriteInProcess()
         strategy.readers = readers or {}
         if dp_group is not None:
             strategy = FullyParallelSaveStrategyWrapper(strategy, dp_group)
@@ -144,7 +144,7 @@ def _hash_own_files(folder: Path) -> dict[str, str]:
     torch.distributed.barrier()
     own = list(folder.glob(f"__{rank}_*"))
     if rank == 0:
-        own += [folder / name for name in ("common.pt", "metadata.json", ".metadata")]
+        own += [folder / name for name in ("metadata.json", ".metadata")]
     hashes: dict[str, str] = {}
     for part in gather(on_all_ranks(lambda: {path.name: sha256(path) for path in own})):
         hashes |= part

@@ -17,7 +17,7 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.tokenizers import MegatronTokenizerBase
-from megatron.core.tokenizers.text.utils import build_tokenizer as core_tokenizers
+from megatron.core.tokenizers.utils import build_tokenizer as core_tokenizers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,9 +32,8 @@ from megatron_ext.together import on_all_ranks, on_first_rank
 def build_tokenizer(data: Any) -> MegatronTokenizerBase:
     """Return megatron-core's tokenizer: ``vocab_size``, ``eod``, ``tokenize``, ``detokenize``.
 
-    ``vocab_size`` counts special tokens and no padding; ``NullTokenizer`` has --vocab-size + 1.
-    ``eod`` is the end-of-sentence token; ``NullTokenizer`` has its last id. No token is added
-    around a text.
+    ``vocab_size`` counts special tokens and no padding. ``eod`` is the end-of-sentence token, the
+    last id of a ``NullTokenizer``. No token is added around a text.
 
     Raises:
         UserError: unknown type or missing flag (USAGE); unreadable model or no eod (DATA).
@@ -55,12 +54,16 @@ def build_tokenizer(data: Any) -> MegatronTokenizerBase:
                 merge_file=data.merge_file,
                 vocab_size=data.vocab_size,
                 trust_remote_code=data.trust_remote_code,
+                pad_vocab_size=False,
+                # Megatron-LM 0.19 adds them.
+                tokenizer_hf_no_include_special_tokens=True,
                 # Megatron-LM's defaults.
-                tokenizer_special_tokens=None,
-                tokenizer_metadata=None,
-                tokenizer_hf_use_fast=False,
-                tokenizer_hf_include_special_tokens=False,
+                special_tokens=None,
+                metadata_path=None,
+                chat_template=None,
+                tokenizer_hf_no_use_fast=False,
                 tokenizer_sentencepiece_legacy=False,
+                tokenizer_sentencepiece_ignore_extra_whitespaces=True,
                 tiktoken_pattern=None,
                 tiktoken_num_special_tokens=1000,
             )

@@ -110,7 +110,7 @@ def virtual_stage_problems(parallel: group.Parallel) -> Iterator[str]:
     if given and not one_piece and pp == 2 and not parallel.overlap_p2p_comm:
         yield (
             "--no-overlap-p2p-communication with virtual stages and --pipeline-model-parallel-size "
-            "2: gradients come out wrong in megatron-core 0.16.1. Leave it out."
+            "2: gradients come out wrong in megatron-core 0.19.2. Leave it out."
         )
     overlapping = given and not one_piece and parallel.overlap_p2p_comm
     if parallel.overlap_p2p_communication_warmup_flush and not overlapping:

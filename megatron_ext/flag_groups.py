@@ -1,6 +1,6 @@
 """Megatron-LM's flags of the programs but the model's sizes: name, type, default and help.
 
-Names, defaults and spelling are Megatron-LM's (core_v0.16.1) unless the help says otherwise. One
+Names, defaults and spelling are Megatron-LM's (core_v0.19.2) unless the help says otherwise. One
 dataclass per group. A program's group inherits from the group that it shares with the other
 program, so that neither offers a flag that it would ignore.
 """
@@ -241,7 +241,7 @@ class Tokenizer:
     vocab_file: str | None = flag(None, "vocab.json of GPT2BPETokenizer")
     merge_file: str | None = flag(None, "merges.txt of GPT2BPETokenizer")
     vocab_size: int | None = flag(
-        None, "tokens of NullTokenizer, without the end of document", at_least=1
+        None, "tokens of NullTokenizer; the last one ends documents", at_least=1
     )
     trust_remote_code: bool = flag(False, "let a Hugging Face tokenizer run its own code")
 
@@ -310,7 +310,7 @@ class Checkpoint:
     )
     verify_integrity: bool = flag(
         True,
-        "not in Megatron-LM 0.16.1; do not compare files with their recorded SHA-256",
+        "on here, off in Megatron-LM; do not compare files with their recorded SHA-256",
         off="--no-verify-integrity",
     )
     trust_checkpoint: bool = trust_flag()

@@ -11,6 +11,7 @@ host, and hooks, are those of the capture. The teacher's layers, frozen, are nev
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from megatron_ext.arch import Arch
@@ -57,8 +58,13 @@ def of_student(graphs: Graphs) -> dict[str, Any]:
     """Return megatron-core's settings of the model that is trained; empty without graphs."""
     if graphs.cuda_graph_impl == "none":
         return {}
-    settings = {f.name: getattr(graphs, f.name) for f in fields(graphs)}
-    return settings | {"cuda_graph_scope": list(graphs.cuda_graph_scope)}
+    if graphs.of_steps:
+        return {"cuda_graph_impl": STEP, "cuda_graph_modules": []}
+    return {
+        "cuda_graph_impl": graphs.cuda_graph_impl,
+        "cuda_graph_modules": [scope for scope in graphs.cuda_graph_scope if scope != "full"],
+        "cuda_graph_warmup_steps": graphs.cuda_graph_warmup_steps,
+    }
 
 
 def problems(graphs: Graphs, flags: Any) -> Iterator[str]:
@@ -146,16 +152,16 @@ def forward_backward(graphs: Graphs) -> Callable[..., list[Any]]:
     return FullCudaGraphWrapper(schedule, graphs.cuda_graph_warmup_steps)
 
 
-def keep_inputs() -> None:
-    """Have megatron-core keep the input of a layer's graph until its backward has read it.
+def make_own_tables(model: Any) -> None:
+    """Have a GPTModel make its rotary table anew for each micro-batch.
 
-    0.16.1 lends it to others right after the forward graph is captured: the gradient that reaches
-    the embedding is wrong (Megatron-LM's pull request 4433). Nothing is lent here; what that costs
-    is one more buffer [s, b, H] of a gradient for each model piece.
+    megatron-core 0.19.2 keeps one for all of them, and refuses to capture a layer's backward (an
+    AssertionError) while a tensor waits to be read by the forward graph of another micro-batch, as
+    in every pipeline.
     """
-    from megatron.core.transformer.cuda_graphs import TensorReusePool
-
-    TensorReusePool.insert = lambda self, tensor: None
+    table = getattr(model, "rotary_pos_emb", None)
+    if table is not None:
+        table.forward = partial(type(table).forward.__wrapped__, table)
 
 
 def steps_before_capture(graphs: Graphs) -> int | None:

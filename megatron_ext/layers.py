@@ -1,6 +1,4 @@
-"""Layers of our own in megatron-core's: norm and attention in plain torch, the router of experts.
-
-Norm and attention stand in for Transformer Engine's, the router for megatron-core's everywhere.
+"""Norm and attention in plain torch, which stand in for Transformer Engine's.
 
 Shape letters in this file:
     s  positions on this rank     B  micro-batch             a  query heads on this rank
@@ -8,7 +6,6 @@ Shape letters in this file:
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +17,6 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -121,25 +117,6 @@ class Attention(MegatronModule):
         return context.permute(2, 0, 1, 3).reshape(s, b, -1)
 
 
-class Router(TopKRouter):
-    """megatron-core's router, whose load-balancing loss weighs the same under every layout.
-
-    That loss counts like a language-model loss of the same value on every token of a micro-batch,
-    masked or not. Each rank of the tensor and context parallel group adds a share of it, which
-    megatron-core 0.16.1 multiplies by the tokens of the rank instead of the group: the gradient
-    came out too small by the size of the group.
-    """
-
-    def attach_and_log_load_balancing_loss(
-        self, *args: Any, valid_token_count: int, **kwargs: Any
-    ) -> Tensor:
-        """Return the activation, with the gradient of the whole group's loss behind it."""
-        num_tokens = valid_token_count * self.tp_cp_group.size()
-        return super().attach_and_log_load_balancing_loss(
-            *args, valid_token_count=num_tokens, **kwargs
-        )
-
-
 def shard_positions(num_positions: int, cp_group: ProcessGroup, rank: int) -> Tensor:
     """Return the [num_positions] global positions that ``rank`` holds.
 
@@ -172,7 +149,6 @@ def local_block_spec(config: TransformerConfig, num_layers: int) -> TransformerB
     modules = layer.submodules
     modules.input_layernorm = modules.pre_mlp_layernorm = Norm
     if config.num_moe_experts is not None:
-        modules.mlp.submodules.router = Router
         del modules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = modules.self_attention.submodules
     attention.core_attention = Attention

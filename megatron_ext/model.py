@@ -26,7 +26,8 @@ from megatron_ext.arch import Arch, weights
 from megatron_ext.bert import MaskedLanguageModel, build_bert
 from megatron_ext.checkpoint import sharded_tensors
 from megatron_ext.errors import USAGE, UserError
-from megatron_ext.layers import Router, local_block_spec
+from megatron_ext.graphs import make_own_tables
+from megatron_ext.layers import local_block_spec
 from megatron_ext.output import VocabularyOutput
 
 
@@ -248,8 +249,6 @@ def _build_gpt(
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=arch.qk_layernorm,
         )
-        if arch.num_experts is not None:
-            spec.submodules.mlp.submodules.router = Router
     else:
         spec = local_block_spec(config, num_layers)
     return LanguageModel(
@@ -286,6 +285,8 @@ def _build_chunk(
         model = build_bert(arch, config, num_layers, **place)
     else:
         model = _build_gpt(arch, config, num_layers, **place)
+    if config.cuda_graph_impl == "local":
+        make_own_tables(model)
     model.num_tokens = arch.vocab_size
     for name, parameter in model.named_parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

@@ -1,6 +1,6 @@
 """CUDA or CPU: device, process groups, seeds, and what megatron-core needs to run without CUDA.
 
-megatron-core 0.16.1 names CUDA in its optimizers, schedules and tensor-parallel layers.
+megatron-core 0.19.2 names CUDA in its optimizers, schedules and tensor-parallel layers.
 ``emulate_cuda_on_cpu`` answers those calls from the CPU; nothing else in this project asks which
 device it runs on.
 """
@@ -88,8 +88,6 @@ def initialize(
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if target.type == "cuda":
         torch.cuda.set_device(target)
-    if target.type == "cpu" or not moe_utils.HAVE_TE:
-        moe_utils.te_general_gemm = None  # the router's; not defined without Transformer Engine
     _init_process_group(backend or ("nccl" if target.type == "cuda" else "gloo"), timeout_minutes)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
@@ -214,6 +212,9 @@ def emulate_cuda_on_cpu() -> None:
     _use_torch_for_optimizers()
     # torch.compile, of squared ReLU and other small functions: it wants a C++ compiler and seconds.
     torch._dynamo.config.disable = True
+    # Gradient buffers, which wait for what a graph left in the stream.
+    torch.cuda.current_stream = lambda device=None: None
+    moe_utils.te_general_gemm = None  # the router's, where Transformer Engine is installed
     # The all-to-all of experts copies its sizes to the host on a stream of its own.
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _list_splits

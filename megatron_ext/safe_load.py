@@ -64,6 +64,12 @@ def load_plain(file: Path | io.BytesIO) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def place_of_common(folder: Path) -> Path:
+    """Return where a checkpoint keeps what is not sharded: a file, or an object among tensors."""
+    is_file = (folder / COMMON).exists()
+    return folder / (COMMON if is_file else COMMON_OBJECT)
+
+
 def load_common(folder: Path) -> dict[str, Any]:
     """Return the part of a checkpoint that is not sharded: ``args``, ``iteration``, ... (plain).
 
@@ -152,12 +158,13 @@ def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO
 
 def install() -> None:
     """Let every reader of torch_dist checkpoints in this process refuse what is not plain data."""
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
-    from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import serialization
 
     FileSystemReader.read_metadata = _read_metadata
-    MCoreLoadPlanner.load_bytes = _load_bytes
-    TorchCommonLoadStrategy.load_common = lambda self, folder: load_common(Path(folder))
+    DefaultLoadPlanner.load_bytes = _load_bytes  # of megatron-core's planner too
+    for module in (dist_checkpointing, serialization):
+        module.load_common_state_dict = lambda folder: load_common(Path(folder))
 
 
 class _ExtraStateUnpickler(pickle.Unpickler):

@@ -13,7 +13,8 @@ import torch
 from megatron_ext.arch import Arch
 from megatron_ext.model_flags import vocab_multiple
 
-# Names that they read and that no flag here has, with Megatron-LM's defaults (core_v0.16.1).
+# Names that they read and that no flag here has, with Megatron-LM's defaults (core_v0.19.2;
+# moe_use_legacy_grouped_gemm is older).
 DEFAULTS: dict[str, Any] = {
     "bf16": False,
     "bias_swiglu_fusion": True,

@@ -112,17 +112,24 @@ def capture(graph, **_):
 
 
 class Stream:
-    """Stands in for ``torch.cuda.Stream``."""
+    """Stands in for ``torch.cuda.Stream`` and ``torch.cuda.Event``: what is asked is done."""
+
+    def __init__(self, *_, **__):
+        pass
 
     def wait_stream(self, other):
         pass
+
+    wait_event = record = wait_stream
 
 
 def install():
     """Put the stand-ins where megatron-core finds CUDA's, in this process."""
     torch.cuda.CUDAGraph = RecordedGraph
     torch.cuda.graph = capture
-    torch.cuda.Stream = Stream
+    torch.cuda.Stream = torch.cuda.Event = Stream
+    for name in ("_cuda_beginAllocateCurrentThreadToPool", "_cuda_endAllocateToPool"):
+        setattr(torch._C, name, lambda *_: None)
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     for name in ("current_stream", "default_stream"):
         setattr(torch.cuda, name, lambda device=None: Stream())

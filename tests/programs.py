@@ -56,7 +56,7 @@ LAYOUTS = {
 NEW_MODEL = (
     "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --max-position-embeddings 8 "
     "--seq-length 8 --micro-batch-size 1 --train-iters 1 --lr 1 --mock-data "
-    "--tokenizer-type NullTokenizer --vocab-size 7 "
+    "--tokenizer-type NullTokenizer --vocab-size 8 "
 )
 # What depends on how busy the machine is.
 TIMINGS = ("iteration-time", "tokens/s", "throughput", "mem-GiB")
@@ -200,7 +200,7 @@ def data_flags(arch: Arch, prefix: str) -> list[str]:
 def tokenizer_flags(arch: Arch, prefix: str) -> str:
     """Return the flags of a tokenizer for ``arch``; a BERT's is written beside ``prefix``."""
     if not arch.is_bert:
-        return f"--tokenizer-type NullTokenizer --vocab-size {arch.vocab_size - 1}"
+        return f"--tokenizer-type NullTokenizer --vocab-size {arch.vocab_size}"
     folder = f"{prefix}-tokenizer"
     if not Path(folder).exists():
         special = ["[UNK]", "[PAD]", "[CLS]", "[MASK]", "[SEP]"]

@@ -380,7 +380,7 @@ def test_all_the_data_can_be_asked_for(place, tmp_path):
 def test_what_a_bert_does_not_do(place, tmp_path):
     teacher = ["--load", str(place.folder / "teacher")]
     save = ["--save", str(tmp_path / "save")]
-    null = shlex.split(f"--tokenizer-type NullTokenizer --vocab-size {VOCAB - 1}")
+    null = shlex.split(f"--tokenizer-type NullTokenizer --vocab-size {VOCAB}")
     at = place.data.index("--tokenizer-type")
     no_mask = [*place.data[:at], *null, *place.data[at + 4 :]]
     prune = [*teacher, *save, "--calibration-samples", "2", "--target-num-layers", "2"]

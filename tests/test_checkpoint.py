@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 from argparse import Namespace
 from dataclasses import replace
 
@@ -54,7 +55,7 @@ def make_run(arch, folder, extra, *, seed=7):
     """Return a run of ``arch`` under the flags ``extra``, with dropout on."""
     argv = (
         f"--load {folder} --save {folder} --save-interval 1 --mock-data --lr 0.01 --train-iters 9 "
-        f"--tokenizer-type NullTokenizer --vocab-size {arch.vocab_size - 1} --micro-batch-size 1 "
+        f"--tokenizer-type NullTokenizer --vocab-size {arch.vocab_size} --micro-batch-size 1 "
         f"--global-batch-size 4 --seq-length {SEQ_LENGTH} --lr-warmup-iters 2"
     )
     flags = parse_train([*argv.split(), *extra], torch.distributed.get_world_size())
@@ -187,6 +188,11 @@ def resume_elsewhere(arch, folder, extra):
     """Load and train a step without dropout, which is the only thing that a layout may change."""
     run = make_run(arch, folder, extra, seed=99)
     state.restore(run, checkpoint.read(folder))
+    turn_dropout_off(run)
+    return do_steps(run, 2, 4)
+
+
+def turn_dropout_off(run):
     for chunk in run.chunks:
         chunk.config.attention_dropout = 0.0
         for module in chunk.modules():
@@ -194,7 +200,6 @@ def resume_elsewhere(arch, folder, extra):
                 module.p = module.dropout = 0.0
             if hasattr(module, "hidden_dropout"):
                 module.hidden_dropout = 0.0
-    return do_steps(run, 2, 4)
 
 
 @pytest.mark.parametrize("arch", [LLAMA, GPT2], ids=["llama", "gpt2"])
@@ -274,10 +279,9 @@ def read_into(folder, arch):
     """Return the message with which loading into a model of ``arch`` fails, or None."""
     place = platform.initialize()
     chunks = build_model(arch, ModelOptions(), place.groups, seed=6)
-    source = checkpoint.read(folder)
     try:
-        checkpoint.verify_integrity(source.folder)
-        state.restore_weights(chunks, source)
+        checkpoint.verify_integrity(checkpoint.find(folder))
+        state.restore_weights(chunks, checkpoint.read(folder))
     except UserError as error:
         return str(error)
     return None
@@ -324,6 +328,24 @@ def test_damage_is_named_on_every_rank(tmp_path):
     (shard.parent / checkpoint.INTEGRITY).write_text("{")
     messages = run_ranks(2, read_into, str(tmp_path), LLAMA)
     assert all("integrity.json cannot be read: " in message for message in messages)
+
+
+def test_what_holds_the_args_is_named_where_it_cannot_be_read(tmp_path):
+    run_ranks(1, write, str(tmp_path), LLAMA)
+    (shard,) = (tmp_path / "iter_0000003").glob("*.distcp")
+    content = shard.read_bytes()
+    damages = {
+        f"{shard} is missing": shard.unlink,
+        f"{shard} cannot be read: Is a directory": shard.mkdir,
+        "common_state/shard_0_1 cannot be read: ": lambda: shard.write_bytes(bytes(len(content))),
+        ".metadata cannot be read: ": lambda: (shard.parent / ".metadata").write_text("{"),
+    }
+    for said, damage in damages.items():
+        damage()
+        with pytest.raises(UserError, match=re.escape(said)):
+            checkpoint.read(str(tmp_path))
+        if shard.is_dir():
+            shard.rmdir()
 
 
 def save_that_dies(folder, arch, phase):
@@ -437,7 +459,7 @@ def test_release_and_extra_files(tmp_path):
     assert (source.folder / "note.txt").read_text() == "hello"
     integrity = json.loads((source.folder / checkpoint.INTEGRITY).read_text())
     assert integrity["algorithm"] == "sha256"
-    assert {"common.pt", ".metadata", "metadata.json"} <= integrity["files"].keys()
+    assert {".metadata", "metadata.json", "__0_0.distcp"} == integrity["files"].keys()
 
 
 class Malicious:

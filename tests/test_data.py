@@ -28,13 +28,13 @@ from megatron_ext.flag_groups import TrainData
 from megatron_ext.masked import special_tokens
 from tests.ranks import run_ranks
 
-VOCAB = 1001  # of NullTokenizer with --vocab-size 1000; eod is 1000
+VOCAB = 1001  # of NullTokenizer; eod is 1000
 SEQ = 7
 
 
 def flags(**typed):
     return TrainData(
-        **{"tokenizer_type": "NullTokenizer", "vocab_size": 1000, "num_workers": 0} | typed
+        **{"tokenizer_type": "NullTokenizer", "vocab_size": VOCAB, "num_workers": 0} | typed
     )
 
 

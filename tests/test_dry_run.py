@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext import safe_load
 from megatron_ext.distillation import stored
 from megatron_ext.errors import CHECKPOINT, DATA, USAGE
 from tests.models import LLAMA
@@ -24,7 +25,7 @@ from tests.programs import (
 
 CONFIG = str(ROOT / "examples/llama3.1-8b-to-4b/teacher.json")
 RUN = "--seq-length 16 --micro-batch-size 1 --train-iters 4 --lr 1e-3"
-MOCK = "--mock-data --tokenizer-type NullTokenizer --vocab-size 99"
+MOCK = "--mock-data --tokenizer-type NullTokenizer --vocab-size 100"
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_a_distillation_whose_files_are_there(place):
 def test_world_size_of_the_environment(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "6")
     line = f"--load x --load-config {{c}} --hidden-size 3072 {RUN} --bf16 --gpu B200 --mock-data"
-    line += " --tokenizer-type NullTokenizer --vocab-size 128255 --tensor-model-parallel-size 2"
+    line += " --tokenizer-type NullTokenizer --vocab-size 128256 --tensor-model-parallel-size 2"
     code, stdout, stderr = dry("pretrain_distill.py", line)
     assert (code, stderr) == (0, "")
     assert "layout      6 ranks = TP 2 x PP 1 x CP 1 x DP 3" in stdout
@@ -142,19 +143,19 @@ def test_an_even_teacher_beside_a_student_of_half_its_layers(place, tmp_path):
         ),
         (
             f"--load {{p}}/student --finetune {RUN} --data-path {{p}}/half --tokenizer-type "
-            "NullTokenizer --vocab-size 99 --eval-iters 0",
+            "NullTokenizer --vocab-size 100 --eval-iters 0",
             DATA,
             "{p}/half.bin: no such file.",
         ),
         (
             f"--load {{p}}/student --finetune {RUN} --data-path {{p}}/wide --tokenizer-type "
-            "NullTokenizer --vocab-size 99 --eval-iters 0",
+            "NullTokenizer --vocab-size 100 --eval-iters 0",
             DATA,
             "{p}/wide.bin: document 0 has token ids from",
         ),
         (
             f"--load {{p}}/student --finetune {RUN} --mock-data --tokenizer-type NullTokenizer "
-            "--vocab-size 98",
+            "--vocab-size 99",
             CHECKPOINT,
             "{p}/student/release was trained with 100 tokens, the tokenizer has 99",
         ),
@@ -274,7 +275,7 @@ def test_the_estimate_is_that_of_the_dry_run():
     assert stdout.splitlines()[:-1] == rehearsed.splitlines()
     assert stdout.splitlines()[-1].startswith("share of the memory: A100 1")
     sizes = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 64"
-    argv = shlex.split(f"{sizes} --vocab-size 999 --seq-length 64 --micro-batch-size 2")
+    argv = shlex.split(f"{sizes} --vocab-size 1000 --seq-length 64 --micro-batch-size 2")
     code, stdout, _ = run_here(["tools/estimate.py", *argv])
     assert (code, "vocabulary 1024; from the flags" in stdout, "days" in stdout) == (0, True, False)
 
@@ -283,7 +284,7 @@ def test_a_checkpoint_that_does_not_know_its_tokens(place, tmp_path):
     """Regression: dry runs refused what the programs take, checkpoints of Megatron-LM."""
     shutil.copytree(place / "teacher", tmp_path / "foreign")
     path = tmp_path / "foreign/release/common.pt"
-    common = torch.load(path, weights_only=False)
+    common = safe_load.load_common(path.parent)
     vars(common["args"]).update(vocab_size=None, tokenizer_type="NullTokenizer")
     torch.save(common, path)
     source = f"--load {tmp_path}/foreign"
@@ -298,7 +299,7 @@ def test_the_tokenizer_of_the_teacher(place):
     """Regression: that of the student alone was compared."""
     line = (
         f"--load x --load-config {{c}} --hidden-size 48 --teacher-load {place}/teacher {RUN} "
-        "--mock-data --tokenizer-type NullTokenizer --vocab-size 128255"
+        "--mock-data --tokenizer-type NullTokenizer --vocab-size 128256"
     )
     code, said = refused("pretrain_distill.py", line)
     assert code == CHECKPOINT

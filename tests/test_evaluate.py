@@ -39,7 +39,7 @@ def arguments(root, **changes):
         "seq-length": SEQ_LENGTH,
         "micro-batch-size": 4,
         "tokenizer-type": "NullTokenizer",
-        "vocab-size": VOCAB - 1,
+        "vocab-size": VOCAB,
         "num-workers": 0,
     }
     typed = {name.replace("_", "-"): value for name, value in changes.items()}

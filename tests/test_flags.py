@@ -267,7 +267,7 @@ def test_prune_needs_something_to_write():
     assert prune("--mock-data --scores s", base=without_save).checkpoint.save is None
 
 
-# Every default of Megatron-LM core_v0.16.1 that is not None, off or 0 ...
+# Every default of Megatron-LM core_v0.19.2 that is not None, off or 0 ...
 DEFAULTS = {
     "num_query_groups": 1,
     "position_embedding_type": "learned_absolute",

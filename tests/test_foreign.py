@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.transformer import enums
 from safetensors.torch import load_file
 
-from megatron_ext import checkpoint, checkpoint_writer, platform, saved_args
+from megatron_ext import checkpoint, checkpoint_writer, platform, safe_load, saved_args
 from megatron_ext.arch import LAYER_PREFIXES, LEFT_OUT, Arch, check_left_out
 from megatron_ext.bridge import FILES, args_of, read_args
 from megatron_ext.errors import CHECKPOINT, USAGE
@@ -74,18 +74,21 @@ def rewrite(source, root, form, args, name="iter_0000005", objects=()):
         common["args"] = Namespace(**args, scopes=[scope.attn], backend=enums.AttnBackend.auto)
     folder = root / name
     folder.mkdir(parents=True)
-    if is_object:
-        state["common"] = ShardedObject("common_state", common, (1,), (0,))
-    else:
-        state |= common
-    writer = checkpoint_writer._WriteInProcess("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(state, str(folder), writer)
-    if is_object:
-        (folder / "common.pt").unlink()
-        (folder / "metadata.json").write_text(
-            json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-        )
+    dist_checkpointing.save(state | common, str(folder), checkpoint_writer._WriteInProcess())
+    if not is_object:
+        put_into_a_file(folder, common)
     (root / checkpoint.TRACKER).write_text(name.removeprefix("iter_"))
+
+
+def put_into_a_file(folder, common):
+    """Have ``folder`` keep ``common`` as megatron-core up to 0.18 does."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    del metadata.state_dict_metadata[safe_load.COMMON_OBJECT]
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    torch.save(common, folder / safe_load.COMMON)
+    config = json.loads((folder / "metadata.json").read_text())
+    config |= {"common_backend": "torch", "common_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(config))
 
 
 def logits_of(folders, tp=1, pp=1):
@@ -442,6 +445,26 @@ def test_code_runs_only_where_it_is_trusted(form, place, tmp_path):
         mark.rmdir()
 
 
+def read_with_core(folder):
+    for read in (
+        dist_checkpointing.load_common_state_dict,
+        dist_checkpointing.serialization.load_common_state_dict,
+        dist_checkpointing.load_content_metadata,
+        lambda folder: dist_checkpointing.load({}, folder),
+    ):
+        with pytest.raises(pickle.UnpicklingError, match=r"os\.makedirs, which is refused"):
+            read(folder)
+
+
+@pytest.mark.parametrize("form", ["core 0.16", "core 0.19"])
+def test_megatron_cores_own_readers_refuse_code_too(form, tmp_path):
+    own, root, mark = str(tmp_path / "own"), tmp_path / "foreign", tmp_path / "executed"
+    write_model(own, LLAMA)
+    run_ranks(1, rewrite_with_code, own, root, form, "args", str(mark))
+    run_ranks(1, read_with_core, str(root / "release"))
+    assert not mark.exists()
+
+
 def test_an_estimate_reads_what_is_trusted(tmp_path):
     own, root, mark = str(tmp_path / "own"), tmp_path / "foreign", tmp_path / "executed"
     write_model(own, LLAMA)
@@ -502,8 +525,7 @@ def test_saved_args_have_what_others_read(arch, tmp_path):
         source = checkpoint.read(folder)
         args = source.args
         assert not [name for name in READ.split() if name not in args]
-        loaded = torch.load(source.folder / "common.pt", weights_only=True)["args"]
-        assert all(type(x) in (*saved_args.PLAIN, list, dict) for x in vars(loaded).values())
+        assert all(type(x) in (*saved_args.PLAIN, list, dict) for x in args.values())
         assert args["num_layers"] == 3
         assert args["padded_vocab_size"] == arch.padded_vocab_size
         assert args["make_vocab_size_divisible_by"] <= arch.padded_vocab_size

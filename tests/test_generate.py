@@ -12,7 +12,7 @@ from tests.programs import fail, read_model, succeed, write_model
 from tests.ranks import run_ranks
 
 EOD = 99
-NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "99"]
+NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_greedy_is_the_naive_loop_and_never_padding(load, prompts):
 
 def test_learned_positions_and_tied_embeddings(tmp_path):
     write_model(str(tmp_path), GPT2)
-    null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(GPT2.vocab_size - 1)]
+    null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(GPT2.vocab_size)]
     flags = ["--load", str(tmp_path), *null, "--max-new-tokens", "5", "--prompt", "8 16 32"]
     (outcome,) = succeed("tools.generate", flags)
     ((expected, _),) = run_ranks(1, naive_greedy, str(tmp_path), [8, 16, 32], 5, GPT2.vocab_size)
@@ -126,7 +126,7 @@ def test_frequencies_follow_the_softmax():
             USAGE,
         ),
         (["--prompt", "1", "--top-k", "4"], "--top-k 4 needs --temperature", USAGE),
-        (["--prompt", "1", "--vocab-size", "98"], "trained with 100 tokens", CHECKPOINT),
+        (["--prompt", "1", "--vocab-size", "99"], "trained with 100 tokens", CHECKPOINT),
         (["--prompt", "one"], "--prompt 'one': the tokenizer refuses it", USAGE),
         (["--prompt", "100"], "--prompt '100': tokens are 0 to 99", USAGE),
         (["--prompt", "1", "--ckpt-step", "5"], "--ckpt-step 5", CHECKPOINT),

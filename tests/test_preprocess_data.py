@@ -15,7 +15,7 @@ from megatron_ext.data import build_tokenizer
 from megatron_ext.errors import DATA, USAGE, UserError
 from tools import preprocess_data
 
-NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "99"]
+NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
 
 
 def run(tmp_path, inputs, *typed, tokenizer=NULL):

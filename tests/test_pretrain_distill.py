@@ -447,7 +447,7 @@ def test_a_run_in_samples_and_collecting_by_hand(place, whole, tmp_path):
             ["--tensor-model-parallel-size 2", "--num-attention-heads, 3"],
         ),
         ("{alone} --load {tmp}/empty", CHECKPOINT, ["--load {tmp}/empty"]),
-        ("--load {pruned} --vocab-size 63", CHECKPOINT, ["100 tokens", "64"]),
+        ("--load {pruned} --vocab-size 64", CHECKPOINT, ["100 tokens", "64"]),
         ("--load {pruned} --hidden-size 40", CHECKPOINT, ["--hidden-size", "40", "32"]),
         ("{alone} --teacher-load {tmp}/empty", CHECKPOINT, ["{tmp}/empty"]),
         ("{alone} --teacher-load {damaged}", CHECKPOINT, ["{damaged}", ".distcp", "damaged"]),

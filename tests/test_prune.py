@@ -459,7 +459,7 @@ def test_bad_files(make, flag, words, llama, tmp_path):
         ("--calibration-samples 7", USAGE, ["--calibration-samples 7", "2 data-parallel ranks"]),
         ("--tensor-model-parallel-size 4", USAGE, ["--tensor-model-parallel-size 4"]),
         ("--load {tmp}/none", CHECKPOINT, ["{tmp}/none", "no finished checkpoint"]),
-        ("--vocab-size 63", CHECKPOINT, ["100 tokens", "64", "--tokenizer-model"]),
+        ("--vocab-size 64", CHECKPOINT, ["100 tokens", "64", "--tokenizer-model"]),
         ("--data-path {tmp}/none", DATA, ["{tmp}/none.idx", "no such file"]),
         ("--calibration-samples 512", DATA, ["--calibration-samples 512", "has only", "of 16"]),
         ("--save {save}", USAGE, ["--save", "a checkpoint is there already"]),

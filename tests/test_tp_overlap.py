@@ -54,7 +54,7 @@ def test_what_it_needs(typed, world_size, words):
 
 def test_pruning_takes_the_flag_and_says_that_it_has_no_effect(capsys):
     flags = "--load a --save b --micro-batch-size 1 --seq-length 8 --mock-data --tp-comm-overlap"
-    parse_prune([*flags.split(), *["--tokenizer-type", "NullTokenizer", "--vocab-size", "7"]], 1)
+    parse_prune([*flags.split(), *["--tokenizer-type", "NullTokenizer", "--vocab-size", "8"]], 1)
     assert "--tp-comm-overlap (scores are measured without it)" in capsys.readouterr().err
 
 

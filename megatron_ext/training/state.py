@@ -109,8 +109,6 @@ def make_run(
         use_distributed_optimizer=flags.parallel.use_distributed_optimizer,
         fp8_param_gather=flags.fp8.fp8_param_gather,
     )
-    if flags.graphs.of_layers:
-        graphs.keep_inputs()
     model = wrap(modules, ddp_config, groups, hidden)
     optimizer = get_megatron_optimizer(
         _optimizer_config(flags, chunks[0].config.params_dtype),

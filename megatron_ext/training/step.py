@@ -74,17 +74,8 @@ def _finalize_model_grads(
     num_tokens: Tensor,
     **_: Any,
 ) -> None:
-    """Sum gradients over ranks and divide them by the tokens of the global batch. Collective.
-
-    megatron-core would divide too, but asks the device for each chunk whether there are any tokens:
-    the host waits, which a CUDA graph does not allow.
-    """
-    core_finalize_model_grads(model, None, pg_collection=groups)
-    last_stage = torch.distributed.get_process_group_ranks(groups.pp)[-1]
-    torch.distributed.broadcast(num_tokens, src=last_stage, group=groups.pp)
-    torch.distributed.all_reduce(num_tokens, group=groups.dp_cp)
-    for chunk in model:
-        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))
+    """Sum gradients over ranks and divide them by the tokens of the global batch. Collective."""
+    core_finalize_model_grads(model, num_tokens, pg_collection=groups)
     if hidden is not None:
         hidden.add_gradients_of_shared_map()
 

@@ -1,8 +1,8 @@
 """torch's Adam inside megatron-core's checkpoints.
 
-megatron-core 0.16.1 saves and loads the optimizers of Transformer Engine and Apex, which keep one
-step count per parameter group. torch's, used where neither is installed, keeps one per parameter.
-Three places do not expect that:
+The distributed optimizer of megatron-core 0.19.2 saves and loads those of Transformer Engine and
+Apex, which keep one step count per parameter group. torch's, used where neither is installed, keeps
+one per parameter. Three places do not expect that:
 
     planning a load        needs the state of a step that has not been taken: ``allocate``
     filling the state      looks for a step among the loaded tensors: ``_keep_step``
@@ -20,7 +20,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def allocate(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter the empty state that its first step would make."""
+    """Give every parameter on this rank the empty state that its first step would make."""
     for inner in _torch_adams(optimizer):
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
@@ -41,7 +41,8 @@ def unshare_steps(optimizer: MegatronOptimizer) -> None:
 
 def _torch_adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+        is_adam = isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)
+        if is_adam and isinstance(part, DistributedOptimizer):
             yield part.optimizer
 
 
