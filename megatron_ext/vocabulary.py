@@ -39,7 +39,7 @@ def check_tokenizer_file(data: Any) -> None:
 def _simple_count(data: Any) -> int | None:
     """Return the count; None of other tokenizers, and of those that ``build_tokenizer`` refuses."""
     if data.tokenizer_type == "NullTokenizer" and data.vocab_size:
-        return data.vocab_size + 1
+        return data.vocab_size
     if data.tokenizer_type in SENTENCEPIECE and Path(data.tokenizer_model or "").is_file():
         with suppress(Exception):  # not installed, no model: build_tokenizer says so
             from sentencepiece import SentencePieceProcessor
