@@ -12,8 +12,9 @@ from megatron_ext import data_check
 from megatron_ext.checkpoint_folder import Checkpoint, find
 from megatron_ext.distillation.settings import check_models
 from megatron_ext.errors import CHECKPOINT, UserError
+from megatron_ext.flag_checks import model_parallel_size
 from megatron_ext.flags import PruneFlags, TrainFlags, check_against_checkpoint, measures
-from megatron_ext.pruning.jobs import check_jobs
+from megatron_ext.pruning.jobs import check_jobs, check_passes
 from megatron_ext.quick_read import glance
 from megatron_ext.vocabulary import check_tokenizer_file
 
@@ -90,6 +91,9 @@ def check_pruning(flags: PruneFlags, world_size: int) -> Path:
     if flags.prune.target_params is None:  # a search takes its time, and is done once
         check_jobs(flags, source.arch)
     if measures(flags.checkpoint, flags.prune):
+        check_passes(
+            flags, source.arch.num_layers, world_size // model_parallel_size(flags.parallel)
+        )
         check_data_files(flags.data, (1, 0, 0), world_size)
     return source.folder
 

@@ -11,11 +11,14 @@ boundary a decorated function is compiled when it is called first.
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
+
+DISABLE = "TORCH_COMPILE_DISABLE"
 
 
 @contextmanager
@@ -49,9 +52,15 @@ def _compiled_later(
         if torch.compiler.is_compiling():  # a compiled caller takes it in
             return function(*args, **kwargs)
         if compiled is None:
-            dynamo = sys.modules.get("torch._dynamo")
-            is_off = dynamo is not None and dynamo.config.disable
+            is_off = os.environ.get(DISABLE) == "1"
             compiled = function if is_off else compile_now(function, **options)
         return compiled(*args, **kwargs)
 
     return call
+
+
+def never_compile() -> None:
+    """Call what ``torch.compile`` decorates as it is, from now on in this process."""
+    os.environ[DISABLE] = "1"  # torch's compiler reads it when something imports that
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].config.disable = True
