@@ -11,12 +11,10 @@
 unpickles plain data only. Checkpoints of Megatron-LM, Megatron Bridge and NeMo are read too.
 """
 
-import contextlib
 import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +29,20 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext import bridge, safe_load
-from megatron_ext.arch import Arch
+from megatron_ext.checkpoint_folder import (  # noqa: F401 (checkpoint.find stands beside read)
+    INTEGRITY,
+    RELEASE,
+    TOKENIZER,
+    TRACKER,
+    Checkpoint,
+    find,
+    iteration_name,
+    locate,
+)
 from megatron_ext.errors import CHECKPOINT, UserError, warn
 from megatron_ext.slices import FIRST_WEIGHT, SliceReader
 from megatron_ext.together import gather, on_all_ranks
 
-TRACKER = "latest_checkpointed_iteration.txt"
-INTEGRITY = "integrity.json"
-RELEASE = "release"
-TOKENIZER = "tokenizer"
-NEMO_FOLDERS = ("weights", "model_weights")
 MAX_ROWS = 10
 # Tensors of a checkpoint that are not weights: a run that does not ask for them may leave them.
 NOT_WEIGHTS = (
@@ -55,107 +57,6 @@ NOT_WEIGHTS = (
 safe_load.install()
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk and what it says of itself."""
-
-    folder: Path
-    common: dict[str, Any]
-    """The part that is not sharded: ``args``, ``iteration``, schedule, ..."""
-
-    @property
-    def args(self) -> dict[str, Any]:
-        """The flags saved with it, by Megatron-LM's names."""
-        return vars(self.common["args"])
-
-    @property
-    def iteration(self) -> int:
-        """Optimizer steps behind it; 0 for a release (pruned or converted weights)."""
-        return int(self.common.get("iteration", 0))
-
-    @property
-    def knows_tokens(self) -> bool:
-        """Whether it says how many tokens its tokenizer has.
-
-        Megatron-LM saves what was typed as --vocab-size, if anything; and an imported model that
-        had no tokenizer beside it counts every row.
-        """
-        is_counted = "tokenizer_sha256" in self.args or "tokenizer_type" not in self.args
-        return is_counted and self.args.get("vocab_size") is not None
-
-    def with_tokens(self, vocab_size: int) -> "Checkpoint":
-        """Return it with the number of its tokens, if it does not know; rows behind are padding."""
-        if self.knows_tokens or vocab_size > self.args["padded_vocab_size"]:
-            return self
-        tokens = {"vocab_size": vocab_size, "tokenizer_sha256": None}
-        return replace(self, common={**self.common, "args": Namespace(**{**self.args, **tokens})})
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """Return the files of its ``tokenizer`` folder, by the name under its own folder."""
-        paths = sorted((self.folder / TOKENIZER).glob("*"))
-        return {f"{TOKENIZER}/{path.name}": path.read_bytes() for path in paths}
-
-    @property
-    def arch(self) -> Arch:
-        """The architecture of its model."""
-        try:
-            return Arch.from_args(self.args)
-        except (KeyError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{self.folder}: the saved args do not describe a model ({error}).", CHECKPOINT
-            ) from error
-
-
-def iteration_name(iteration: int) -> str:
-    """Return the folder name of an iteration."""
-    return f"iter_{iteration:07d}"
-
-
-def incomplete_reason(folder: Path) -> str | None:
-    """Return why ``folder`` is no finished checkpoint, or None if it is one."""
-    try:
-        if "sharded_backend" not in json.loads((folder / "metadata.json").read_text()):
-            return "metadata.json names no format"
-    except (OSError, ValueError):
-        return "metadata.json is missing or unreadable: the save did not finish"
-    return None if (folder / ".metadata").exists() else ".metadata is missing"
-
-
-def find(root: str, step: int | None = None) -> Path | None:
-    """Return the folder of a finished checkpoint, or None if there is none.
-
-    Args:
-        root: a checkpoint folder, or the folder above with its tracker file, or NeMo's folder
-            above weights/. Where the tracker is missing or wrong, the newest finished iteration
-            counts, with a warning.
-        step: take this iteration.
-
-    Raises:
-        UserError: ``step`` was asked for and is not there or not finished.
-    """
-    top = Path(root)
-    if step is not None:
-        folder = top / iteration_name(step)
-        reason = incomplete_reason(folder) if folder.is_dir() else "there is no such folder"
-        if reason:
-            raise UserError(f"--ckpt-step {step}: {folder}: {reason}.", CHECKPOINT)
-        return folder
-    for folder in (top, *(top / name for name in NEMO_FOLDERS)):
-        if incomplete_reason(folder) is None:
-            return folder
-    with contextlib.suppress(OSError):
-        name = (top / TRACKER).read_text().strip()
-        folder = top / (iteration_name(int(name)) if name.isdigit() else name)
-        reason = incomplete_reason(folder)
-        if name and reason is None:
-            return folder
-        warn(f"{top / TRACKER} names {name!r}, which cannot be used: {reason}.")
-    finished = [f for f in sorted(top.glob("iter_*"), reverse=True) if not incomplete_reason(f)]
-    if finished:
-        warn(f"{top}: taking the newest finished checkpoint, {finished[0].name}.")
-    return finished[0] if finished else None
-
-
 def read(root: str, step: int | None = None) -> Checkpoint:
     """Return the checkpoint under ``root``, its weights still on disk. No collectives.
 
@@ -164,9 +65,7 @@ def read(root: str, step: int | None = None) -> Checkpoint:
     Raises:
         UserError: there is none, it is damaged, or nothing says the model's sizes.
     """
-    folder = find(root, step)
-    if folder is None:
-        raise UserError(f"{root}: no finished checkpoint (iter_*/ or release/) here.", CHECKPOINT)
+    folder = locate(root, step)
     try:
         common = safe_load.load_common(folder)
     except Exception as error:

@@ -31,7 +31,8 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 
-from megatron_ext.checkpoint import INTEGRITY, RELEASE, TRACKER, sha256
+from megatron_ext.checkpoint import sha256
+from megatron_ext.checkpoint_folder import INTEGRITY, RELEASE, TRACKER
 from megatron_ext.errors import RUNTIME, UserError
 from megatron_ext.together import gather, on_all_ranks, on_first_rank
 

@@ -10,7 +10,6 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -345,14 +344,3 @@ def _outlive_stop_signals(worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=obey_parent, daemon=True).start()
-
-
-def tokenizer_sha256(data: Any) -> str | None:
-    """Return the SHA-256 of the tokenizer's files, or None if it is not made of local files.
-
-    Saved with a checkpoint, it tells two tokenizers of the same size apart.
-    """
-    paths = [Path(p) for p in (data.tokenizer_model, data.vocab_file, data.merge_file) if p]
-    if not paths or not all(path.is_file() for path in paths):
-        return None
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()

@@ -14,14 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-from megatron.core.datasets.blended_megatron_dataset_config import (
-    convert_split_vector_to_split_matrix,
-)
-from megatron.core.datasets.indexed_dataset import DType
-from megatron.core.datasets.utils import get_blend_from_list, normalize
-from megatron.core.utils import log_single_rank
 
-from megatron_ext.errors import DATA, USAGE, UserError
+from megatron_ext.errors import DATA, USAGE, UserError, is_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +24,14 @@ DEFAULT_SPLIT = "969, 30, 1"  # Megatron-LM's
 
 # Of an .idx file: magic, version, dtype code, number of sequences, number of documents + 1.
 INDEX_HEADER = struct.Struct("<9sQBQQ")
-INTEGER_CODES = (1, 2, 3, 4, 5, 8)
+INTEGERS = {
+    1: numpy.uint8,
+    2: numpy.int8,
+    3: numpy.int16,
+    4: numpy.int32,
+    5: numpy.int64,
+    8: numpy.uint16,
+}
 # Read from every prefix to compare token ids with the vocabulary.
 SAMPLED_DOCUMENTS, SAMPLED_TOKENS = 64, 65536
 
@@ -59,7 +60,7 @@ def sources(
     per_split = (data.train_data_path, data.valid_data_path, data.test_data_path)
     if data.data_path:
         blends = [_blend("--data-path", data.data_path)] * 3
-        shares = convert_split_vector_to_split_matrix(parse_split(data.split or DEFAULT_SPLIT))
+        shares = _shares(parse_split(data.split or DEFAULT_SPLIT))
     elif any(per_split):
         flags = [f"--{name}-data-path" for name in SPLITS]
         blends = [_blend(*each) if each[1] else None for each in zip(flags, per_split, strict=True)]
@@ -89,7 +90,8 @@ def parse_split(text: str) -> list[float]:
         raise UserError(
             f"--split {text}: needs one to three numbers >= 0, not all 0, e.g. 99,1,0.", DATA
         )
-    return normalize(numbers + [0.0] * (3 - len(numbers)))
+    total = sum(numbers)
+    return [number / total for number in numbers] + [0.0] * (3 - len(numbers))
 
 
 def check_data(
@@ -113,8 +115,8 @@ def check_data(
     used = sources(data, num_samples)
     typed = (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path)
     for path in itertools.chain(*typed):
-        if path != _prefix(path):
-            log_single_rank(logger, logging.WARNING, f"{path}: read as prefix {_prefix(path)}")
+        if path != _prefix(path) and is_first_rank():
+            logger.warning(f"{path}: read as prefix {_prefix(path)}")
     for prefix in all_prefixes(used):
         check_token_ids(prefix, vocab_size)
     for name, source in zip(SPLITS, used, strict=True):
@@ -129,7 +131,8 @@ def all_prefixes(used: tuple[Source | None, ...]) -> list[str]:
 
 def _blend(flag: str, typed: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
     """Return prefixes and weights of "[weight] prefix ...", as Megatron-LM reads it."""
-    paths, weights = get_blend_from_list(list(typed))
+    weights = _weights(typed)
+    paths = typed if weights is None else typed[1::2]
     prefixes = tuple(_prefix(path) for path in paths)
     if weights is not None and not all(math.isfinite(w) and w > 0 for w in weights):
         raise UserError(
@@ -138,6 +141,33 @@ def _blend(flag: str, typed: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[fl
         )
     # One prefix is one dataset, not a blend, whatever its weight.
     return prefixes, tuple(weights) if weights and len(prefixes) > 1 else None
+
+
+# The reading of megatron-core, which takes seconds to import: tests compare the two.
+
+
+def _weights(typed: tuple[str, ...]) -> list[float] | None:
+    """Return the weights of "weight prefix ...", or None if words are prefixes only."""
+    if len(typed) % 2:
+        return None
+    numbers = [_number(word) for word in typed[::2]]
+    if None not in numbers:
+        return numbers
+    assert not any(numbers[numbers.index(None) :]), f"weights of some prefixes only: {typed}"
+    return None
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _shares(parts: list[float]) -> list[tuple[float, float] | None]:
+    """Return where each split begins and ends, None for one without a share."""
+    ends = list(itertools.accumulate(parts, initial=0))
+    return [share if share[0] < share[1] else None for share in itertools.pairwise(ends)]
 
 
 def _prefix(path: str) -> str:
@@ -216,6 +246,11 @@ def check_token_ids(prefix: str, vocab_size: int) -> None:
             )
 
 
+def check_index(prefix: str) -> None:
+    """Raise ``UserError`` unless both files of ``prefix`` are there and whole."""
+    _read_index(prefix)
+
+
 def _read_index(prefix: str) -> tuple[type, numpy.ndarray, numpy.ndarray]:
     """Return dtype of the tokens, lengths [n] int32 and byte offsets [n] int64 of the documents."""
     idx, binary = prefix + ".idx", prefix + ".bin"
@@ -230,10 +265,10 @@ def _read_index(prefix: str) -> tuple[type, numpy.ndarray, numpy.ndarray]:
     if len(head) < INDEX_HEADER.size or not head.startswith(b"MMIDIDX\0\0"):
         raise UserError(f"{idx} ({num_bytes} bytes): not the index of a Megatron dataset.", DATA)
     _, version, code, num_sequences, num_documents = INDEX_HEADER.unpack(head)
-    if version != 1 or code not in INTEGER_CODES:
+    if version != 1 or code not in INTEGERS:
         raise UserError(
             f"{idx}: version {version}, dtype code {code}; needs version 1 and an integer dtype "
-            f"{INTEGER_CODES}.",
+            f"{tuple(INTEGERS)}.",
             DATA,
         )
     if num_sequences == 0:
@@ -244,8 +279,8 @@ def _read_index(prefix: str) -> tuple[type, numpy.ndarray, numpy.ndarray]:
     lengths = numpy.memmap(idx, numpy.int32, "r", INDEX_HEADER.size, (num_sequences,))
     offset = INDEX_HEADER.size + lengths.nbytes
     pointers = numpy.memmap(idx, numpy.int64, "r", offset, (num_sequences,))
-    dtype = DType.dtype_from_code(code)
-    end = int(pointers[-1]) + int(lengths[-1]) * DType.size(dtype)
+    dtype = INTEGERS[code]
+    end = int(pointers[-1]) + int(lengths[-1]) * numpy.dtype(dtype).itemsize
     if os.path.getsize(binary) < end:
         raise UserError(
             f"{binary}: truncated, {os.path.getsize(binary)} of {end} bytes that {idx} names.", DATA

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ext import checkpoint, data, data_check, graphs
+from megatron_ext import data_check, graphs
 from megatron_ext import estimate_report as report
 from megatron_ext.arch import Arch
+from megatron_ext.checkpoint_folder import find
 from megatron_ext.convert.config import arch_of, with_positions
 from megatron_ext.distillation.settings import check_models, check_stored_teacher
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError
@@ -25,11 +26,13 @@ from megatron_ext.flags import (
     measures,
     new_arch,
 )
+from megatron_ext.fp8 import check_fp8_layers, fp8_settings
+from megatron_ext.identity import check_tokenizer, tokenizer_sha256
 from megatron_ext.pruning.jobs import check_jobs, check_outputs, check_passes, given_plan
 from megatron_ext.pruning.plan import PRUNABLE
-from megatron_ext.pruning.planner import target_arch
-from megatron_ext.pruning.scores import check_scores, load_scores
-from megatron_ext.startup import check_fp8_layers, check_tokenizer, fp8_settings
+from megatron_ext.pruning.targets import target_arch
+from megatron_ext.quick_read import glance
+from megatron_ext.vocabulary import vocab_size
 
 # Import pads the vocabulary to a multiple of this by default.
 VOCAB_MULTIPLE = 128
@@ -41,8 +44,8 @@ def found_arch(folder: str | None, step: int | None = None) -> Arch | None:
     """Return the sizes of the model in ``folder``, or None if no checkpoint is there yet."""
     if folder is None or not Path(folder).exists():
         return None
-    found = checkpoint.find(folder, step)
-    return checkpoint.read(str(found)).arch if found else None
+    found = find(folder, step)
+    return glance(str(found)).arch if found else None
 
 
 def arch_at(flag: str, folder: str | None, step: int | None, config: str | None) -> Named:
@@ -112,8 +115,7 @@ def student_of(flags: TrainFlags) -> Named:
     may_be_new = options.load in (None, options.save) and not options.pretrained_checkpoint
     may_be_new &= not (options.load and options.exit_on_missing_checkpoint)
     if config is None and may_be_new:
-        tokenizer = data.build_tokenizer(flags.data)
-        return new_arch(flags.sizes, tokenizer.vocab_size), NEW
+        return new_arch(flags.sizes, vocab_size(flags.data)), NEW
     flag = "--pretrained-checkpoint" if options.load is None else "--load"
     arch, where = arch_at(flag, options.load or options.pretrained_checkpoint, None, config)
     return with_sizes(arch, flags.sizes, may_cut=True), where
@@ -156,7 +158,7 @@ def train(flags: TrainFlags, world_size: int) -> int:
     if store is not None and not Path(store).exists():
         absent.append(f"stored teacher {store}")
     elif store is not None and not absent:
-        check_stored_teacher(flags, data.build_tokenizer(flags.data).vocab_size)
+        check_stored_teacher(flags, vocab_size(flags.data))
     text, needs = report.of_training(flags, student, teacher, teacher_parallel, world_size)
     return finish(text, needs, absent, flags.dry.gpu)
 
@@ -185,6 +187,8 @@ def prune(flags: PruneFlags, world_size: int) -> int:
         for job in jobs
     ]
     if None in plans and scores and Path(scores).exists():
+        from megatron_ext.pruning.scores_file import check_scores, load_scores  # with torch
+
         check_scores(load_scores(scores), source)
     absent = []
     if is_measured:
@@ -220,24 +224,24 @@ def check_data_there(
         num_samples: requested of train, valid and test.
 
     Raises:
-        UserError: as ``data.build_tokenizer`` and ``data_check.check_data``; or the tokenizer is
+        UserError: as ``vocabulary.vocab_size`` and ``data_check.check_data``; or the tokenizer is
             not that of a model.
     """
     options, absent = flags.data, []
-    vocab_size = models[0][0].vocab_size
+    num_tokens = models[0][0].vocab_size
     files = [f for f in (options.tokenizer_model, options.vocab_file, options.merge_file) if f]
     missing = [name for name in files if not Path(name).exists()]
     if missing:
         absent += [f"tokenizer {name}" for name in missing]
     else:
-        vocab_size = data.build_tokenizer(options).vocab_size
+        num_tokens = vocab_size(options)
         for arch, where in models:
             if Path(where).is_dir():
-                source = checkpoint.read(where).with_tokens(vocab_size)
-                check_tokenizer(source, vocab_size, data.tokenizer_sha256(options))
-            elif vocab_size > arch.padded_vocab_size:
+                source = glance(where).with_tokens(num_tokens)
+                check_tokenizer(source, num_tokens, tokenizer_sha256(options))
+            elif num_tokens > arch.padded_vocab_size:
                 raise UserError(
-                    f"--tokenizer-type {options.tokenizer_type}: {vocab_size} tokens, {where} has "
+                    f"--tokenizer-type {options.tokenizer_type}: {num_tokens} tokens, {where} has "
                     f"{arch.padded_vocab_size}: give the model's own tokenizer.",
                     CHECKPOINT,
                 )
@@ -246,7 +250,7 @@ def check_data_there(
     prefixes = data_check.all_prefixes(data_check.sources(options, num_samples))
     for prefix in prefixes:
         if any(Path(f"{prefix}.{end}").exists() for end in ("idx", "bin")):
-            data_check.check_token_ids(prefix, vocab_size)
+            data_check.check_token_ids(prefix, num_tokens)
         else:
             absent.append(f"data {prefix}")
     if not absent:
@@ -254,6 +258,6 @@ def check_data_there(
             options,
             seq_length=flags.batch.seq_length,
             num_samples=num_samples,
-            vocab_size=vocab_size,
+            vocab_size=num_tokens,
         )
     return absent

@@ -190,3 +190,20 @@ def keep_exact_weights(named_parameters: Iterator[tuple[str, Any]], loaded: dict
     for name, parameter in named_parameters:
         if hasattr(parameter, "get_high_precision_init_val"):
             parameter._high_precision_init_val = loaded[name].detach().cpu()
+
+
+def fp8_settings(fp8: Fp8) -> dict[str, dict[str, Any]]:
+    """Return the settings of models that are to run in FP8, by how they would be typed."""
+    models = {"fp8_format": of_student(fp8), "teacher_fp8_format": of_teacher(fp8)}
+    return {f"{dashed(name)} {found['fp8']}": found for name, found in models.items() if found}
+
+
+def check_fp8_layers(fp8: Fp8, transformer_impl: str) -> None:
+    """Refuse FP8 without Transformer Engine's layers."""
+    for typed in fp8_settings(fp8):
+        if transformer_impl != "transformer_engine":
+            raise UserError(
+                f"{typed} needs a GPU with Transformer Engine installed, and --transformer-impl "
+                "transformer_engine.",
+                USAGE,
+            )

@@ -23,6 +23,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_ext.errors import USAGE, UserError
+from megatron_ext.heavy import never_compile
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TENSOR_FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
@@ -211,7 +212,7 @@ def emulate_cuda_on_cpu() -> None:
     core_random.CudaRNGStatesTracker.fork = _fork_cpu_generator
     _use_torch_for_optimizers()
     # torch.compile, of squared ReLU and other small functions: it wants a C++ compiler and seconds.
-    torch._dynamo.config.disable = True
+    never_compile()
     # Gradient buffers, which wait for what a graph left in the stream.
     torch.cuda.current_stream = lambda device=None: None
     moe_utils.te_general_gemm = None  # the router's, where Transformer Engine is installed

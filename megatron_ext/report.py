@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ext.errors import RUNTIME, UserError
 from megatron_ext.extras import need
-from megatron_ext.pruning.scores import Scores, written_aside
+from megatron_ext.files import written_aside
+from megatron_ext.pruning.scores import Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

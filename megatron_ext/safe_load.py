@@ -20,43 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import _create_read_items
 
-# module: names. torch's dtypes and layouts are allowed on top of these.
-ALLOWED = {
-    "builtins": {"dict", "list", "set", "slice", "tuple"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-}
-# Where megatron-core keeps what is not sharded: a file up to 0.18, from 0.19 on an object.
-COMMON, COMMON_OBJECT = "common.pt", "common_state/shard_0_1"
-HINT = "--trust-checkpoint reads it all the same, and runs the code that it asks for"
-
-_is_trusted = False
-
-
-def trust(yes: bool = True) -> None:
-    """Unpickle whatever checkpoints hold from now on, in this process."""
-    global _is_trusted
-    _is_trusted = yes
+from megatron_ext.unpickling import ALLOWED, COMMON, COMMON_OBJECT, HINT, is_trusted
 
 
 class Unknown:
@@ -87,7 +51,7 @@ def load_plain(file: Path | io.BytesIO) -> Any:
     Raises:
         pickle.UnpicklingError: it asks for something else.
     """
-    if _is_trusted:
+    if is_trusted():
         module = SimpleNamespace(__name__="pickle", Unpickler=_AnyUnpickler)
         return torch.load(file, map_location="cpu", weights_only=False, pickle_module=module)
     names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
@@ -168,7 +132,7 @@ def load_metadata(file: BinaryIO) -> Metadata:
         pickle.UnpicklingError: it holds something else than metadata (``PlainUnpickler``); a
             damaged file raises whatever its bytes lead to.
     """
-    metadata = (pickle.Unpickler if _is_trusted else PlainUnpickler)(file).load()
+    metadata = (pickle.Unpickler if is_trusted() else PlainUnpickler)(file).load()
     if not isinstance(metadata, Metadata):
         raise pickle.UnpicklingError(f"it holds {type(metadata).__name__}, not metadata")
     return metadata
@@ -228,7 +192,7 @@ def check_extra_state(state: Any) -> None:
     Raises:
         pickle.UnpicklingError: it asks for something else than a recipe and tensors.
     """
-    if _is_trusted:
+    if is_trusted():
         return
     if isinstance(state, io.BytesIO):
         state.seek(0)

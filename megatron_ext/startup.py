@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,12 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_ext import data, graphs, platform
-from megatron_ext.arch import Arch
-from megatron_ext.checkpoint import Checkpoint
-from megatron_ext.errors import CHECKPOINT, USAGE, UserError, warn
+from megatron_ext.errors import USAGE, UserError, warn
 from megatron_ext.flag_parser import dashed
 from megatron_ext.flags import virtual_pipeline_size
-from megatron_ext.fp8 import Fp8, of_student, of_teacher
+from megatron_ext.fp8 import Fp8, check_fp8_layers, fp8_settings
 from megatron_ext.model import ModelOptions, choose_transformer_impl
 from megatron_ext.platform import Platform
 
@@ -99,23 +96,6 @@ def _check_attention(flags: Any, impl: str) -> None:
         )
 
 
-def fp8_settings(fp8: Fp8) -> dict[str, dict[str, Any]]:
-    """Return the settings of models that are to run in FP8, by how they would be typed."""
-    models = {"fp8_format": of_student(fp8), "teacher_fp8_format": of_teacher(fp8)}
-    return {f"{dashed(name)} {found['fp8']}": found for name, found in models.items() if found}
-
-
-def check_fp8_layers(fp8: Fp8, transformer_impl: str) -> None:
-    """Refuse FP8 without Transformer Engine's layers."""
-    for typed in fp8_settings(fp8):
-        if transformer_impl != "transformer_engine":
-            raise UserError(
-                f"{typed} needs a GPU with Transformer Engine installed, and --transformer-impl "
-                "transformer_engine.",
-                USAGE,
-            )
-
-
 def check_fp8(fp8: Fp8, options: ModelOptions) -> None:
     """Refuse FP8 where layers or GPU cannot run it.
 
@@ -158,42 +138,3 @@ def batches_of_rank(
     ):
         shard = data.shard_for_context_parallel(batch, groups.cp.rank(), groups.cp.size())
         yield {name: x.to(place.device, non_blocking=True) for name, x in shard.items()}
-
-
-def check_tokenizer(source: Checkpoint, vocab_size: int, sha256: str | None) -> None:
-    """Refuse a tokenizer that is not the one ``source`` was trained with.
-
-    Args:
-        source: a checkpoint.
-        vocab_size: tokens of the tokenizer at hand.
-        sha256: of its files (``data.tokenizer_sha256``), or None if it has none.
-    """
-    saved = source.args.get("tokenizer_sha256")
-    if source.arch.vocab_size != vocab_size:
-        raise UserError(
-            f"{source.folder} was trained with {source.arch.vocab_size} tokens, the tokenizer has "
-            f"{vocab_size}: give the checkpoint's own --tokenizer-model.",
-            CHECKPOINT,
-        )
-    if saved and sha256 and saved != sha256:
-        raise UserError(
-            f"{source.folder} was trained with another tokenizer of {vocab_size} tokens (SHA-256 "
-            f"{saved[:12]}, given {sha256[:12]}): give the checkpoint's own --tokenizer-model.",
-            CHECKPOINT,
-        )
-
-
-def padded_alike(model: Arch, other: Arch) -> Arch:
-    """Return ``model`` with the vocabulary padded as ``other``'s; they share a tokenizer.
-
-    Tensor-parallel ranks then hold the same tokens of both. Megatron-LM pads to a multiple of its
-    own number of ranks, so two checkpoints of one family may differ.
-    """
-    return replace(model, padded_vocab_size=other.padded_vocab_size)
-
-
-def check_comparable(student: Arch, teacher: Arch) -> None:
-    """Refuse two models of different kinds."""
-    if student.is_bert != teacher.is_bert:
-        names = ["a BertModel" if arch.is_bert else "a GPTModel" for arch in (teacher, student)]
-        raise UserError(f"the teacher is {names[0]} and the student {names[1]}.", CHECKPOINT)

@@ -15,7 +15,8 @@ from megatron_ext.pruning.baselines import AXES, magnitude_scores, random_scores
 from megatron_ext.pruning.kept import kept_indices
 from megatron_ext.pruning.plan import layer_axes
 from megatron_ext.pruning.planner import make_plan
-from megatron_ext.pruning.scores import Scores, check_scores, load_scores
+from megatron_ext.pruning.scores import Scores
+from megatron_ext.pruning.scores_file import check_scores, load_scores
 from megatron_ext.slices import SliceReader
 from tests.models import BERT, GPT2, LLAMA, MOE, NEMOTRON
 from tests.programs import fail, read_tensors, succeed, write_model

@@ -21,7 +21,7 @@ from megatron_ext.documents import Documents
 from megatron_ext.errors import CHECKPOINT, DATA, INTERRUPTED, USAGE
 from megatron_ext.masked import FRAME, MaskedTokens, SpecialTokens
 from megatron_ext.model import ModelOptions, build_model, transformer_config
-from megatron_ext.pruning.scores import load_scores
+from megatron_ext.pruning.scores_file import load_scores
 from tests.models import BERT, GPT2, random_batch
 from tests.programs import (
     LAYOUTS,

@@ -26,6 +26,7 @@ from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.hf_folder import header_of, write_weights
 from megatron_ext.convert.importer import import_folder
 from megatron_ext.errors import CHECKPOINT, RUNTIME, USAGE, UserError
+from megatron_ext.generation import continue_tokens, load_model
 from megatron_ext.model import ModelOptions, build_model
 from megatron_ext.training.state import restore_weights
 from tests.models import LLAMA
@@ -40,7 +41,6 @@ from tests.programs import (
     write_model,
 )
 from tests.ranks import run_ranks
-from tools.generate import continue_tokens, load_model
 
 ROWS = 101
 COMMON = {

@@ -16,7 +16,8 @@ from megatron_ext import checkpoint, checkpoint_writer, platform, safe_load
 from megatron_ext.errors import UserError
 from megatron_ext.model import ModelOptions, build_model, model_state_dict
 from megatron_ext.pruning.depth import skipped
-from megatron_ext.pruning.planner import make_plan, target_arch
+from megatron_ext.pruning.planner import make_plan
+from megatron_ext.pruning.targets import target_arch
 from megatron_ext.pruning.trim import trimmed_share
 from megatron_ext.slices import SliceReader
 from megatron_ext.training import state

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_ext.errors import CHECKPOINT, USAGE
+from megatron_ext.generation import continue_tokens
 from tests.models import GPT2, LLAMA
 from tests.programs import fail, read_model, succeed, write_model
 from tests.ranks import run_ranks
-from tools.generate import continue_tokens
 
 EOD = 99
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]

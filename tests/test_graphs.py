@@ -16,9 +16,10 @@ from megatron.core.transformer import cuda_graphs as core
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext import graphs, platform
-from megatron_ext.distillation.hidden import HiddenLosses, HiddenStates, parse_pairs
+from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
+from megatron_ext.distillation.pairs import HiddenStates, parse_pairs
 from megatron_ext.errors import USAGE, UserError
 from megatron_ext.flags import parse_train
 from megatron_ext.graphs import Graphs

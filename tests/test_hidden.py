@@ -13,9 +13,10 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_ext import platform
 from megatron_ext.checkpoint import sharded_tensors
-from megatron_ext.distillation.hidden import HiddenLosses, HiddenStates, Pair, parse_pairs
+from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.distillation.losses import vocab_parallel_kl
 from megatron_ext.distillation.model import Distillation, DistillationModel
+from megatron_ext.distillation.pairs import HiddenStates, Pair, parse_pairs
 from megatron_ext.errors import USAGE
 from megatron_ext.layers import shard_positions
 from megatron_ext.model import ModelOptions, build_model, model_state_dict

@@ -26,7 +26,8 @@ from megatron_ext.pruning.aggregation import (
     sums_over_positions,
 )
 from megatron_ext.pruning.importance import Importance
-from megatron_ext.pruning.scores import Scores, check_scores
+from megatron_ext.pruning.scores import Scores
+from megatron_ext.pruning.scores_file import check_scores
 from megatron_ext.training.step import StepShape, evaluate
 from tests.models import GPT2, LLAMA, random_batch
 from tests.ranks import run_ranks

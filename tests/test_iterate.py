@@ -14,8 +14,9 @@ from megatron_ext.errors import USAGE
 from megatron_ext.model import ModelOptions, build_model, model_state_dict
 from megatron_ext.pruning.iterate import compose, iteration_targets
 from megatron_ext.pruning.plan import contradiction, load_plan
-from megatron_ext.pruning.planner import make_plan, target_arch
-from megatron_ext.pruning.scores import load_scores, save_scores
+from megatron_ext.pruning.planner import make_plan
+from megatron_ext.pruning.scores_file import load_scores, save_scores
+from megatron_ext.pruning.targets import target_arch
 from megatron_ext.pruning.trim import fill_trimmed, trimmed_share
 from megatron_ext.slices import SliceReader
 from tests.models import GPT2, LLAMA, MOE, NEMOTRON

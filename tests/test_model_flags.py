@@ -19,7 +19,7 @@ from megatron_ext.flags import (
 )
 from megatron_ext.own_flags import Prune
 from megatron_ext.pruning.plan import PRUNABLE
-from megatron_ext.pruning.planner import target_arch
+from megatron_ext.pruning.targets import target_arch
 from tests.test_flags import NEW, refused, train
 
 ARCH = Arch(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ext.distillation.hidden import parse_pairs
+from megatron_ext.distillation.pairs import parse_pairs
 from megatron_ext.distillation.placement import layouts_of_both
 from megatron_ext.errors import UserError
 from megatron_ext.flag_groups import Parallel

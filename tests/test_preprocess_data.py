@@ -10,6 +10,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from examples.quickstart import corpus
+from megatron_ext import preprocessing
 from megatron_ext.data import build_tokenizer
 from megatron_ext.errors import DATA, USAGE, UserError
 from tools import preprocess_data
@@ -77,7 +78,7 @@ def test_documents_in_order(tmp_path, numbers, capsys):
 
 
 def test_workers_do_not_change_a_byte(tmp_path, numbers, monkeypatch):
-    monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(preprocessing, "CHUNK_BYTES", 500)
     found = {}
     for workers in ("1", "2"):
         run(tmp_path, [numbers, numbers], "--workers", workers)
@@ -131,7 +132,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_bad_text_is_named_and_nothing_is_left(name, workers, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(preprocessing, "CHUNK_BYTES", 16)
     lines, message = BAD[name]
     path = write_lines(tmp_path / "a.jsonl", lines)
     with pytest.raises(UserError, match=message) as caught:

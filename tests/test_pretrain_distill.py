@@ -20,6 +20,7 @@ from megatron_ext import checkpoint
 from megatron_ext.arch import shape, weights
 from megatron_ext.errors import CHECKPOINT, DATA, INTERRUPTED, RUNTIME, USAGE
 from megatron_ext.training import loop
+from megatron_ext.training import run as run_module
 from megatron_ext.training.log import Log
 from tests.models import GPT2, LLAMA
 from tests.programs import (
@@ -392,7 +393,7 @@ def train_and_look(argv):
         seen["buffers"] = {id(p) for b in buffers for p in b.params} == {id(p) for p in students}
         return code
 
-    original, pretrain_distill.train = pretrain_distill.train, train
+    original, run_module.train = run_module.train, train
     sys.argv = [f"{NAME}.py", *argv]
     assert pretrain_distill.main() == 0
     return seen

@@ -15,7 +15,7 @@ from megatron_ext import checkpoint
 from megatron_ext.arch import Arch, shape, weights
 from megatron_ext.errors import CHECKPOINT, DATA, RUNTIME, USAGE
 from megatron_ext.pruning.plan import load_plan
-from megatron_ext.pruning.scores import load_scores, save_scores
+from megatron_ext.pruning.scores_file import load_scores, save_scores
 from tests.models import BERT, GPT2, LLAMA, MOE, NEMOTRON
 from tests.programs import (
     LAYOUTS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ext.pruning.plan import load_plan
-from megatron_ext.pruning.scores import load_scores
+from megatron_ext.pruning.scores_file import load_scores
 from tests.models import LLAMA, MOE
 from tests.programs import (
     LAYOUTS,

@@ -13,8 +13,9 @@ from examples.quickstart import report as quickstart
 from megatron_ext.arch import num_parameters
 from megatron_ext.errors import RUNTIME, USAGE, UserError
 from megatron_ext.pruning.plan import save_plan
-from megatron_ext.pruning.planner import make_plan, target_arch
-from megatron_ext.pruning.scores import load_scores, save_scores
+from megatron_ext.pruning.planner import make_plan
+from megatron_ext.pruning.scores_file import load_scores, save_scores
+from megatron_ext.pruning.targets import target_arch
 from megatron_ext.report import (
     curve,
     markdown_table,

@@ -11,9 +11,9 @@ import yaml
 from megatron_ext import checkpoint
 from megatron_ext.arch import num_parameters
 from megatron_ext.errors import USAGE, UserError
-from megatron_ext.pruning.planner import read_targets
-from megatron_ext.pruning.scores import load_scores
+from megatron_ext.pruning.scores_file import load_scores
 from megatron_ext.pruning.search import as_yaml, candidates, read_space, table
+from megatron_ext.pruning.targets import read_targets
 from tests.models import GPT2, LLAMA, MOE
 from tests.programs import assert_same_bytes, fail, read_tensors, succeed, write_model
 from tests.test_arch import NEMOTRON_15B

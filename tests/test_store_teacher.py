@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tools.store_teacher
+from megatron_ext.distillation import storing as store_run
 from megatron_ext.errors import DATA, USAGE
 from tests.models import LLAMA
 from tests.programs import (
@@ -46,7 +46,7 @@ def root(tmp_path_factory):
 
 
 def few_in_a_file():
-    tools.store_teacher.SAMPLES_PER_FILE = 6
+    store_run.SAMPLES_PER_FILE = 6
 
 
 def store(argv, ranks=1):

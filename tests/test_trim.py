@@ -18,7 +18,8 @@ from megatron_ext.arch import dim_sizes, shape, weights
 from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.model import ModelOptions, build_model, model_state_dict
 from megatron_ext.pruning.plan import Plan, layer_axes
-from megatron_ext.pruning.planner import make_plan, target_arch
+from megatron_ext.pruning.planner import make_plan
+from megatron_ext.pruning.targets import target_arch
 from megatron_ext.pruning.trim import (
     check_tensors,
     deal,

@@ -7,6 +7,7 @@ One process, or several with torchrun, which share the reading and writing. No m
 GPU used. Weights are read from safetensors only.
 """
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,22 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_ext import checkpoint, platform, safe_load
+from megatron_ext import heavy
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.checkpoint_folder import locate
 from megatron_ext.convert.config import config_of
-from megatron_ext.convert.exporter import export_folder, tokenizer_files
 from megatron_ext.convert.families import FAMILIES
-from megatron_ext.convert.hf_folder import CONFIG
-from megatron_ext.convert.importer import import_folder
+from megatron_ext.convert.hf_files import CONFIG, read_json, tokenizer_files
+from megatron_ext.convert.options import check_free, with_tokens
 from megatron_ext.dry_run import arch_at, config_arch, read_config, with_sizes
 from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
 from megatron_ext.estimate_report import model_line
 from megatron_ext.flag_checks import dry_run_problems, refuse
 from megatron_ext.flag_groups import trust_flag
 from megatron_ext.flag_parser import REQUIRED, flag, parse
-from megatron_ext.model_flags import Sizes, check_against_checkpoint
-from megatron_ext.together import on_first_rank
+from megatron_ext.model_flags import Sizes
+from megatron_ext.quick_read import glance
+from megatron_ext.unpickling import trust
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "": 1}
 
@@ -122,17 +123,12 @@ def run_import(argv: Sequence[str]) -> None:
     if flags.dry.dry_run:
         rehearse_import(options, flags.dry)
         return
-    place = platform.initialize(device="cpu")
-    on_first_rank(lambda: check_free(options.save))
-    arch = import_folder(
-        options.hf,
-        options.save,
-        make_vocab_size_divisible_by=options.make_vocab_size_divisible_by,
-        max_position_embeddings=options.max_position_embeddings,
-    )
-    if place.rank == 0:
-        print(f"{options.save}: {num_parameters(arch):,} parameters")
-    platform.shut_down()
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # of several ranks, the first one looks
+        check_free(options.save)
+        read_json(Path(options.hf) / CONFIG)
+    with heavy.imports():
+        from megatron_ext.convert import run
+    run.import_model(options)
 
 
 def run_export(argv: Sequence[str]) -> None:
@@ -141,25 +137,14 @@ def run_export(argv: Sequence[str]) -> None:
     options = flags.options
     refuse(dry_run_problems(flags.dry))
     max_shard_size = bytes_of(options.max_shard_size)
-    safe_load.trust(options.trust_checkpoint)
+    trust(options.trust_checkpoint)
     if flags.dry.dry_run:
         rehearse_export(options, flags.sizes, flags.dry)
         return
-    source = checkpoint.read(options.load, options.ckpt_step)
-    if options.vocab_size is not None:
-        source = with_tokens(source, options.vocab_size)
-    check_against_checkpoint(flags.sizes, source.arch)
-    place = platform.initialize(device="cpu")
-    export_folder(
-        source,
-        options.hf,
-        model_type=options.model_type,
-        max_shard_size=max_shard_size,
-        tokenizer=options.tokenizer_model,
-    )
-    if place.rank == 0:
-        print(f"{options.hf}: {num_parameters(source.arch):,} parameters")
-    platform.shut_down()
+    folder = locate(options.load, options.ckpt_step)
+    with heavy.imports():
+        from megatron_ext.convert import run
+    run.export_model(options, folder, flags.sizes, max_shard_size)
 
 
 def rehearse_import(options: Import, dry: Dry) -> None:
@@ -187,7 +172,7 @@ def rehearse_export(options: Export, sizes: dict[str, Any], dry: Dry) -> None:
         arch = with_sizes(arch, sizes, may_cut=True)
         origin = read_config("--load-config", where)
     else:
-        source = checkpoint.read(where, options.ckpt_step)
+        source = glance(where, options.ckpt_step)
         if options.vocab_size is not None:
             source = with_tokens(source, options.vocab_size)
         if options.tokenizer_model is not None:
@@ -208,24 +193,6 @@ def finish(arch: Arch, where: str) -> None:
     """Print a model, its size on disk and OK. In memory a process holds a piece or two of it."""
     print(model_line("model", arch, where))
     print(f"{'bfloat16':12}{2 * num_parameters(arch) / 1e9:.2f} GB on disk\nOK")
-
-
-def check_free(save: str) -> None:
-    """Refuse to import over a checkpoint."""
-    if checkpoint.find(save):
-        raise UserError(f"--save {save}: a checkpoint is there already.", USAGE)
-
-
-def with_tokens(source: Checkpoint, vocab_size: int) -> Checkpoint:
-    """Return the checkpoint with ``vocab_size`` tokens, the rows behind them padding."""
-    known = source.with_tokens(vocab_size)
-    if known.arch.vocab_size != vocab_size:
-        raise UserError(
-            f"--vocab-size {vocab_size}: {source.folder} has {source.arch.vocab_size} tokens in "
-            f"{source.arch.padded_vocab_size} rows.",
-            USAGE,
-        )
-    return known
 
 
 def bytes_of(size: str) -> int:

@@ -13,12 +13,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_ext import dry_run, safe_load
+from megatron_ext import dry_run
 from megatron_ext import estimate_report as report
 from megatron_ext.distillation.settings import check_models
 from megatron_ext.errors import run_main
 from megatron_ext.estimate import GPUS
 from megatron_ext.flags import parse_train
+from megatron_ext.unpickling import trust
 
 # What a run needs and an estimate does not.
 UNASKED = {"--lr": "1", "--train-iters": "1", "--tokenizer-type": "NullTokenizer"}
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     flags = parse_train([*argv, "--dry-run", *added], world_size)
     world_size = flags.dry.world_size or world_size
-    safe_load.trust(flags.checkpoint.trust_checkpoint)
+    trust(flags.checkpoint.trust_checkpoint)
     student, teacher = dry_run.student_of(flags), dry_run.teacher_of(flags)
     flags, teacher_parallel = check_models(
         flags, student[0], teacher and teacher[0], has_weights=student[1] != dry_run.NEW

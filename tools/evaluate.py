@@ -9,27 +9,14 @@ means over these tokens, in nats. A BertModel reads them in order too and predic
 same ones each time (--seed).
 """
 
-import json
-import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
-from tqdm import tqdm
-
-from megatron_ext import checkpoint, data, platform, safe_load
 from megatron_ext import flag_groups as group
-from megatron_ext.checkpoint import Checkpoint
-from megatron_ext.data_check import check_token_ids
-from megatron_ext.distillation.losses import vocab_parallel_kl
-from megatron_ext.distillation.model import LM_LOSS, Distillation, DistillationModel
-from megatron_ext.distillation.placement import layouts_of_both
-from megatron_ext.distillation.topk import teacher_top_k
-from megatron_ext.documents import Documents
+from megatron_ext import heavy
+from megatron_ext.checkpoint_folder import locate
 from megatron_ext.errors import run_main
 from megatron_ext.flag_checks import (
     layout_problems,
@@ -38,24 +25,9 @@ from megatron_ext.flag_checks import (
     virtual_stage_problems,
 )
 from megatron_ext.flag_parser import REQUIRED, flag, parse
-from megatron_ext.flags import check_experts, check_layout, without_idle_sequence_parallel
-from megatron_ext.masked import FRAME, MaskedTokens, SpecialTokens, special_tokens
-from megatron_ext.model import LanguageModel, build_model
-from megatron_ext.platform import Platform
-from megatron_ext.pruning.scores import written_aside
-from megatron_ext.startup import (
-    batches_of_rank,
-    check_comparable,
-    check_tokenizer,
-    join_ranks,
-    model_options,
-    padded_alike,
-)
-from megatron_ext.together import on_all_ranks, on_first_rank
-from megatron_ext.training.state import restore_weights
-from megatron_ext.training.step import Batch, StepShape, evaluate
-
-TEACHER_LOSS, KL, AGREEMENT = "teacher lm loss", "kl(teacher || student)", "top-1 agreement"
+from megatron_ext.flags import without_idle_sequence_parallel
+from megatron_ext.unpickling import trust
+from megatron_ext.vocabulary import check_tokenizer_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,58 +57,17 @@ class EvaluateFlags:
     tokenizer: group.NeededTokenizer
 
 
-class Comparison(DistillationModel):
-    """Student and teacher as one pipeline stage, which returns what tells them apart."""
-
-    def _losses(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
-    ) -> dict[str, Tensor]:
-        """Return {name: [b, s] float32}; logits are [s, b, v]."""
-        where = {"vocab_size": self.distillation.vocab_size, "tp_group": self.tp_group}
-        kl = vocab_parallel_kl(student_logits, teacher_logits, **where)
-        own, other = (teacher_top_k(x, 1, **where).tokens for x in (student_logits, teacher_logits))
-        # Last, because megatron-core's cross entropy overwrites float32 logits.
-        return {
-            KL: kl.transpose(0, 1),
-            AGREEMENT: (own == other).squeeze(-1).transpose(0, 1).float(),
-            LM_LOSS: self.student.compute_language_model_loss(labels, student_logits),
-            TEACHER_LOSS: self.teacher.compute_language_model_loss(labels, teacher_logits),
-        }
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures of a checkpoint."""
     flags = parse_evaluate(argv)
     options = flags.evaluation
-    safe_load.trust(options.trust_checkpoint)
-    source = checkpoint.read(options.load, options.ckpt_step)
-    teacher = checkpoint.read(options.teacher_load) if options.teacher_load else None
-    tokenizer = data.build_tokenizer(flags.tokenizer)
-    source = source.with_tokens(tokenizer.vocab_size)
-    teacher = teacher and teacher.with_tokens(tokenizer.vocab_size)
-    for model in filter(None, (source, teacher)):
-        check_tokenizer(model, tokenizer.vocab_size, data.tokenizer_sha256(flags.tokenizer))
-    own = others = flags.parallel
-    if teacher:
-        depths = source.arch.num_layers, teacher.arch.num_layers
-        own, others = layouts_of_both(flags.parallel, *depths, ())
-        teacher_arch = padded_alike(teacher.arch, source.arch)
-        check_comparable(source.arch, teacher_arch)
-        check_layout(teacher_arch, others, seq_length=flags.batch.seq_length)
-    check_layout(source.arch, own, seq_length=flags.batch.seq_length)
-    check_experts([model.arch for model in (source, teacher) if model], own)
-    flags = replace(flags, parallel=own)
-    prefixes = [path.removesuffix(".bin").removesuffix(".idx") for path in options.data_path]
-    place = join_ranks(flags, source.arch.num_layers)
-    on_all_ranks(lambda: [check_token_ids(path, tokenizer.vocab_size) for path in prefixes])
-    modules = build(flags, others, source, teacher, place)
-    special = special_tokens(tokenizer) if source.arch.is_bert else None
-    figures = measure(flags, modules, prefixes, place, special, has_teacher=teacher is not None)
-    if place.rank == 0:
-        print(table(figures))
-    if options.json:
-        on_first_rank(lambda: write_json(options.json, figures))
-    platform.shut_down()
+    trust(options.trust_checkpoint)
+    folder = locate(options.load, options.ckpt_step)
+    teacher = locate(options.teacher_load) if options.teacher_load else None
+    check_tokenizer_file(flags.tokenizer)
+    with heavy.imports():
+        from megatron_ext import evaluation
+    evaluation.evaluate_checkpoint(flags, folder, teacher)
 
 
 def parse_evaluate(argv: Sequence[str] | None) -> EvaluateFlags:
@@ -149,101 +80,6 @@ def parse_evaluate(argv: Sequence[str] | None) -> EvaluateFlags:
         precision_problems(flags.precision),
     )
     return replace(flags, parallel=without_idle_sequence_parallel(flags.parallel))
-
-
-def build(
-    flags: EvaluateFlags,
-    teacher_parallel: group.Parallel,
-    source: Checkpoint,
-    teacher: Checkpoint | None,
-    place: Platform,
-) -> list[MegatronModule]:
-    """Return this rank's chunks of the model, each beside its teacher's if there is one."""
-    options = model_options(flags, place, source.arch.num_layers)
-
-    def load(model: Checkpoint, layout: str | None) -> list[LanguageModel]:
-        laid_out = replace(options, pipeline_model_parallel_layout=layout)
-        arch = padded_alike(model.arch, source.arch)
-        chunks = build_model(arch, laid_out, place.groups)
-        restore_weights(chunks, model, repad=True)
-        return chunks
-
-    chunks = load(source, flags.parallel.pipeline_model_parallel_layout)
-    if teacher is None:
-        return chunks
-    teachers = load(teacher, teacher_parallel.pipeline_model_parallel_layout)
-    distillation = Distillation(vocab_size=source.arch.vocab_size)
-    return [
-        Comparison(student, frozen, distillation, place.groups.tp)
-        for student, frozen in zip(chunks, teachers, strict=True)
-    ]
-
-
-def measure(
-    flags: EvaluateFlags,
-    modules: Sequence[MegatronModule],
-    prefixes: Sequence[str],
-    place: Platform,
-    special: SpecialTokens | None,
-    *,
-    has_teacher: bool,
-) -> dict[str, float]:
-    """Return the figures by name, equal on all ranks; all data in one pass. Collective.
-
-    ``special`` are the tokens that a masked language model needs; None for another.
-    """
-    options, batch, groups = flags.evaluation, flags.batch, place.groups
-    per_pass = batch.micro_batch_size * groups.dp.size()
-    # Virtual stages take micro-batches by the number of pipeline ranks.
-    length = batch.seq_length - FRAME * (special is not None)
-    documents = Documents(prefixes, length, per_pass * groups.pp.size(), options.eval_samples)
-    dataset = MaskedTokens(documents, special, batch.seed) if special else documents
-    shape = StepShape(
-        num_microbatches=len(documents) // per_pass,
-        micro_batch_size=batch.micro_batch_size,
-        seq_length=batch.seq_length,
-    )
-
-    def batches(chunk: int) -> Iterator[Batch]:
-        found = batches_of_rank(
-            dataset,
-            place,
-            micro_batch_size=batch.micro_batch_size,
-            num_workers=options.num_workers,
-        )
-        is_quiet = None if place.rank == chunk == 0 else True  # None: only in a terminal
-        return tqdm(found, "evaluating", shape.num_microbatches, unit="batch", disable=is_quiet)
-
-    names = (LM_LOSS, TEACHER_LOSS, KL, AGREEMENT) if has_teacher else (LM_LOSS,)
-    iterators = [iter(batches(chunk)) for chunk in range(len(modules))]
-    with torch.no_grad():
-        losses = evaluate(list(modules), iterators, shape, names, groups)
-    figures = {"tokens": documents.num_tokens}
-    for name in names:
-        figures[name] = losses[name]
-        if name in (LM_LOSS, TEACHER_LOSS):
-            figures[name.replace("lm loss", "perplexity")] = _exp(losses[name])
-    return figures
-
-
-def _exp(loss: float) -> float:
-    """Return the perplexity of a loss, also where that is more than a float can hold."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def table(figures: dict[str, float]) -> str:
-    """Return the figures as lines of text."""
-    rows = [
-        (name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
-        for name, value in figures.items()
-    ]
-    return "\n".join(f"{name:24}{value:>14}" for name, value in rows)
-
-
-def write_json(path: str, figures: dict[str, float]) -> None:
-    """Write the figures as one JSON object."""
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,15 +9,19 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from megatron_ext import checkpoint, safe_load
+from megatron_ext import heavy
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.checkpoint_folder import Checkpoint, locate
 from megatron_ext.errors import run_main
 from megatron_ext.flag_groups import trust_flag
 from megatron_ext.flag_parser import REQUIRED, flag, parse
 from megatron_ext.pruning.plan import PRUNABLE, Plan, load_plan
-from megatron_ext.slices import SliceReader
+from megatron_ext.unpickling import trust
+
+if TYPE_CHECKING:
+    from megatron_ext.slices import SliceReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +45,12 @@ class InspectFlags:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print what the checkpoint holds."""
     options = parse(InspectFlags, argv).inspection
-    safe_load.trust(options.trust_checkpoint)
-    source = checkpoint.read(options.load, options.ckpt_step)
+    trust(options.trust_checkpoint)
+    folder = locate(options.load, options.ckpt_step)
+    with heavy.imports():
+        from megatron_ext import checkpoint
+        from megatron_ext.slices import SliceReader
+    source = checkpoint.read(str(folder))
     reader = SliceReader(source.folder)
     plan_file = source.folder / "plan.json"
     plan = load_plan(plan_file) if plan_file.exists() else None
@@ -54,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(tensor_lines(reader)))
 
 
-def describe(source: Checkpoint, reader: SliceReader, plan: Plan | None) -> Iterator[str]:
+def describe(source: Checkpoint, reader: "SliceReader", plan: Plan | None) -> Iterator[str]:
     """Yield the lines of the text form."""
     arch = source.arch
     yield f"{source.folder}: {'release' if not source.iteration else f'step {source.iteration}'}"
@@ -77,7 +85,7 @@ def describe(source: Checkpoint, reader: SliceReader, plan: Plan | None) -> Iter
             yield f"  {name:38} {value}"
 
 
-def tensor_lines(reader: SliceReader) -> Iterator[str]:
+def tensor_lines(reader: "SliceReader") -> Iterator[str]:
     """Yield a line per tensor: name, dtype, shape."""
     for key, (shape, dtype) in sorted(reader.shapes.items()):
         yield f"  {key:70} {str(dtype).removeprefix('torch.'):10} {list(shape)}"
@@ -91,13 +99,13 @@ def parameters(arch: Arch) -> dict[str, int]:
     }
 
 
-def size_in_bytes(reader: SliceReader, key: str) -> int:
+def size_in_bytes(reader: "SliceReader", key: str) -> int:
     """Return what the tensor ``key`` takes on disk."""
     shape, dtype = reader.shapes[key]
     return math.prod(shape) * dtype.itemsize
 
 
-def as_json(source: Checkpoint, reader: SliceReader, plan: Plan | None) -> dict:
+def as_json(source: Checkpoint, reader: "SliceReader", plan: Plan | None) -> dict:
     """Return everything as plain data."""
     return {
         "folder": str(source.folder),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from megatron_ext.errors import USAGE, UserError, run_main
 from megatron_ext.flag_parser import REQUIRED, flag, parse
-from megatron_ext.pruning.scores import load_scores
 from megatron_ext.report import plot_scores
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -37,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--out {options.out}: end it in one of {', '.join(FORMATS)}.", USAGE)
     if not Path(options.scores).exists():
         raise UserError(f"--scores {options.scores}: no such file.", USAGE)
+    from megatron_ext.pruning.scores_file import load_scores  # with torch
+
     plot_scores(load_scores(options.scores), options.out)
 
 

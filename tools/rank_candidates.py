@@ -23,18 +23,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_ext import checkpoint, safe_load
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.errors import CHECKPOINT, INTERRUPTED, RUNTIME, USAGE, UserError, run_main
 from megatron_ext.extras import need
+from megatron_ext.files import written_aside
 from megatron_ext.flag_groups import trust_flag
 from megatron_ext.flag_parser import REQUIRED, dashed, flag, parse, read
 from megatron_ext.flags import TrainFlags
 from megatron_ext.ignored_flags import IGNORED_IN_TRAINING
 from megatron_ext.pruning.plan import PRUNABLE
-from megatron_ext.pruning.scores import written_aside
+from megatron_ext.quick_read import glance
 from megatron_ext.report import curve, markdown_table, new_figure, plot_curves, read_metrics
 from megatron_ext.stop_signals import StopSignals
+from megatron_ext.unpickling import trust
 
 PROGRAM = Path(__file__).parents[1] / "pretrain_distill.py"
 LOSS, KL = "lm loss validation", "kd loss validation"
@@ -84,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(SearchFlags, own).search
     check_training_flags(rest)
     need("matplotlib", "plot", "ranking.png")  # found out now, not after the last candidate
-    safe_load.trust(options.trust_checkpoint)
-    teacher = checkpoint.read(options.teacher_load).arch
+    trust(options.trust_checkpoint)
+    teacher = glance(options.teacher_load).arch
     archs = find_candidates(options.candidates)
     with StopSignals() as stop:
         for number, name in enumerate(archs, 1):
@@ -113,7 +114,7 @@ def check_training_flags(rest: Sequence[str]) -> None:
 def find_candidates(folder: str) -> dict[str, Arch]:
     """Return the sizes of every checkpoint one folder below ``folder``, by name."""
     paths = sorted(path for path in Path(folder).glob("*") if path.is_dir())
-    found = {path.name: checkpoint.read(str(path)).arch for path in paths}
+    found = {path.name: glance(str(path)).arch for path in paths}
     if len(found) < 2:
         raise UserError(
             f"--candidates {folder}: {len(found)} checkpoints below; 2 make a choice.", CHECKPOINT

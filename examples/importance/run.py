@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_ext.errors import RUNTIME, USAGE, UserError, run_main
 from megatron_ext.flag_parser import flag, parse
-from megatron_ext.pruning.scores import load_scores
+from megatron_ext.pruning.scores_file import load_scores
 from megatron_ext.report import markdown_table, new_figure
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,8 @@ from megatron_ext.arch import num_parameters
 from megatron_ext.errors import run_main
 from megatron_ext.flag_parser import REQUIRED, flag, parse
 from megatron_ext.pruning.plan import Plan, load_plan
-from megatron_ext.pruning.scores import Scores, load_scores
+from megatron_ext.pruning.scores import Scores
+from megatron_ext.pruning.scores_file import load_scores
 from megatron_ext.report import (
     Curve,
     Metrics,

@@ -9,20 +9,14 @@ from typing import Any
 import torch
 
 from megatron_ext.arch import Arch
-from megatron_ext.checkpoint import Checkpoint
+from megatron_ext.checkpoint_folder import Checkpoint
 from megatron_ext.convert.config import config_of, num_rows
 from megatron_ext.convert.families import FAMILIES, Family
-from megatron_ext.convert.hf_folder import (
-    CONFIG,
-    INDEX,
-    WEIGHTS,
-    header_of,
-    read_files,
-    write_weights,
-)
+from megatron_ext.convert.hf_files import CONFIG, tokenizer_files
+from megatron_ext.convert.hf_folder import INDEX, WEIGHTS, header_of, write_weights
 from megatron_ext.convert.importer import EMBEDDING
 from megatron_ext.convert.pieces import Piece, pieces
-from megatron_ext.errors import CHECKPOINT, USAGE, UserError, warn
+from megatron_ext.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.pruning.trim import check_tensors, read_piece
 from megatron_ext.slices import SliceReader, layer_key
 from megatron_ext.together import on_all_ranks, on_first_rank
@@ -152,17 +146,6 @@ def index_of(headers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict
             tensor: name for header, name in zip(headers, names, strict=True) for tensor in header
         },
     }
-
-
-def tokenizer_files(source: Checkpoint, folder: str | None) -> dict[str, bytes]:
-    """Return what to put beside the weights: the tokenizer and its like."""
-    place = Path(folder) if folder else source.folder / "tokenizer"
-    files = read_files(place)
-    if folder and not files:
-        raise UserError(f"--tokenizer-model {folder}: no tokenizer files there.", USAGE)
-    if not files:
-        warn(f"{source.folder} has no tokenizer beside it: give --tokenizer-model DIR to add one.")
-    return files
 
 
 def _write_shards(

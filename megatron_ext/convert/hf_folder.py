@@ -6,33 +6,19 @@ Pickled weights (pytorch_model.bin) are never opened.
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from megatron_ext.convert.hf_files import CONFIG, read_files, read_json, readable
 from megatron_ext.errors import CHECKPOINT, UserError
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# What a folder holds beside config and weights, and what travels with a converted model.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 # safetensors' names of dtypes, and torch's.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -51,7 +37,7 @@ class HfFolder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for path in self._paths():
-            with _readable(path), safe_open(path, framework="pt") as file:
+            with readable(path), safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     part = file.get_slice(name)
                     self._files[name] = path
@@ -61,7 +47,7 @@ class HfFolder:
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU in its own dtype, which keeps its file mapped."""
         path = self._files[name]
-        with _readable(path), safe_open(path, framework="pt") as file:
+        with readable(path), safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
 
     def tokenizer_files(self) -> dict[str, bytes]:
@@ -115,30 +101,3 @@ def write_weights(path: Path, header: Mapping[str, Any], tensors: Iterable[Tenso
         file.write(struct.pack("<Q", len(text)) + text)
         for _, tensor in zip(header, tensors, strict=True):
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
-
-
-def read_files(folder: Path) -> dict[str, bytes]:
-    """Return those of ``TOKENIZER_FILES`` that ``folder`` holds, by name."""
-    paths = (folder / name for name in TOKENIZER_FILES)
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds."""
-    with _readable(path):
-        value = json.loads(path.read_text())
-        if not isinstance(value, dict):
-            raise ValueError("it holds no object")
-    return value
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing.", CHECKPOINT) from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}", CHECKPOINT
-        ) from None

@@ -17,7 +17,8 @@ from megatron_ext.arch import Arch, weights
 from megatron_ext.checkpoint_writer import Readers
 from megatron_ext.convert.config import arch_of, family_of, with_positions
 from megatron_ext.convert.families import Family
-from megatron_ext.convert.hf_folder import CONFIG, HfFolder
+from megatron_ext.convert.hf_files import CONFIG
+from megatron_ext.convert.hf_folder import HfFolder
 from megatron_ext.convert.pieces import Piece, pieces
 from megatron_ext.data import build_tokenizer
 from megatron_ext.errors import CHECKPOINT, UserError, warn

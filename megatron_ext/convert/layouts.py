@@ -6,31 +6,38 @@ inverse, bit for bit. Either may return views. Weights [out, in] and biases [out
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_ext.arch import Arch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Layout:
     """A rearrangement in both directions."""
 
-    merge: Callable[[Sequence[Tensor], Arch], Tensor]
-    split: Callable[[Tensor, Arch], Sequence[Tensor]]
+    merge: "Callable[[Sequence[Tensor], Arch], Tensor]"
+    split: "Callable[[Tensor, Arch], Sequence[Tensor]]"
 
 
-def merge_qkv(parts: Sequence[Tensor], arch: Arch) -> Tensor:
+def _cat(parts: "Sequence[Tensor]", dim: int = 0) -> "Tensor":
+    import torch  # not above: --help and dry runs read the table of families
+
+    return torch.cat(list(parts), dim)
+
+
+def merge_qkv(parts: "Sequence[Tensor]", arch: Arch) -> "Tensor":
     """Return the queries, key and value of query group 0, then of group 1, ...
 
     ``parts``: queries [heads * kv_channels, ...], keys and values [groups * kv_channels, ...].
     """
     grouped = [part.reshape(arch.num_query_groups, -1, *part.shape[1:]) for part in parts]
-    return torch.cat(grouped, dim=1).flatten(0, 1)
+    return _cat(grouped, 1).flatten(0, 1)
 
 
-def split_qkv(tensor: Tensor, arch: Arch) -> list[Tensor]:
+def split_qkv(tensor: "Tensor", arch: Arch) -> "list[Tensor]":
     """Return the inverse of ``merge_qkv``."""
     groups, width = arch.num_query_groups, arch.kv_channels
     queries = arch.num_attention_heads // groups * width
@@ -41,11 +48,11 @@ def split_qkv(tensor: Tensor, arch: Arch) -> list[Tensor]:
 COPY = Layout(lambda parts, arch: parts[0], lambda tensor, arch: [tensor])
 QKV = Layout(merge_qkv, split_qkv)
 # Two halves, the gate first.
-GATED = Layout(lambda parts, arch: torch.cat(list(parts)), lambda tensor, arch: tensor.chunk(2))
+GATED = Layout(lambda parts, arch: _cat(parts), lambda tensor, arch: tensor.chunk(2))
 # GPT-2 holds its matrices as [in, out]; a bias is its own transpose.
 TRANSPOSED = Layout(lambda parts, arch: parts[0].t(), lambda tensor, arch: [tensor.t()])
 # ... and queries, keys and values as one, one after the other.
 TRANSPOSED_QKV = Layout(
     lambda parts, arch: merge_qkv(parts[0].t().chunk(3), arch),
-    lambda tensor, arch: [torch.cat(split_qkv(tensor, arch)).t()],
+    lambda tensor, arch: [_cat(split_qkv(tensor, arch)).t()],
 )

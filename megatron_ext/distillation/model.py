@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_ext.distillation.fused import fused_losses
-from megatron_ext.distillation.hidden import HiddenLoss, HiddenStates
+from megatron_ext.distillation.hidden import HiddenLoss
 from megatron_ext.distillation.losses import LogitLoss
+from megatron_ext.distillation.pairs import HiddenStates
 from megatron_ext.model import LanguageModel
 
 KD_LOSS, LM_LOSS = "kd loss", "lm loss"

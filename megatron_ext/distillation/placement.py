@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from megatron_ext.distillation.hidden import Pair
+from megatron_ext.distillation.pairs import Pair
 from megatron_ext.errors import USAGE, UserError
 from megatron_ext.flag_checks import stages
 from megatron_ext.flag_groups import Parallel

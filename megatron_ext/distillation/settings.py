@@ -4,18 +4,15 @@ from dataclasses import replace
 
 from megatron_ext import fp8, graphs
 from megatron_ext.arch import Arch
-from megatron_ext.checkpoint import Checkpoint
-from megatron_ext.data import tokenizer_sha256
-from megatron_ext.distillation.hidden import MLP, HiddenStates, Pair, parse_pairs
-from megatron_ext.distillation.losses import LogitLoss
+from megatron_ext.checkpoint_folder import Checkpoint
+from megatron_ext.distillation.pairs import MLP, HiddenStates, Pair, parse_pairs
 from megatron_ext.distillation.placement import layouts_of_both
-from megatron_ext.distillation.stored import check_store, read_index
+from megatron_ext.distillation.store_index import check_store, read_index
 from megatron_ext.errors import USAGE, UserError
 from megatron_ext.flag_groups import Parallel
 from megatron_ext.flags import TrainFlags, check_experts, check_layout
-from megatron_ext.own_flags import Distill
+from megatron_ext.identity import check_comparable, padded_alike, tokenizer_sha256
 from megatron_ext.pruning.plan import load_plan
-from megatron_ext.startup import check_comparable, padded_alike
 
 
 def check_models(
@@ -72,18 +69,6 @@ def check_stored_teacher(flags: TrainFlags, vocab_size: int) -> None:
         vocab_size=vocab_size,
         seq_length=flags.batch.seq_length,
         tokenizer_sha256=tokenizer_sha256(flags.data),
-    )
-
-
-def logit_loss(distill: Distill) -> LogitLoss:
-    """Return the loss between distributions over the vocabulary."""
-    return LogitLoss(
-        kind=distill.kd_loss,
-        temperature=distill.kd_temperature,
-        temperature_squared=distill.kd_temperature_squared,
-        beta=distill.kd_jsd_beta,
-        top_k=distill.kd_top_k,
-        top_k_rest=distill.kd_top_k_rest,
     )
 
 

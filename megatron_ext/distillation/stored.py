@@ -12,7 +12,7 @@ A folder of ``tools/store_teacher.py``:
 import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -23,36 +23,14 @@ from torch.distributed import ProcessGroup
 from torch.utils.data import Dataset
 
 from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, StudentStage
+from megatron_ext.distillation.store_index import INDEX, StoreIndex, read_index
 from megatron_ext.distillation.topk import TopK, vocab_parallel_top_k_kl
 from megatron_ext.errors import DATA, UserError
+from megatron_ext.files import written_aside
 from megatron_ext.model import LanguageModel
-from megatron_ext.pruning.scores import written_aside
 
-INDEX = "index.json"
 # What a stored teacher adds to a batch; shapes [b, s, K].
 TOKENS, LOG_PROBS = STORED = ("teacher_tokens", "teacher_log_probs")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreIndex:
-    """What a store holds."""
-
-    top_k: int
-    temperature: float
-    """Of the teacher's distribution."""
-    seq_length: int
-    vocab_size: int
-    tokenizer_sha256: str | None
-    num_samples: int
-    """Of the training data set, from its first on."""
-    samples_per_file: int
-    teacher: str
-    """Where it was loaded from; for people."""
-
-    @property
-    def firsts(self) -> range:
-        """The first sample of each file."""
-        return range(0, self.num_samples, self.samples_per_file)
 
 
 def file_of(folder: str | Path, first: int) -> Path:
@@ -98,19 +76,6 @@ def write(folder: str | Path, first: int, top: TopK, digests: list[int]) -> None
     }
     with written_aside(file_of(folder, first)) as aside:
         save_file(tensors, aside)
-
-
-def read_index(folder: str | Path) -> StoreIndex:
-    """Return the index of a store.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(folder) / INDEX
-    try:
-        return StoreIndex(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is no index of a stored teacher: {error}.", DATA) from error
 
 
 class WithStoredTeacher(Dataset):
@@ -224,37 +189,3 @@ class StoredDistillationModel(StudentStage):
             logits = output.clone() if output.dtype.itemsize >= 4 else output
             losses[LM_LOSS] = self.student.compute_language_model_loss(labels, logits)
         return losses
-
-
-def check_store(
-    index: StoreIndex,
-    *,
-    top_k: int | None,
-    temperature: float,
-    vocab_size: int,
-    seq_length: int,
-    tokenizer_sha256: str | None,
-) -> None:
-    """Compare a store with the run that reads it.
-
-    Raises:
-        UserError: naming what differs.
-    """
-    if top_k is not None and top_k > index.top_k:
-        raise UserError(
-            f"--kd-top-k {top_k}: the stored teacher has the {index.top_k} likeliest tokens.", DATA
-        )
-    run = {
-        "temperature": temperature,
-        "vocab_size": vocab_size,
-        "seq_length": seq_length,
-        "tokenizer_sha256": tokenizer_sha256,
-    }
-    for name, value in run.items():
-        stored = getattr(index, name)
-        if value != stored:
-            raise UserError(
-                f"the stored teacher has {name} {stored}, this run {value}: store again, or run "
-                "with the same.",
-                DATA,
-            )

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext import checkpoint
 from megatron_ext.arch import Arch
+from megatron_ext.checkpoint_folder import find
 from megatron_ext.errors import USAGE, UserError
+from megatron_ext.files import written_aside
 from megatron_ext.flags import (
     PruneFlags,
     check_experts,
@@ -16,9 +17,8 @@ from megatron_ext.flags import (
     virtual_pipeline_size,
 )
 from megatron_ext.pruning.plan import PRUNABLE, Plan, check_plan, load_plan
-from megatron_ext.pruning.planner import read_targets, target_arch
-from megatron_ext.pruning.scores import written_aside
 from megatron_ext.pruning.search import as_yaml, candidates, read_space, table
+from megatron_ext.pruning.targets import read_targets, target_arch
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def check_outputs(flags: PruneFlags, jobs: Sequence[Job], found: Found | None) -
         UserError: naming the flag.
     """
     for job in jobs:
-        if job.save and checkpoint.find(job.save):
+        if job.save and find(job.save):
             raise UserError(f"--save {job.save}: a checkpoint is there already.", USAGE)
     files = [("--scores", flags.prune.scores), *(("--plan", job.plan) for job in jobs)]
     if found is not None:

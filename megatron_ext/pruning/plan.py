@@ -10,17 +10,17 @@ such units; ``moe_ffn`` has one per kept (layer, expert).
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_ext.arch import Arch
 from megatron_ext.errors import CHECKPOINT, UserError
+from megatron_ext.files import written_aside
 from megatron_ext.pruning.residual import MODES, NONE, Pairs, bad_pairs
-from megatron_ext.pruning.scores import arch_from_json, written_aside
+from megatron_ext.pruning.scores import arch_from_json
 
 FORMAT = "minitron-plan-1"
 
@@ -152,11 +152,11 @@ def contradiction(plan: Plan) -> str | None:
             return problem
     per_group = source.num_attention_heads // source.num_query_groups
     for layer, indices in plan.heads.items():
-        in_groups = torch.bincount(torch.tensor(indices) // per_group)
-        kept_groups = in_groups[in_groups > 0]
-        if len(kept_groups) != target.num_query_groups or kept_groups.unique().numel() != 1:
+        counts = Counter(head // per_group for head in indices)
+        if len(counts) != target.num_query_groups or len(set(counts.values())) != 1:
+            in_groups = [counts[group] for group in range(max(counts) + 1)]
             return (
-                f"heads.{layer} keeps {in_groups.tolist()} heads of its query groups, the target "
+                f"heads.{layer} keeps {in_groups} heads of its query groups, the target "
                 f"has {target.num_query_groups} groups"
             )
     return _bad_residual(plan)

@@ -5,15 +5,10 @@ neurons of an expert within that expert, layers among each other.
 """
 
 import itertools
-import os
-import re
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from megatron_ext.arch import Arch, num_parameters
@@ -21,101 +16,6 @@ from megatron_ext.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.pruning.plan import LAYER_AXES, PRUNABLE, Plan, contradiction, layer_axes
 from megatron_ext.pruning.residual import NONE, Pairs, mirrored_pairs
 from megatron_ext.pruning.scores import Scores
-
-
-def target_arch(source: Arch, **sizes: int | None) -> Arch:
-    """Return ``source`` with some sizes replaced; None keeps one.
-
-    Where each query head has its own key and value (no query groups), these go with the head. Where
-    query groups go and no number of heads is given, the groups that stay keep all of theirs.
-
-    Raises:
-        UserError: a size that cannot be pruned to.
-    """
-    changed = {name: size for name, size in sizes.items() if size is not None}
-    for name, size in changed.items():
-        check_size(source, name, size)
-    heads, groups = source.num_attention_heads, source.num_query_groups
-    if groups == heads:
-        both = [changed[n] for n in ("num_attention_heads", "num_query_groups") if n in changed]
-        if len(set(both)) > 1:
-            raise UserError(
-                f"--target-num-attention-heads {both[0]} and --target-num-query-groups {both[1]}: "
-                "every head of the checkpoint is a query group of its own; give one of them.",
-                USAGE,
-            )
-        if both:
-            changed |= {"num_attention_heads": both[0], "num_query_groups": both[0]}
-    groups = changed.get("num_query_groups", groups)
-    heads = changed.setdefault("num_attention_heads", heads // source.num_query_groups * groups)
-    if heads % groups or heads // groups > source.num_attention_heads // source.num_query_groups:
-        raise UserError(
-            f"--target-num-attention-heads {heads}: each of {groups} query groups keeps the same "
-            f"number of its {source.num_attention_heads // source.num_query_groups} heads.",
-            USAGE,
-        )
-    if changed.get("num_experts", source.moe_router_topk) < source.moe_router_topk:
-        raise UserError(
-            f"--target-num-experts {changed['num_experts']}: the router sends a token to "
-            f"{source.moe_router_topk} experts (moe_router_topk).",
-            USAGE,
-        )
-    return replace(source, **changed)
-
-
-def read_targets(path: str | os.PathLike, source: Arch) -> dict[str, Arch]:
-    """Return the targets of a YAML file, ``name: {hidden_size: N, ...}`` with Megatron's sizes.
-
-    Raises:
-        UserError: it cannot be read, or names a size that cannot be pruned or pruned to.
-    """
-    try:
-        entries = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--targets {path} cannot be read: {reason}.", USAGE) from error
-    is_table = isinstance(entries, dict) and all(isinstance(e, dict) for e in entries.values())
-    if not is_table or not entries:
-        raise UserError(f"--targets {path}: needs lines like 'half: {{hidden_size: 2048}}'.", USAGE)
-    targets = {}
-    for name, sizes in entries.items():
-        where = f"--targets {path}: {name}"
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
-            raise UserError(f"{where}: a target's name is the name of its folder.", USAGE)
-        for size, value in sizes.items():
-            if size not in PRUNABLE or type(value) is not int:
-                raise UserError(
-                    f"{where}: {size}: {value!r}: choose whole numbers for {', '.join(PRUNABLE)}.",
-                    USAGE,
-                )
-        try:
-            targets[name] = target_arch(source, **sizes)
-        except UserError as error:
-            raise UserError(f"{where}: {error}", USAGE) from error
-    return targets
-
-
-def check_size(source: Arch, name: str, size: int) -> None:
-    """Raise ``UserError`` unless ``source`` has units of this kind, and at least so many."""
-    length = _prunable_size(source, name)
-    if length is None:
-        raise UserError(f"{_option(name)} {size}: the checkpoint's model has none.", USAGE)
-    if not 1 <= size <= length:
-        raise UserError(
-            f"{_option(name)} {size}: choose from 1 to the checkpoint's {length}.", USAGE
-        )
-
-
-def _prunable_size(source: Arch, name: str) -> int | None:
-    """Return a size that pruning can cut, or None where the model has no such units."""
-    axes = {size: axis for axis, size in LAYER_AXES.items()}
-    if name in axes and axes[name] not in layer_axes(source):
-        return None
-    return getattr(source, name)
-
-
-def _option(name: str) -> str:
-    return f"--target-{name.replace('_', '-')}"
 
 
 def make_plan(

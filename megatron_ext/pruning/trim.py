@@ -19,9 +19,9 @@ from torch import Tensor
 from megatron_ext.arch import LAYER_PREFIXES, Arch, Weight, dim_sizes, is_of_experts, shape, weights
 from megatron_ext.checkpoint import NOT_WEIGHTS, sharded_tensors
 from megatron_ext.errors import CHECKPOINT, UserError
+from megatron_ext.pruning.fold import fold_heads
 from megatron_ext.pruning.kept import kept_indices
 from megatron_ext.pruning.plan import Plan
-from megatron_ext.pruning.residual import fold_heads
 from megatron_ext.slices import SliceReader, layer_key
 
 # numpy gathers columns 4x faster than torch on CPUs and has no bfloat16: it moves integers.

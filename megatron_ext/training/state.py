@@ -22,12 +22,12 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_ext import checkpoint, checkpoint_writer, graphs
 from megatron_ext.arch import Arch
-from megatron_ext.data import tokenizer_sha256
 from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.errors import CHECKPOINT, UserError, warn
 from megatron_ext.flag_parser import dashed
 from megatron_ext.flags import TrainFlags, flags_as_dict, megatron_command_line
 from megatron_ext.fp8 import keep_exact_weights
+from megatron_ext.identity import tokenizer_sha256
 from megatron_ext.model import LanguageModel, model_state_dict
 from megatron_ext.saved_args import complete
 from megatron_ext.training import phase, torch_adam

@@ -1,0 +1,47 @@
+"""The run of tools/convert.py: a model in, a model out; ``options`` are that program's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ext import checkpoint, platform
+from megatron_ext.arch import num_parameters
+from megatron_ext.convert.exporter import export_folder
+from megatron_ext.convert.importer import import_folder
+from megatron_ext.convert.options import check_free, with_tokens
+from megatron_ext.model_flags import check_against_checkpoint
+from megatron_ext.together import on_first_rank
+
+
+def import_model(options: Any) -> None:
+    """Import as ``options`` say. Collective."""
+    place = platform.initialize(device="cpu")
+    on_first_rank(lambda: check_free(options.save))
+    arch = import_folder(
+        options.hf,
+        options.save,
+        make_vocab_size_divisible_by=options.make_vocab_size_divisible_by,
+        max_position_embeddings=options.max_position_embeddings,
+    )
+    if place.rank == 0:
+        print(f"{options.save}: {num_parameters(arch):,} parameters")
+    platform.shut_down()
+
+
+def export_model(options: Any, folder: Path, sizes: Mapping[str, Any], max_shard_size: int) -> None:
+    """Export the checkpoint in ``folder``, which must have the typed ``sizes``. Collective."""
+    source = checkpoint.read(str(folder))
+    if options.vocab_size is not None:
+        source = with_tokens(source, options.vocab_size)
+    check_against_checkpoint(sizes, source.arch)
+    place = platform.initialize(device="cpu")
+    export_folder(
+        source,
+        options.hf,
+        model_type=options.model_type,
+        max_shard_size=max_shard_size,
+        tokenizer=options.tokenizer_model,
+    )
+    if place.rank == 0:
+        print(f"{options.hf}: {num_parameters(source.arch):,} parameters")
+    platform.shut_down()

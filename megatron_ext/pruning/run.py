@@ -1,0 +1,298 @@
+"""The run of prune.py, from a checkpoint on disk to pruned ones; its flags are checked."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from megatron_ext import (
+    checkpoint,
+    checkpoint_writer,
+    data,
+    data_check,
+    platform,
+    saved_args,
+)
+from megatron_ext.arch import Arch
+from megatron_ext.checkpoint_folder import Checkpoint
+from megatron_ext.errors import UserError
+from megatron_ext.flags import (
+    PruneFlags,
+    check_layout,
+    format_flags,
+    megatron_command_line,
+)
+from megatron_ext.identity import check_tokenizer, tokenizer_sha256
+from megatron_ext.masked import FRAME
+from megatron_ext.model import build_model, model_state_dict
+from megatron_ext.platform import Platform
+from megatron_ext.pruning.aggregation import Aggregation
+from megatron_ext.pruning.baselines import magnitude_scores, random_scores
+from megatron_ext.pruning.calibrate import Passes, calibrate
+from megatron_ext.pruning.depth import score_depth
+from megatron_ext.pruning.iterate import compose, iteration_targets
+from megatron_ext.pruning.jobs import (
+    Found,
+    Job,
+    check_jobs,
+    check_outputs,
+    check_passes,
+    given_plan,
+    save_targets,
+)
+from megatron_ext.pruning.plan import Plan, save_plan
+from megatron_ext.pruning.planner import make_plan, summary
+from megatron_ext.pruning.scores import Scores, depth_method
+from megatron_ext.pruning.scores_file import check_scores, load_scores, save_scores
+from megatron_ext.pruning.trim import fill_trimmed, trimmed_share
+from megatron_ext.slices import SliceReader
+from megatron_ext.startup import join_ranks, model_options
+from megatron_ext.together import on_all_ranks, on_first_rank
+from megatron_ext.training.state import restore_weights
+
+
+def prune(flags: PruneFlags, folder: Path) -> int:
+    """Prune the checkpoint in ``folder``; returns the exit code."""
+    source = checkpoint.read(str(folder))
+    if flags.data.tokenizer_type and not source.knows_tokens:
+        source = source.with_tokens(data.build_tokenizer(flags.data).vocab_size)
+    jobs, found = check_jobs(flags, source.arch)
+    place = join_ranks(flags, source.arch.num_layers)
+    on_first_rank(lambda: check_outputs(flags, jobs, found))
+    say(format_flags(flags))
+    if found is not None:
+        publish(found, flags.prune.targets)
+    elif flags.prune.target_params is not None:
+        say(f"NOTE: --targets {flags.prune.targets} exists and holds, not --target-params.")
+    if not (flags.checkpoint.save or flags.prune.scores or flags.prune.plan):
+        jobs = []  # the candidates were all that was asked for
+    if flags.checkpoint.verify_integrity:
+        checkpoint.verify_integrity(source.folder)
+    for reason in sorted({r for job in jobs if (r := layout_problem(flags, job.target))}):
+        say(f"NOTE: what is pruned will not load under this layout: {reason}")
+    num_layers = min((job.target.num_layers for job in jobs), default=source.arch.num_layers)
+    scores = cache(lambda: get_scores(flags, source, place, num_layers))
+    for job in jobs:
+        plan = get_plan(flags, source, place, job, scores)
+        if job.save:
+            trim(source, plan, job.save)
+        say(f"{job.save or job.plan or flags.prune.scores}\n{summary(plan)}")
+    platform.shut_down()
+    return 0
+
+
+def layout_problem(flags: PruneFlags, target: Arch) -> str | None:
+    """Return why ``target`` cannot be run under the layout that the source is scored in, or None.
+
+    No error: a plan is the same for any number of ranks, and the student may get a layout of its
+    own.
+    """
+    try:
+        check_layout(target, flags.parallel, seq_length=flags.batch.seq_length)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def publish(found: Found, path: str | None) -> None:
+    """Print the candidates of a search and write them to --targets. Collective."""
+    say(found.table)
+    if path:
+        on_first_rank(lambda: save_targets(path, found))
+
+
+def get_plan(
+    flags: PruneFlags, source: Checkpoint, place: Platform, job: Job, scores: Callable[[], Scores]
+) -> Plan:
+    """Return the plan of --plan, or make one from scores and write it there. Collective."""
+    path = job.plan
+    if _exists(path):
+        return given_plan(job, source.arch, flags.prune.head_residual)
+    plan = plan_from_scores(flags, source, place, job.target, scores())
+    if path:
+        on_first_rank(lambda: save_plan(path, plan))
+    return plan
+
+
+def plan_from_scores(
+    flags: PruneFlags, source: Checkpoint, place: Platform, target: Arch, scores: Scores
+) -> Plan:
+    """Plan, and with --prune-iterations score what is left and plan again. Collective.
+
+    Returns:
+        All plans as one.
+    """
+    targets = iteration_targets(source.arch, target, flags.prune.prune_iterations)
+    for arch in targets[:-1]:
+        check_layout(arch, flags.parallel, seq_length=flags.batch.seq_length)
+    plan = None
+    for step in targets:
+        if plan is not None:
+            vectors = calibrate(passes_over(flags, source, place, plan), aggregation(flags))
+            del vectors["layers"]  # those of the source hold
+            scores = replace(scores, source=plan.target, vectors={**scores.vectors, **vectors})
+        part = make_plan(scores, scores.source, step, head_residual=flags.prune.head_residual)
+        plan = compose(plan, part) if plan else part
+    return plan
+
+
+def get_scores(flags: PruneFlags, source: Checkpoint, place: Platform, num_layers: int) -> Scores:
+    """Return the scores of --scores, or measure them and write them there. Collective.
+
+    ``num_layers`` is how many any target keeps at least.
+    """
+    path, settings = flags.prune.scores, scoring(flags)
+    if _exists(path):
+        scores = load_scores(path)
+        check_scores(scores, source.arch)
+        other = {name: getattr(scores, name) for name in settings}
+        if other != settings:
+            say(f"NOTE: the settings of --scores {path} hold, {other}; the flags say {settings}.")
+        return scores
+    order: tuple[tuple[int, ...], ...] = ()
+    if flags.prune.importance == "activation":
+        vectors, order = measure(flags, source, place, num_layers)
+    elif flags.prune.importance == "magnitude":
+        reader = on_all_ranks(lambda: SliceReader(source.folder))
+        vectors = magnitude_scores(reader, source.arch, place.device)
+    else:
+        vectors = random_scores(source.arch, flags.batch.seed)
+    scores = Scores(vectors=vectors, removal_order=order, source=source.arch, **settings)
+    if path:
+        on_first_rank(lambda: save_scores(path, scores))
+    return scores
+
+
+def scoring(flags: PruneFlags) -> dict[str, Any]:
+    """Return how the flags have scores made, in the fields of ``Scores``."""
+    importance = flags.prune.importance
+    if importance == "activation":
+        return {
+            "aggregation": str(aggregation(flags)),
+            "samples": flags.prune.calibration_samples,
+            "seq_length": flags.batch.seq_length,
+            "depth": depth_method(
+                flags.prune.depth_importance,
+                flags.prune.depth_block,
+                rescore=flags.prune.depth_rescore,
+            ),
+        }
+    how = f"random,seed={flags.batch.seed}" if importance == "random" else importance
+    return {"aggregation": how, "samples": 0, "seq_length": 0, "depth": importance}
+
+
+def aggregation(flags: PruneFlags) -> Aggregation:
+    """Return how activations become scores."""
+    options = flags.prune
+    return Aggregation(
+        batch=options.importance_batch,
+        sequence=options.importance_sequence,
+        neurons=options.importance_neurons,
+        heads=options.importance_heads,
+    )
+
+
+def measure(
+    flags: PruneFlags, source: Checkpoint, place: Platform, num_layers: int
+) -> tuple[dict[str, torch.Tensor], tuple[tuple[int, ...], ...]]:
+    """Return the scores of every axis and the order in which layers go, from forward passes."""
+    options = flags.prune
+    passes = passes_over(flags, source, place)
+    vectors = calibrate(passes, aggregation(flags))
+    if scoring(flags)["depth"] == "block":
+        return vectors, ()  # measured in the same passes
+    remove = source.arch.num_layers - num_layers
+    layers, order = score_depth(
+        passes,
+        options.depth_importance,
+        options.depth_block,
+        remove=remove if options.depth_rescore else None,
+    )
+    return vectors | layers, order
+
+
+def passes_over(
+    flags: PruneFlags, source: Checkpoint, place: Platform, plan: Plan | None = None
+) -> Passes:
+    """Return the source, or what ``plan`` leaves of it, as a model beside its data. Collective."""
+    dataset = calibration_data(flags, source, place)
+    arch = plan.target if plan else source.arch
+    chunks = build_model(arch, model_options(flags, place, arch.num_layers), place.groups)
+    if plan:
+        state = model_state_dict(chunks)
+        on_all_ranks(lambda: fill_trimmed(state, SliceReader(source.folder), plan))
+    else:
+        restore_weights(chunks, source)
+    return Passes(
+        chunks=chunks,
+        arch=arch,
+        dataset=dataset,
+        place=place,
+        num_samples=flags.prune.calibration_samples,
+        micro_batch_size=flags.batch.micro_batch_size,
+        seq_length=flags.batch.seq_length,
+        num_workers=flags.data.num_workers,
+    )
+
+
+def calibration_data(flags: PruneFlags, source: Checkpoint, place: Platform) -> Dataset:
+    """Return the calibration samples, checked: as many as asked for, and dealt evenly. Collective.
+
+    Raises:
+        UserError: on every rank; a number that cannot be dealt to the ranks, too little data, or
+            what ``data.build_datasets`` finds.
+    """
+    num_samples = flags.prune.calibration_samples
+    check_passes(flags, source.arch.num_layers, place.groups.dp.size())
+    tokenizer = data.build_tokenizer(flags.data)
+    check_tokenizer(source, tokenizer.vocab_size, tokenizer_sha256(flags.data))
+    dataset, _, _ = data.build_datasets(
+        flags.data,
+        seq_length=flags.batch.seq_length,
+        num_samples=(num_samples, 0, 0),
+        tokenizer=tokenizer,
+        seed=flags.batch.seed,
+        masked=source.arch.is_bert,
+    )
+    on_first_rank(
+        lambda: data_check.check_distinct(
+            "--calibration-samples",
+            flags.data,
+            seq_length=flags.batch.seq_length - FRAME * source.arch.is_bert,
+            num_samples=num_samples,
+        )
+    )
+    return dataset
+
+
+def _exists(path: str | None) -> bool:
+    """Whether rank 0 finds the file: a late rank would already see what rank 0 writes next."""
+    return on_first_rank(lambda: path is not None and Path(path).exists())
+
+
+def trim(source: Checkpoint, plan: Plan, save: str) -> None:
+    """Cut the weights of ``source`` and publish them as ``save``/release. Collective."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    share = on_all_ranks(lambda: trimmed_share(SliceReader(source.folder), plan, rank, world_size))
+    weights_only = {"consumed_train_samples": 0, "no_save_optim": True, "no_save_rng": True}
+    args = saved_args.complete(plan.target, {**source.args, **weights_only})
+    checkpoint_writer.save(
+        save,
+        checkpoint.RELEASE,
+        {"model": share, "args": args, "checkpoint_version": 3.0, "iteration": 0},
+        files={
+            "plan.json": plan.to_json(),
+            "megatron_args.sh": megatron_command_line(plan.target) + "\n",
+            **source.tokenizer_files(),
+        },
+    )
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if torch.distributed.get_rank() == 0:
+        print(text, flush=True)

@@ -1,0 +1,229 @@
+"""The run of pretrain_distill.py: models, data and training; its flags are checked."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from megatron_ext import checkpoint, data, fp8, graphs, platform, tp_overlap
+from megatron_ext.arch import Arch, forward_flops, num_parameters
+from megatron_ext.checkpoint_folder import Checkpoint
+from megatron_ext.distillation import settings
+from megatron_ext.distillation.hidden import HiddenLosses
+from megatron_ext.distillation.losses import LogitLoss
+from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
+from megatron_ext.distillation.stored import (
+    StoredDistillationModel,
+    WithStoredTeacher,
+)
+from megatron_ext.early import Start
+from megatron_ext.flag_groups import Parallel
+from megatron_ext.flags import (
+    TrainFlags,
+    check_against_checkpoint,
+    new_arch,
+)
+from megatron_ext.identity import check_tokenizer, padded_alike, tokenizer_sha256
+from megatron_ext.model import ModelOptions, build_model
+from megatron_ext.own_flags import Distill
+from megatron_ext.platform import Platform
+from megatron_ext.startup import batches_of_rank, check_fp8, join_ranks, model_options
+from megatron_ext.together import on_all_ranks
+from megatron_ext.training import phase, state
+from megatron_ext.training.log import Log
+from megatron_ext.training.loop import MakeBatches, train, validate
+from megatron_ext.training.step import Batch
+
+
+def pretrain(flags: TrainFlags, start: Start) -> int:
+    """Train the model that begins at ``start``; returns the exit code."""
+    source, teacher = (
+        found and checkpoint.read(str(found.folder)) for found in (start.source, start.teacher)
+    )
+    start = replace(start, source=source, teacher=None)
+    if start.resume:
+        flags = phase.with_steps_left(flags, start.source)
+    tokenizer = data.build_tokenizer(flags.data)
+    if start.source is not None:
+        start = replace(start, source=start.source.with_tokens(tokenizer.vocab_size))
+    teacher = teacher and teacher.with_tokens(tokenizer.vocab_size)
+    arch = choose_arch(flags, start, tokenizer.vocab_size)
+    for source in filter(None, (start.source, teacher)):
+        check_tokenizer(source, tokenizer.vocab_size, tokenizer_sha256(flags.data))
+    if flags.distill.kd_teacher_store is not None:
+        settings.check_stored_teacher(flags, tokenizer.vocab_size)
+    flags, teacher_parallel = settings.check_models(
+        flags, arch, teacher and teacher.arch, has_weights=start.source is not None
+    )
+    place = join_ranks(flags, arch.num_layers)
+    if flags.checkpoint.verify_integrity:
+        for source in filter(None, (start.source, teacher)):
+            checkpoint.verify_integrity(source.folder)
+    run = build(flags, arch, start, teacher, teacher_parallel, place)
+    code = go(run, tokenizer, place)
+    platform.shut_down()
+    return code
+
+
+def choose_arch(flags: TrainFlags, start: Start, vocab_size: int) -> Arch:
+    """Return the architecture: the checkpoint's, or that of the typed sizes."""
+    if start.source is None:
+        return new_arch(flags.sizes, vocab_size)
+    return check_against_checkpoint(flags.sizes, start.source.arch)
+
+
+def logit_loss(distill: Distill) -> LogitLoss:
+    """Return the loss between distributions over the vocabulary."""
+    return LogitLoss(
+        kind=distill.kd_loss,
+        temperature=distill.kd_temperature,
+        temperature_squared=distill.kd_temperature_squared,
+        beta=distill.kd_jsd_beta,
+        top_k=distill.kd_top_k,
+        top_k_rest=distill.kd_top_k_rest,
+    )
+
+
+def build(
+    flags: TrainFlags,
+    arch: Arch,
+    start: Start,
+    teacher: Checkpoint | None,
+    teacher_parallel: Parallel,
+    place: Platform,
+) -> state.Run:
+    """Build the models, load them and return the run where it begins. Collective."""
+    options = model_options(
+        flags,
+        place,
+        arch.num_layers,
+        recompute_granularity=flags.batch.recompute_granularity,
+        recompute_method=flags.batch.recompute_method,
+        recompute_num_layers=flags.batch.recompute_num_layers,
+        recompute_modules=list(flags.batch.recompute_modules) or None,
+    )
+    check_fp8(flags.fp8, options)
+    seed = flags.batch.seed if start.source is None else None
+    own_options = student_options(flags, arch, options, place)
+    chunks = build_model(arch, own_options, place.groups, seed=seed)
+    modules, objective, eval_losses, hidden = chunks, {LM_LOSS: 1.0}, (LM_LOSS,), None
+    flops = 3 * forward_flops(arch, flags.batch.seq_length)
+    distillation = Distillation(
+        logit_loss=logit_loss(flags.distill),
+        loss_weight=flags.distill.kd_loss_weight,
+        lm_loss_weight=flags.distill.kd_lm_loss_weight,
+        fused_output=flags.distill.kd_fused_output,
+        vocab_size=arch.vocab_size,
+    )
+    if flags.distill.kd_teacher_store is not None:
+        modules = [StoredDistillationModel(s, distillation, place.groups.tp) for s in chunks]
+        objective = distillation.objective
+    if teacher is not None:
+        states = settings.hidden_states(flags, arch, teacher.arch, start.source)
+        distillation = replace(distillation, hidden_states=states)
+        layout = teacher_parallel.pipeline_model_parallel_layout
+        teacher_options = replace(
+            options, pipeline_model_parallel_layout=layout, fp8=fp8.of_teacher(flags.fp8)
+        )
+        teacher_arch = padded_alike(teacher.arch, arch)
+        teachers = build_model(teacher_arch, teacher_options, place.groups)
+        state.restore_weights(teachers, teacher, repad=True)
+        modules = on_all_ranks(
+            lambda: [
+                DistillationModel(student, frozen, distillation, place.groups.tp)
+                for student, frozen in zip(chunks, teachers, strict=True)
+            ]
+        )
+        if distillation.hidden_states is not None:
+            alpha = flags.distill.kd_alpha
+            constant = None if alpha == "dynamic" else float(alpha)
+            hidden = HiddenLosses([m.hidden for m in modules], place.groups, constant)
+        objective, eval_losses = distillation.objective, (KD_LOSS, LM_LOSS)
+        flops += forward_flops(teacher.arch, flags.batch.seq_length)
+    if start.source is not None and not start.resume:
+        state.restore_weights(chunks, start.source)
+    run = state.make_run(
+        flags,
+        arch,
+        place.groups,
+        chunks,
+        modules,
+        objective=objective,
+        eval_losses=eval_losses,
+        flops_per_token=flops,
+        hidden=hidden,
+        source=start.source,
+    )
+    if start.resume:
+        state.restore(run, start.source)
+    return run
+
+
+def student_options(
+    flags: TrainFlags, arch: Arch, options: ModelOptions, place: Platform
+) -> ModelOptions:
+    """Return ``options`` with what is the trained model's alone, and prepare it. Collective."""
+    impl, batch = options.transformer_impl, flags.batch
+    graphs.check_machine(flags.graphs, device=place.device.type, transformer_impl=impl)
+    tp_overlap.start(
+        flags.overlap,
+        arch,
+        flags.fp8,
+        tokens=batch.micro_batch_size * batch.seq_length // place.groups.cp.size(),
+        tp_size=place.groups.tp.size(),
+        transformer_impl=impl,
+    )
+    return replace(
+        options,
+        fp8=fp8.of_student(flags.fp8),
+        graphs=graphs.of_student(flags.graphs),
+        overlap=tp_overlap.of_student(flags.overlap),
+    )
+
+
+def go(run: state.Run, tokenizer: data.MegatronTokenizerBase, place: Platform) -> int:
+    """Train and evaluate; returns the exit code."""
+    flags, batch = run.flags, run.flags.batch
+    evaluates = bool(flags.log.eval_iters) and (flags.log.eval_interval or batch.skip_train)
+    num_valid = batch.global_batch_size * flags.log.eval_iters if evaluates else 0
+    num_train = 0 if batch.skip_train else state.num_data_samples(run)
+    datasets = data.build_datasets(
+        flags.data,
+        seq_length=batch.seq_length,
+        num_samples=(num_train, num_valid, num_valid),
+        tokenizer=tokenizer,
+        seed=batch.seed,
+        masked=run.arch.is_bert,
+    )
+    store = flags.distill.kd_teacher_store
+    if store is not None and num_train:
+        stored = WithStoredTeacher(datasets[0], store)
+        on_all_ranks(lambda: stored.check(num_train, place.rank, place.world_size))
+        datasets = (stored, *datasets[1:])
+    train_data, valid_data, test_data = (batch_maker(d, flags, place) for d in datasets)
+    log = Log(flags, flops_per_step=run.flops_per_step, first_iteration=run.counters.iteration)
+    log.say(f"{num_parameters(run.arch):,} parameters, beginning at {run.counters.iteration}")
+    code = 0
+    if valid_data and (batch.skip_train or run.counters.iteration == 0):
+        validate(run, valid_data, log, "validation")
+    if not batch.skip_train:
+        code = train(run, train_batches=train_data, valid_batches=valid_data, log=log)
+    if test_data and code == 0:
+        validate(run, test_data, log, "test")
+    log.close()
+    return code
+
+
+def batch_maker(dataset: object, flags: TrainFlags, place: Platform) -> MakeBatches | None:
+    """Return a function that begins this rank's micro-batches at a number of consumed samples."""
+    if dataset is None:
+        return None
+
+    def make(consumed_samples: int) -> Iterator[Batch]:
+        return batches_of_rank(
+            dataset,
+            place,
+            micro_batch_size=flags.batch.micro_batch_size,
+            num_workers=flags.data.num_workers,
+            consumed_samples=consumed_samples,
+        )
+
+    return make
