@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ext import compiled
-from megatron_ext.distillation import losses_c, native
+from megatron_ext.distillation import losses_c, native, steps
 from megatron_ext.distillation.losses import vocab_parallel_kl
 from megatron_ext.distillation.row_stats import row_stats
 from tests.test_losses import in_torch
@@ -90,6 +90,20 @@ def test_where_they_decline():
     assert native.kernels(student.transpose(0, 1), teacher.transpose(0, 1), 64) is None
     assert native.kernels(student, teacher, 0) is None
     assert native.kernels(student.to("meta"), teacher.to("meta"), 64) is None
+
+
+def test_a_loss_without_kernels_is_computed_in_torch():
+    """Regression: a new loss ended in a KeyError in C, and had jsd's gradient in Triton."""
+    student, teacher = logits(64, torch.float32)
+    assert native.kernels(student, teacher, 64, gradient_of="mse") is losses_c
+    assert native.kernels(student, teacher, 64, gradient_of="new") is None
+    new = steps.MSE._replace(loss="new")
+    gradients = []
+    for loss in (steps.MSE, new):
+        leaf = student.clone().requires_grad_()
+        steps.per_token_loss(loss, leaf, teacher, 1.0, None, None).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_without_a_compiler_torch_computes(monkeypatch, tmp_path):

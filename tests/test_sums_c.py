@@ -152,6 +152,11 @@ def test_samples_are_added_as_in_torch(sequence, monkeypatch):
 def test_where_they_decline(monkeypatch):
     (x, y), _ = activations(4, 2, 36)
     assert native.unit_sums("var", (x,), None) is None
+    # Regression: an aggregation that the kernels do not know came out as the mean.
+    assert native.unit_sums("rms", (x,), None) is None
+    totals = torch.zeros(2, 36, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    sums, ones = torch.ones(1, 2, 36, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    assert not native.add_samples(totals, "rms", sums, ones.unsqueeze(-1), ones)
     assert native.change_sums("l2", (x, y), None) is None
     assert native.unit_sums("mean", (x.double(),), None) is None
     assert native.change_sums("mean", (x, y.bfloat16()), None) is None

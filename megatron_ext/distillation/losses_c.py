@@ -17,9 +17,7 @@ SOURCE = Path(__file__).with_name("losses_cpu.c")
 KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # In the order of the enumerations in C.
 MOMENT_NUMBERS = {name: number for number, name in enumerate(MOMENTS)}
-LOSS_NUMBERS = {
-    name: number for number, name in enumerate(("forward-kl", "reverse-kl", "mse", "cosine", "jsd"))
-}
+LOSSES = ("forward-kl", "reverse-kl", "mse", "cosine", "jsd")
 
 
 def takes(student: Tensor, teacher: Tensor) -> bool:
@@ -64,7 +62,7 @@ def gradient(
     """Return the gradient of the student's logits, [S, B, v]."""
     result = torch.empty_like(student)
     logits = student, teacher, temperature, columns
-    _call("gradient", *logits, LOSS_NUMBERS[loss], rows, scale, beta, result)
+    _call("gradient", *logits, LOSSES.index(loss), rows, scale, beta, result)
     return result
 
 

@@ -22,6 +22,7 @@ BLOCK = 4096
 # Below any logit, and finite: shifts from it must not be infinite.
 FLOOR = tl.constexpr(-1e30)
 NAT = tl.constexpr(1 / LOG2_E)  # of a bit
+LOSSES = ("forward-kl", "reverse-kl", "mse", "cosine", "jsd")
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -186,6 +187,7 @@ def _gradient_kernel(
         elif loss == "cosine":
             slope = p_s * ((p_s * fourth - p_t / norms) / s_sum)
         else:
+            tl.static_assert(loss == "jsd")
             from_m, _ = _against_mixture((t - s) * scale + shift, beta)
             slope = p_s * ((1 - beta) * (from_m * NAT - fourth))
         result = tl.where(is_real, slope * row_factor, 0.0).to(gradient.dtype.element_ty)

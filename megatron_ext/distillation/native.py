@@ -29,14 +29,19 @@ MOMENTS = {"none": 0, "gap": 1, "products": 3}
 MODULES = {"cpu": "losses_c", "cuda": "losses_triton"}
 
 
-def kernels(student: Tensor, teacher: Tensor, columns: int) -> ModuleType | None:
+def kernels(
+    student: Tensor, teacher: Tensor, columns: int, *, gradient_of: str | None = None
+) -> ModuleType | None:
     """Return the module whose kernels take these logits, or None: ``steps`` computes in torch.
 
-    None without a compiler (``compiled``) or Triton, for other dtypes and layouts, and for a rank
-    without real columns. MEGATRON_EXT_NATIVE=0 has it always be None.
+    ``gradient_of`` is the loss whose gradient is asked for; a module without it (``LOSSES``) takes
+    nothing. None without a compiler (``compiled``) or Triton, for other dtypes and layouts, and for
+    a rank without real columns. MEGATRON_EXT_NATIVE=0 has it always be None.
     """
     module = _module(student.device.type)
     if module is None or columns == 0 or not module.takes(student, teacher):
+        return None
+    if gradient_of is not None and gradient_of not in module.LOSSES:
         return None
     return module if student.is_contiguous() and teacher.is_contiguous() else None
 

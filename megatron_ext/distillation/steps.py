@@ -75,10 +75,11 @@ class _RowLoss(torch.autograd.Function):
         student, teacher, rows = ctx.saved_tensors
         # No all-reduce: the loss is replicated over tp_group, and therefore grad_loss is too.
         scale = grad_loss / ctx.temperature
-        kernels = native.kernels(student, teacher, ctx.columns)
+        loss = ctx.steps.loss
+        kernels = native.kernels(student, teacher, ctx.columns, gradient_of=loss)
         if kernels is not None:
             settings = (ctx.temperature, ctx.columns, ctx.steps.beta)
-            grad = kernels.gradient(ctx.steps.loss, student, teacher, rows, scale, *settings)
+            grad = kernels.gradient(loss, student, teacher, rows, scale, *settings)
             return grad, None, None, None, None, None
         scale = scale.unsqueeze(-1)
         grad = torch.empty_like(student)

@@ -12,6 +12,8 @@ from torch import Tensor
 from megatron_ext.compiled import library
 
 SOURCE = Path(__file__).with_name("sums_cpu.c")
+# Aggregations over positions that there are kernels for: what they add is squared, or not.
+SQUARED = {"mean": False, "l2": True}
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 STRIDED = (POINTER, LONG, LONG)
@@ -28,7 +30,7 @@ ARGUMENTS = {
 def unit_sums(kind: str, tensors: Sequence[Tensor], left_out: Tensor | None) -> Tensor | None:
     """Return [1, B, c] float64 of [s, B, c], see ``native``."""
     units = tensors[0].size(2)
-    return _sums("unit_sums", kind, tensors, left_out, units, units, kind == "l2")
+    return _sums("unit_sums", kind, tensors, left_out, units, units, SQUARED.get(kind))
 
 
 def head_sums(
@@ -36,7 +38,7 @@ def head_sums(
 ) -> Tensor | None:
     """Return [1, B, c] float64 of [s, B, c * D], see ``native``."""
     heads = tensors[0].size(2) // channels
-    return _sums("head_sums", kind, tensors, left_out, heads, heads, channels, kind == "l2")
+    return _sums("head_sums", kind, tensors, left_out, heads, heads, channels, SQUARED.get(kind))
 
 
 def change_sums(kind: str, tensors: Sequence[Tensor], left_out: Tensor | None) -> Tensor | None:
@@ -55,7 +57,7 @@ def _sums(
     *sizes: int,
 ) -> Tensor | None:
     first = tensors[0]
-    if kind == "var" or first.dtype not in DTYPES:
+    if kind not in SQUARED or first.dtype not in DTYPES:
         return None
     if any(x.stride(2) != 1 or x.dtype != first.dtype for x in tensors):
         return None
@@ -73,14 +75,14 @@ def add_samples(
     totals: tuple[Tensor, Tensor], kind: str, sums: Tensor, num_positions: Tensor, weights: Tensor
 ) -> bool:
     """Add a micro-batch to the totals over samples, see ``native``."""
-    if kind == "var" or (kernel := _function("add_samples")) is None:
+    if kind not in SQUARED or (kernel := _function("add_samples")) is None:
         return False
     inputs = [x.contiguous() for x in (sums, num_positions, weights)]
     kernel(
         *(x.data_ptr() for x in inputs),
         sums.size(1),
         sums.size(2),
-        kind == "l2",
+        SQUARED[kind],
         *(x.data_ptr() for x in totals),
     )
     return True

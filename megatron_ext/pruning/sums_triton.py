@@ -232,7 +232,7 @@ def _sums(
 ) -> Tensor | None:
     """Run a kernel whose programs are for units, positions and samples; add up over positions."""
     (x,) = tensors
-    if not _takes(tensors):
+    if kind not in KINDS or not _takes(tensors):
         return None
     positions, batch, _ = x.shape
     parts = triton.cdiv(positions, POSITIONS)
@@ -288,6 +288,8 @@ def add_samples(
     totals: tuple[Tensor, Tensor], kind: str, sums: Tensor, num_positions: Tensor, weights: Tensor
 ) -> bool:
     """Add a micro-batch to the totals over samples, see ``native``."""
+    if kind not in KINDS:
+        return False
     batch, units = sums.shape[1:]
     inputs = [x.contiguous() for x in (sums, num_positions, weights)]
     grid = (triton.cdiv(units, BLOCK),)
