@@ -12,6 +12,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from megatron_ext import __version__
 from megatron_ext.arch import num_parameters
 from megatron_ext.errors import run_main
 from megatron_ext.flag_parser import REQUIRED, flag, parse
@@ -37,7 +38,7 @@ ARMS = {
     "control-random": "random weights, KL to the teacher",
     "control-ce": "pruned, cross entropy",
 }
-PACKAGES = ("torch", "megatron-core", "megatron-minitron")
+PACKAGES = ("torch", "megatron-core")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +215,7 @@ def times(folder: Path) -> str:
 def machine(results: Results) -> str:
     """Return machine, date, commit, versions and settings."""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    versions += f", megatron-minitron {__version__}"
     rows = [
         ["CPU", f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores"],
         ["date", f"{datetime.now():%F %R}"],
