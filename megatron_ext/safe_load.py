@@ -167,9 +167,16 @@ def install() -> None:
         module.load_common_state_dict = lambda folder: load_common(Path(folder))
 
 
+# What a pickled tensor asks for, and what megatron-core from 0.19 on puts in its place.
+TENSOR_READERS = {
+    ("torch.storage", "_load_from_bytes"),
+    ("megatron.core.safe_globals", "safe_load_from_bytes"),
+}
+
+
 class _ExtraStateUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in TENSOR_READERS:
             return lambda data: torch.load(io.BytesIO(data), weights_only=True)
         if name not in ALLOWED_IN_EXTRA_STATE.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused; {HINT}")

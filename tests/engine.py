@@ -1,7 +1,7 @@
 """Layers with the shape of Transformer Engine's, on a CPU: what their arithmetic is, torch does.
 
 Names of attributes, tensors and objects are those of Transformer Engine 2.12 in megatron-core
-0.16.1: the norms are inside the linear layers behind them, every layer has an ``_extra_state``.
+0.19.2: the norms are inside the linear layers behind them, every layer has an ``_extra_state``.
 """
 
 import pickle
@@ -95,12 +95,14 @@ def layer_spec(num_experts=None, moe_grouped_gemm=False, qk_layernorm=False):
         attention.q_layernorm = attention.k_layernorm = EngineNorm
     if num_experts is None:
         layer.pre_mlp_layernorm = IdentityOp
-        layer.mlp.submodules.linear_fc1 = NormLinear
-        layer.mlp.submodules.linear_fc2 = RowLinear
+        mlp = layer.mlp.keywords["submodules"]
+        mlp.linear_fc1, mlp.linear_fc2 = NormLinear, RowLinear
         return spec
     layer.pre_mlp_layernorm = EngineNorm
-    for mlp in (layer.mlp.submodules.experts, layer.mlp.submodules.shared_experts):
-        mlp.submodules.linear_fc1, mlp.submodules.linear_fc2 = ColumnLinear, RowLinear
+    layer_of_experts = layer.mlp.keywords["submodules"]
+    for experts in (layer_of_experts.experts, layer_of_experts.shared_experts):
+        mlp = experts.keywords["submodules"]
+        mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
     return spec
 
 

@@ -129,7 +129,7 @@ def test_documents_hold_every_token_once(root, seq_length, multiple, limit):
     [
         ({"data_path": "/nowhere/data"}, DATA, "/nowhere/data.idx: no such file"),
         ({"load": "/nowhere"}, CHECKPOINT, "/nowhere"),
-        ({"vocab_size": 50}, CHECKPOINT, "was trained with 100 tokens, the tokenizer has 51"),
+        ({"vocab_size": 51}, CHECKPOINT, "was trained with 100 tokens, the tokenizer has 51"),
         ({"seq_length": 64}, USAGE, "--seq-length 64 is longer than"),
         ({"tensor_model_parallel_size": 2}, USAGE, "1 ranks are not a multiple of"),
         ({"json": "/proc/nowhere/x"}, None, "/proc/nowhere/x cannot be written"),

@@ -132,6 +132,18 @@ def test_another_schedule_is_refused_in_one_line(place, corpora):
     assert "0.001" in message
     assert "0.003" in message
     succeed(NAME, flags(corpora[0], save, "--lr 1e-3 --override-opt-param-scheduler"))
+    assert 8e-4 < read_metrics(save)[4]["learning-rate"] < 1e-3
+
+
+def test_the_saved_schedule_of_other_rates(place, corpora):
+    """Regression: rates of the saved groups of parameters held, whatever the schedule said."""
+    save = str(place / "saved-schedule")
+    run_program(NAME, flags(corpora[0], save, "--exit-interval 4"))
+    succeed(NAME, flags(corpora[0], save, "--lr 1e-3 --use-checkpoint-opt-param-scheduler"))
+    rates = [line["learning-rate"] for line in read_metrics(save)]
+    assert rates[4:] == pytest.approx(
+        [2.7e-3 / 2 * (1 + math.cos(math.pi * k / 6)) + 3e-4 for k in range(2, 6)]
+    )
 
 
 def test_larger_batches_of_a_run_in_samples(place, corpora):

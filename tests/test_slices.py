@@ -70,7 +70,8 @@ def test_shapes(folder):
     assert shapes["decoder.layers.2.mlp.linear_fc2.weight"] == ((6, 4), torch.float32)
     assert "rng_state/shard_0_2" not in shapes  # not a tensor
     assert len(shapes) == 3 + NUM_LAYERS
-    assert SliceReader(folder).objects == {"rng_state/shard_0_2", "rng_state/shard_1_2"}
+    common = "common_state/shard_0_1"
+    assert SliceReader(folder).objects == {common, "rng_state/shard_0_2", "rng_state/shard_1_2"}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import random
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -291,9 +291,14 @@ def restore(run: Run, source: checkpoint.Checkpoint) -> None:
         run.hidden.load(loaded["distillation"])
         run.counters.alpha = source.args.get("hidden_loss_alpha")
     if flags.checkpoint.load_optim:
+        # megatron-core finds the saved groups of parameters by their learning rates too, and its
+        # schedule follows the rates of a group: those that are typed until it has been restored.
+        _set_rates(run, _param_groups(loaded["optimizer"]))
         run.optimizer.load_state_dict(loaded["optimizer"])
         torch_adam.unshare_steps(run.optimizer)
         _restore_schedule(run, loaded["opt_param_scheduler"], source)
+        _set_rates(run, run.optimizer.param_groups)
+        run.schedule.step(increment=0)
     else:
         run.optimizer.reload_model_params()  # its float32 copies of what was there before
     if "rng_state" in state:
@@ -312,6 +317,20 @@ def num_data_samples(run: Run) -> int:
     iterations_left = max(0, batch.train_iters - counters.iteration)
     num_samples = counters.consumed_data_samples + iterations_left * batch.global_batch_size
     return max(num_samples, batch.global_batch_size)  # a data set of none cannot be built
+
+
+def _set_rates(run: Run, param_groups: Iterable[dict[str, Any]]) -> None:
+    for group in param_groups:
+        group |= {"max_lr": run.schedule.max_lr, "min_lr": run.schedule.min_lr}
+
+
+def _param_groups(saved: dict[Any, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the groups of parameters in the saved state of an optimizer, or of several."""
+    for name, value in saved.items():
+        if name == "param_groups":
+            yield from value
+        elif isinstance(value, dict):
+            yield from _param_groups(value)
 
 
 def _restore_schedule(run: Run, saved: dict[str, Any], source: checkpoint.Checkpoint) -> None:
