@@ -218,10 +218,10 @@ def test_any_number_of_ranks_reads_experts(written, tmp_path):
 
 def written_by_megatron(arch, folder):
     """Write a checkpoint without expert parallelism as Megatron-LM does: one optimizer for all."""
-    build = model._build_chunk
+    build_chunk = model._build_chunk
 
     def build_plain(*args):
-        chunk = build(*args)
+        chunk = build_chunk(*args)
         for parameter in chunk.parameters():
             parameter.allreduce = True
         return chunk

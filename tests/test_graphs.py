@@ -1,6 +1,6 @@
 """CUDA graphs: captured steps equal eager ones, and what cannot be captured is refused.
 
-Graphs are replayed on the CPU op by op (``tests.cuda_graphs``), in float64: a replayed step has to
+Graphs are replayed on the CPU op by op (``tests.graph_replay``), in float64: a replayed step has to
 have the same bits. No GPU runs here.
 """
 
@@ -25,7 +25,7 @@ from megatron_ext.flags import parse_train
 from megatron_ext.graphs import Graphs
 from megatron_ext.model import ModelOptions, build_model
 from megatron_ext.training.step import StepShape, evaluate, train_step, wrap
-from tests import cuda_graphs
+from tests import graph_replay
 from tests.models import BERT, GPT2, LLAMA, MOE, random_batch
 from tests.programs import NEW_MODEL as FLAGS
 from tests.programs import fail
@@ -48,7 +48,7 @@ def losses_and_gradients(how, layout, options, **settings):
         Of each step, its losses and every gradient of this rank; of each evaluation, its losses.
     """
     groups = platform.initialize(**layout).groups
-    cuda_graphs.install()
+    graph_replay.install()
     student, teacher = settings.pop("models", (STUDENT, LLAMA))
     options = ModelOptions(params_dtype=torch.float64, **options)
     own_options = replace(options, graphs=graphs.of_student(how))
@@ -171,8 +171,8 @@ def test_captured_layers_equal_eager_ones(layout):
 
 def test_reading_a_number_back_ends_the_capture():
     """What tests here rely on: the stand-in refuses what CUDA refuses."""
-    graph = cuda_graphs.RecordedGraph()
-    with pytest.raises(RuntimeError, match="host waits"), cuda_graphs.capture(graph):
+    graph = graph_replay.RecordedGraph()
+    with pytest.raises(RuntimeError, match="host waits"), graph_replay.capture(graph):
         torch.ones(1).sum().item()
 
 

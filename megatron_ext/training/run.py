@@ -185,7 +185,7 @@ def go(run: state.Run, tokenizer: data.MegatronTokenizerBase, place: Platform) -
     evaluates = bool(flags.log.eval_iters) and (flags.log.eval_interval or batch.skip_train)
     num_valid = batch.global_batch_size * flags.log.eval_iters if evaluates else 0
     num_train = 0 if batch.skip_train else state.num_data_samples(run)
-    datasets = data.build_datasets(
+    splits = data.build_datasets(
         flags.data,
         seq_length=batch.seq_length,
         num_samples=(num_train, num_valid, num_valid),
@@ -195,10 +195,10 @@ def go(run: state.Run, tokenizer: data.MegatronTokenizerBase, place: Platform) -
     )
     store = flags.distill.kd_teacher_store
     if store is not None and num_train:
-        stored = WithStoredTeacher(datasets[0], store)
+        stored = WithStoredTeacher(splits[0], store)
         on_all_ranks(lambda: stored.check(num_train, place.rank, place.world_size))
-        datasets = (stored, *datasets[1:])
-    train_data, valid_data, test_data = (batch_maker(d, flags, place) for d in datasets)
+        splits = (stored, *datasets[1:])
+    train_data, valid_data, test_data = (batch_maker(d, flags, place) for d in splits)
     log = Log(flags, flops_per_step=run.flops_per_step, first_iteration=run.counters.iteration)
     log.say(f"{num_parameters(run.arch):,} parameters, beginning at {run.counters.iteration}")
     code = 0
