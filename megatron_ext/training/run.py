@@ -197,7 +197,7 @@ def go(run: state.Run, tokenizer: data.MegatronTokenizerBase, place: Platform) -
     if store is not None and num_train:
         stored = WithStoredTeacher(splits[0], store)
         on_all_ranks(lambda: stored.check(num_train, place.rank, place.world_size))
-        splits = (stored, *datasets[1:])
+        splits = (stored, *splits[1:])
     train_data, valid_data, test_data = (batch_maker(d, flags, place) for d in splits)
     log = Log(flags, flops_per_step=run.flops_per_step, first_iteration=run.counters.iteration)
     log.say(f"{num_parameters(run.arch):,} parameters, beginning at {run.counters.iteration}")
