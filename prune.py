@@ -11,10 +11,11 @@ every model of a search space that has about N parameters.
 import os
 import sys
 
-from megatron_ext import dry_run, early, heavy
-from megatron_ext.errors import run_main
-from megatron_ext.flags import parse_prune
-from megatron_ext.unpickling import trust
+from megatron_ext.checkpoint.unpickling import trust
+from megatron_ext.cli.programs import parse_prune
+from megatron_ext.rehearsal import dry_run, early
+from megatron_ext.runtime import heavy
+from megatron_ext.runtime.errors import run_main
 
 
 def main() -> int:

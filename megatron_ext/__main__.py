@@ -10,7 +10,7 @@ import types
 from pathlib import Path
 
 from megatron_ext import __version__
-from megatron_ext.errors import USAGE, UserError, run_main
+from megatron_ext.runtime.errors import USAGE, UserError, run_main
 
 # subcommand: (file, what it does)
 PROGRAMS = {

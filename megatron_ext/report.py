@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ext.errors import RUNTIME, UserError
-from megatron_ext.extras import need
-from megatron_ext.files import written_aside
 from megatron_ext.pruning.scores import Scores
+from megatron_ext.runtime.errors import RUNTIME, UserError
+from megatron_ext.runtime.extras import need
+from megatron_ext.runtime.files import written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

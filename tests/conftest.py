@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ext.platform import emulate_cuda_on_cpu
+from megatron_ext.runtime.platform import emulate_cuda_on_cpu
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 
-from megatron_ext.layers import Attention, Norm
+from megatron_ext.model.layers import Attention, Norm
 
 ENGINE = {"transformer_impl": "transformer_engine"}
 

@@ -26,12 +26,13 @@ import torch
 import transformers
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_ext import checkpoint, checkpoint_writer, platform
 from megatron_ext.arch import Arch
-from megatron_ext.errors import run_main
-from megatron_ext.flags import megatron_command_line
-from megatron_ext.model import LanguageModel, ModelOptions, build_model, model_state_dict
-from megatron_ext.slices import SliceReader
+from megatron_ext.checkpoint import checkpoints, writer
+from megatron_ext.checkpoint.slices import SliceReader
+from megatron_ext.cli.programs import megatron_command_line
+from megatron_ext.model.build import LanguageModel, ModelOptions, build_model, model_state_dict
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import run_main
 from megatron_ext.training.state import restore_weights
 from tests.models import random_batch
 from tests.ranks import run_ranks
@@ -236,12 +237,12 @@ def _write_model(folder: str, arch: Arch, change: Callable | None, args: tuple) 
         with torch.no_grad():
             change(chunks[0], *args)
     state = model_state_dict(chunks) | {"args": Namespace(**arch.to_args()), "iteration": 0}
-    checkpoint_writer.save(folder, checkpoint.RELEASE, state, files={})
+    writer.save(folder, checkpoints.RELEASE, state, files={})
 
 
 def read_model(folder: str) -> LanguageModel:
     """Return a checkpoint's model in float64. Call it on a rank that has no process groups yet."""
-    source = checkpoint.read(folder)
+    source = checkpoints.read(folder)
     groups = platform.initialize().groups
     chunks = build_model(source.arch, ModelOptions(params_dtype=torch.float64), groups)
     restore_weights(chunks, source)
@@ -257,7 +258,7 @@ def logits_of(model: LanguageModel, arch: Arch) -> torch.Tensor:
 
 def read_tensors(folder: str) -> dict[str, torch.Tensor]:
     """Return every tensor of a checkpoint, optimizer state included, under its name."""
-    reader = SliceReader(checkpoint.read(folder).folder)
+    reader = SliceReader(checkpoints.read(folder).folder)
     return {
         key: reader.read(key, [slice(None)] * len(size)) for key, (size, _) in reader.shapes.items()
     }

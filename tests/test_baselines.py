@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext import checkpoint, platform
 from megatron_ext.arch import dim_sizes
-from megatron_ext.errors import RUNTIME
+from megatron_ext.checkpoint import checkpoints
+from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.pruning.baselines import AXES, magnitude_scores, random_scores, units_of
 from megatron_ext.pruning.kept import kept_indices
 from megatron_ext.pruning.plan import layer_axes
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.scores_file import check_scores, load_scores
-from megatron_ext.slices import SliceReader
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import RUNTIME
 from tests.models import BERT, GPT2, LLAMA, MOE, NEMOTRON
 from tests.programs import fail, read_tensors, succeed, write_model
 from tests.ranks import run_ranks
@@ -114,7 +115,7 @@ def naive_neurons(layer, number, arch):
 
 def magnitude(folder, layout):
     place = platform.initialize(**layout)
-    source = checkpoint.read(folder)
+    source = checkpoints.read(folder)
     return magnitude_scores(SliceReader(source.folder), source.arch, place.device)
 
 

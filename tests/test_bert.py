@@ -14,14 +14,15 @@ from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
 from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_ext import checkpoint, platform
 from megatron_ext.arch import Arch, forward_flops, num_parameters
-from megatron_ext.data import shard_for_context_parallel
-from megatron_ext.documents import Documents
-from megatron_ext.errors import CHECKPOINT, DATA, INTERRUPTED, USAGE
-from megatron_ext.masked import FRAME, MaskedTokens, SpecialTokens
-from megatron_ext.model import ModelOptions, build_model, transformer_config
+from megatron_ext.checkpoint import checkpoints
+from megatron_ext.data.datasets import shard_for_context_parallel
+from megatron_ext.data.documents import Documents
+from megatron_ext.data.masked_lm import FRAME, MaskedTokens, SpecialTokens
+from megatron_ext.model.build import ModelOptions, build_model, transformer_config
 from megatron_ext.pruning.scores_file import load_scores
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import CHECKPOINT, DATA, INTERRUPTED, USAGE
 from tests.models import BERT, GPT2, random_batch
 from tests.programs import (
     LAYOUTS,
@@ -202,7 +203,7 @@ def logits_of_both(folder):
     ).double()
     state = theirs.sharded_state_dict()
     assert set(state) == set(ours.sharded_state_dict())
-    found = dist_checkpointing.load(state, str(checkpoint.find(folder)))
+    found = dist_checkpointing.load(state, str(checkpoints.find(folder)))
     theirs.load_state_dict({key: found[key] for key in theirs.state_dict()})
     batch = random_batch(arch, num_samples=2, seq_length=12)
     with torch.no_grad():
@@ -304,7 +305,7 @@ def test_a_new_bert_is_made_from_flags(place, tmp_path):
         "--bert-no-binary-head --apply-residual-connection-post-layernorm"
     )
     succeed("pretrain_distill", [*place.data, *STEPS, *sizes, "--save", str(tmp_path)])
-    arch = checkpoint.read(str(tmp_path)).arch
+    arch = checkpoints.read(str(tmp_path)).arch
     assert arch.is_bert
     assert (arch.num_tokentypes, arch.apply_residual_connection_post_layernorm) == (0, True)
 

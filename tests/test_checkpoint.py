@@ -13,12 +13,14 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_ext import checkpoint, checkpoint_writer, model, platform
 from megatron_ext.arch import shape, weights
-from megatron_ext.checkpoint import sharded_tensors
-from megatron_ext.errors import UserError
-from megatron_ext.flags import parse_train, virtual_pipeline_size
-from megatron_ext.model import ModelOptions, build_model, model_state_dict
+from megatron_ext.checkpoint import checkpoints, writer
+from megatron_ext.checkpoint.checkpoints import sharded_tensors
+from megatron_ext.cli.programs import parse_train, virtual_pipeline_size
+from megatron_ext.model import build
+from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import UserError
 from megatron_ext.training import state
 from megatron_ext.training.loop import step_shape
 from megatron_ext.training.step import train_step
@@ -118,7 +120,7 @@ def uninterrupted(arch, folder, extra):
 
 def resumed(arch, folder, extra):
     run = make_run(arch, folder, extra, seed=99)
-    state.restore(run, checkpoint.read(folder))
+    state.restore(run, checkpoints.read(folder))
     assert run.counters.iteration == 2
     assert run.counters.consumed_train_samples == 8
     return do_steps(run, 2, 5), weights_of(run)
@@ -151,7 +153,7 @@ def check_resume(arch, world_size, extra, tmp_path):
 def resumed_without_optimizer(folder, extra):
     """Return how far a step with a fresh optimizer moves the weights, relative to their size."""
     run = make_run(LLAMA, folder, [*extra, "--no-load-optim"], seed=99)
-    state.restore(run, checkpoint.read(folder))
+    state.restore(run, checkpoints.read(folder))
     before = weights_of(run)
     do_steps(run, 2, 4)
     after = weights_of(run)
@@ -175,7 +177,7 @@ def written_on_another_device(folder):
     state.save(run)
     torch.cuda.get_rng_state = generator
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        state.restore(run, checkpoint.read(folder))
+        state.restore(run, checkpoints.read(folder))
     do_steps(run, 0, 1)
     return said.getvalue()
 
@@ -187,7 +189,7 @@ def test_random_state_of_another_device_is_left(tmp_path):
 def resume_elsewhere(arch, folder, extra):
     """Load and train a step without dropout, which is the only thing that a layout may change."""
     run = make_run(arch, folder, extra, seed=99)
-    state.restore(run, checkpoint.read(folder))
+    state.restore(run, checkpoints.read(folder))
     turn_dropout_off(run)
     return do_steps(run, 2, 4)
 
@@ -218,7 +220,7 @@ def test_any_number_of_ranks_reads_experts(written, tmp_path):
 
 def written_by_megatron(arch, folder):
     """Write a checkpoint without expert parallelism as Megatron-LM does: one optimizer for all."""
-    build_chunk = model._build_chunk
+    build_chunk = build._build_chunk
 
     def build_plain(*args):
         chunk = build_chunk(*args)
@@ -226,7 +228,7 @@ def written_by_megatron(arch, folder):
             parameter.allreduce = True
         return chunk
 
-    model._build_chunk = build_plain
+    build._build_chunk = build_plain
     return uninterrupted(arch, folder, [])
 
 
@@ -254,10 +256,8 @@ def write(folder, arch, iteration=3, name=None):
     place = platform.initialize()
     chunks = build_model(arch, ModelOptions(), place.groups, seed=5)
     common = {"args": Namespace(**arch.to_args()), "iteration": iteration}
-    name = name or checkpoint.iteration_name(iteration)
-    checkpoint_writer.save(
-        folder, name, model_state_dict(chunks) | common, files={"note.txt": "hello"}
-    )
+    name = name or checkpoints.iteration_name(iteration)
+    writer.save(folder, name, model_state_dict(chunks) | common, files={"note.txt": "hello"})
 
 
 @pytest.mark.parametrize("arch", [LLAMA, MOE], ids=["llama", "moe"])
@@ -280,8 +280,8 @@ def read_into(folder, arch):
     place = platform.initialize()
     chunks = build_model(arch, ModelOptions(), place.groups, seed=6)
     try:
-        checkpoint.verify_integrity(checkpoint.find(folder))
-        state.restore_weights(chunks, checkpoint.read(folder))
+        checkpoints.verify_integrity(checkpoints.find(folder))
+        state.restore_weights(chunks, checkpoints.read(folder))
     except UserError as error:
         return str(error)
     return None
@@ -325,7 +325,7 @@ def test_damage_is_named_on_every_rank(tmp_path):
     shard.mkdir()  # an error of reading that one rank alone meets
     messages = run_ranks(2, read_into, str(tmp_path), LLAMA)
     assert all(f"{shard} cannot be read: Is a directory" in message for message in messages)
-    (shard.parent / checkpoint.INTEGRITY).write_text("{")
+    (shard.parent / checkpoints.INTEGRITY).write_text("{")
     messages = run_ranks(2, read_into, str(tmp_path), LLAMA)
     assert all("integrity.json cannot be read: " in message for message in messages)
 
@@ -343,7 +343,7 @@ def test_what_holds_the_args_is_named_where_it_cannot_be_read(tmp_path):
     for said, damage in damages.items():
         damage()
         with pytest.raises(UserError, match=re.escape(said)):
-            checkpoint.read(str(tmp_path))
+            checkpoints.read(str(tmp_path))
         if shard.is_dir():
             shard.rmdir()
 
@@ -360,14 +360,14 @@ def save_that_dies(folder, arch, phase):
     elif phase == "metadata":
         dist_checkpointing.serialization.save_config = die
     elif phase == "publish":
-        checkpoint_writer._finish = die
+        writer._finish = die
     elif phase == "tracker":
-        checkpoint_writer.write_text = die
+        writer.write_text = die
     place = platform.Platform(torch.device("cpu"), None, 0, 1)
     assert place.rank == 0
     chunks = build_model(arch, ModelOptions(), groups_now(), seed=8)
     common = {"args": Namespace(**arch.to_args()), "iteration": 4}
-    checkpoint_writer.save(folder, "iter_0000004", model_state_dict(chunks) | common, files={})
+    writer.save(folder, "iter_0000004", model_state_dict(chunks) | common, files={})
 
 
 def groups_now():
@@ -380,11 +380,11 @@ def groups_now():
 def test_a_kill_while_saving_leaves_a_good_checkpoint(phase, tmp_path):
     with pytest.raises(AssertionError, match="died"):
         run_ranks(1, save_that_dies, str(tmp_path), LLAMA, phase)
-    assert checkpoint.read(str(tmp_path)).iteration == 3
+    assert checkpoints.read(str(tmp_path)).iteration == 3
     assert run_ranks(1, read_into, str(tmp_path), LLAMA) == [None]
     run_ranks(1, write, str(tmp_path), LLAMA, 5)  # a later save clears what was left
     assert not list(tmp_path.glob(".*.tmp"))
-    assert checkpoint.read(str(tmp_path)).iteration == 5
+    assert checkpoints.read(str(tmp_path)).iteration == 5
 
 
 def save_that_fails(folder, arch, reason):
@@ -396,7 +396,7 @@ def save_that_fails(folder, arch, reason):
     def unreadable(path):
         if torch.distributed.get_rank() == 1:
             raise OSError(5, reason)
-        return checkpoint.sha256(path)
+        return checkpoints.sha256(path)
 
     def silent(*_, **__):
         raise AssertionError
@@ -404,12 +404,12 @@ def save_that_fails(folder, arch, reason):
     if reason == "No space left on device":
         torch.distributed.checkpoint.FileSystemWriter.write_data = full
     elif reason == "Input/output error":
-        checkpoint_writer.sha256 = unreadable
+        writer.sha256 = unreadable
     else:
         dist_checkpointing.save = silent
     try:
         chunks = build_model(arch, ModelOptions(), groups_now(), seed=8)
-        checkpoint_writer.save(
+        writer.save(
             folder,
             "iter_0000004",
             model_state_dict(chunks) | {"args": Namespace(), "iteration": 4},
@@ -426,7 +426,7 @@ def test_a_full_or_bad_disk_keeps_the_old_checkpoint(reason, tmp_path):
     """The second error meets one rank alone, the third says nothing."""
     messages = run_ranks(2, save_that_fails, str(tmp_path), LLAMA, reason)
     assert all(reason in m and "GiB are free" in m for m in messages)
-    assert checkpoint.read(str(tmp_path)).iteration == 3
+    assert checkpoints.read(str(tmp_path)).iteration == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "iter_0000003",
         "latest_checkpointed_iteration.txt",
@@ -436,28 +436,28 @@ def test_a_full_or_bad_disk_keeps_the_old_checkpoint(reason, tmp_path):
 def test_tracker_missing_wrong_or_empty(tmp_path, capsys):
     run_ranks(1, write, str(tmp_path), LLAMA, 3)
     run_ranks(1, write, str(tmp_path), LLAMA, 7)
-    tracker = tmp_path / checkpoint.TRACKER
+    tracker = tmp_path / checkpoints.TRACKER
     assert tracker.read_text() == "7"
     for text in ("", "nonsense", "12"):
         tracker.write_text(text)
-        assert checkpoint.find(str(tmp_path)).name == "iter_0000007"
+        assert checkpoints.find(str(tmp_path)).name == "iter_0000007"
         assert "WARNING" in capsys.readouterr().err
     tracker.unlink()
     (tmp_path / "iter_0000007" / "metadata.json").write_text("")  # an unfinished save
-    assert checkpoint.find(str(tmp_path)).name == "iter_0000003"
-    assert checkpoint.find(str(tmp_path / "iter_0000003")).name == "iter_0000003"
+    assert checkpoints.find(str(tmp_path)).name == "iter_0000003"
+    assert checkpoints.find(str(tmp_path / "iter_0000003")).name == "iter_0000003"
     with pytest.raises(UserError, match=r"--ckpt-step 7: .*metadata\.json"):
-        checkpoint.find(str(tmp_path), 7)
+        checkpoints.find(str(tmp_path), 7)
     with pytest.raises(UserError, match="no finished checkpoint"):
-        checkpoint.read(str(tmp_path / "nothing"))
+        checkpoints.read(str(tmp_path / "nothing"))
 
 
 def test_release_and_extra_files(tmp_path):
-    run_ranks(1, write, str(tmp_path), LLAMA, 0, checkpoint.RELEASE)
-    source = checkpoint.read(str(tmp_path))
+    run_ranks(1, write, str(tmp_path), LLAMA, 0, checkpoints.RELEASE)
+    source = checkpoints.read(str(tmp_path))
     assert (source.folder.name, source.iteration, source.arch) == ("release", 0, LLAMA)
     assert (source.folder / "note.txt").read_text() == "hello"
-    integrity = json.loads((source.folder / checkpoint.INTEGRITY).read_text())
+    integrity = json.loads((source.folder / checkpoints.INTEGRITY).read_text())
     assert integrity["algorithm"] == "sha256"
     assert {".metadata", "metadata.json", "__0_0.distcp"} == integrity["files"].keys()
 
@@ -474,11 +474,11 @@ class Malicious:
 def test_only_plain_data_is_unpickled(name, tmp_path):
     run_ranks(1, write, str(tmp_path), LLAMA)
     folder, mark = tmp_path / "iter_0000003", tmp_path / "executed"
-    (folder / checkpoint.INTEGRITY).unlink()
+    (folder / checkpoints.INTEGRITY).unlink()
     if name == "common.pt":
         torch.save({"args": Malicious(str(mark))}, folder / name)
         with pytest.raises(UserError, match=r"common\.pt cannot be read"):
-            checkpoint.read(str(tmp_path))
+            checkpoints.read(str(tmp_path))
     else:
         (folder / name).write_bytes(pickle.dumps(Malicious(str(mark))))
         (message,) = run_ranks(1, read_into, str(tmp_path), LLAMA)

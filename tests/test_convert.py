@@ -17,17 +17,18 @@ import transformers
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import load_file, save_file
 
-from megatron_ext import checkpoint, checkpoint_writer, platform
 from megatron_ext.arch import num_parameters
+from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.convert import exporter
 from megatron_ext.convert.config import arch_of, config_of
 from megatron_ext.convert.exporter import export_folder
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.hf_folder import header_of, write_weights
 from megatron_ext.convert.importer import import_folder
-from megatron_ext.errors import CHECKPOINT, RUNTIME, USAGE, UserError
-from megatron_ext.generation import continue_tokens, load_model
-from megatron_ext.model import ModelOptions, build_model
+from megatron_ext.inference.generation import continue_tokens, load_model
+from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import CHECKPOINT, RUNTIME, USAGE, UserError
 from megatron_ext.training.state import restore_weights
 from tests.models import LLAMA
 from tests.programs import (
@@ -183,7 +184,7 @@ def export_all(root, kind, result):
     platform.initialize()
     for name in MODELS:
         folder = Path(root) / name
-        export_folder(checkpoint.read(str(folder / kind)), str(folder / result))
+        export_folder(checkpoints.read(str(folder / kind)), str(folder / result))
 
 
 def megatron_logits(folders, tp, pp):
@@ -193,7 +194,7 @@ def megatron_logits(folders, tp, pp):
     ).groups
     found = []
     for folder in folders:
-        source = checkpoint.read(folder)
+        source = checkpoints.read(folder)
         (model,) = build_model(source.arch, ModelOptions(), groups)
         restore_weights([model], source)
         ids = tokens()
@@ -228,7 +229,7 @@ def test_logits_are_those_of_transformers(folders, tp, pp):
 
 def loss_of(folder):
     groups = platform.initialize().groups
-    source = checkpoint.read(folder)
+    source = checkpoints.read(folder)
     (model,) = build_model(source.arch, ModelOptions(), groups)
     restore_weights([model], source)
     ids = tokens()
@@ -307,7 +308,7 @@ def test_pruned_models_leave_as_they_are(pruned):
 def test_config_of_a_pruned_model_says_its_own_sizes(pruned):
     """In the keys of every version of transformers."""
     for name in MODELS:
-        arch = checkpoint.read(str(pruned / name / "pruned")).arch
+        arch = checkpoints.read(str(pruned / name / "pruned")).arch
         config = json.loads((pruned / name / "hf-pruned/config.json").read_text())
         family = FAMILIES[config["model_type"]]
         for field, keys in family.sizes.items():
@@ -331,7 +332,7 @@ def greedy_texts(folders, prompt, count):
     place = platform.initialize()
     return [
         continue_tokens(
-            load_model(checkpoint.read(folder), place),
+            load_model(checkpoints.read(folder), place),
             prompt,
             max_new_tokens=count,
             eod=-1,
@@ -391,13 +392,13 @@ def test_ranks_share_the_work_and_files_are_cut(tmp_path):
 
 def widen_norms(source, folder):
     """Copy a checkpoint whose norms are float32."""
-    found, state = checkpoint.read(source), {}
+    found, state = checkpoints.read(source), {}
     platform.initialize()
     for key, tensor in read_tensors(source).items():
         whole = tensor.float() if "norm" in key else tensor
         state[key] = ShardedTensor.from_rank_offsets(key, whole)
     args = Namespace(**found.args)
-    checkpoint_writer.save(folder, "release", {"model": state, "args": args}, files={})
+    writer.save(folder, "release", {"model": state, "args": args}, files={})
 
 
 def test_a_checkpoint_of_two_dtypes(tmp_path):
@@ -449,11 +450,11 @@ def test_tokenizer_and_origin_travel_through_pruning_and_training(tmp_path):
     fast.save_pretrained(hf)
     teacher, pruned, student = (str(tmp_path / n) for n in ("teacher", "pruned", "student"))
     succeed("tools.convert", ["import", "--hf", hf, "--save", teacher])
-    arch = checkpoint.read(teacher).arch
+    arch = checkpoints.read(teacher).arch
     count = len(transformers.AutoTokenizer.from_pretrained(hf))  # Qwen's adds one of its own
     assert (arch.vocab_size, arch.padded_vocab_size) == (count, 128)
     assert count < ROWS
-    saved = checkpoint.read(teacher).args
+    saved = checkpoints.read(teacher).args
     assert saved["tokenizer_type"] == "HuggingFaceTokenizer"
     beside = transformers.AutoTokenizer.from_pretrained(saved["tokenizer_model"])
     assert beside.get_vocab().items() >= words.items()
@@ -478,7 +479,7 @@ def test_tokenizer_and_origin_travel_through_pruning_and_training(tmp_path):
     ]
     where = ["--load", pruned, "--teacher-load", teacher, "--save", student]
     succeed("pretrain_distill", [*where, *train, *without(data, "--vocab-size")])
-    assert checkpoint.read(student).iteration == 2
+    assert checkpoints.read(student).iteration == 2
     out = tmp_path / "out"
     succeed("tools.convert", ["export", "--load", student, "--hf", str(out)])
     assert load_file(out / "model.safetensors")["model.embed_tokens.weight"].shape[0] == ROWS
@@ -659,7 +660,7 @@ def test_what_cannot_be_imported_is_refused_in_a_line(folders, tmp_path):
 
 
 def test_llama_needs_whole_heads(folders):
-    arch = replace(checkpoint.read(str(folders / "llama/megatron")).arch, hidden_size=42)
+    arch = replace(checkpoints.read(str(folders / "llama/megatron")).arch, hidden_size=42)
     with pytest.raises(ValueError, match="mistral is the same model without that condition"):
         config_of(arch, FAMILIES["llama"], {}, "bfloat16")
     config = config_of(arch, FAMILIES["mistral"], {}, "bfloat16")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext import checkpoint
+from megatron_ext.checkpoint import checkpoints
 from tests.core_0_16 import make
 from tests.ranks import run_ranks
 
@@ -23,7 +23,7 @@ def unpack(name, tmp_path):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_args_tensors_and_logits_are_those_of_the_writer(name, tmp_path):
     folder, expected = unpack(name, tmp_path), EXPECTED[name]
-    assert (checkpoint.read(folder).folder / "common.pt").exists()
+    assert (checkpoints.read(folder).folder / "common.pt").exists()
     found = make.what_is_read(folder)
     assert found["args"] == expected["args"]
     assert found["tensors"] == expected["tensors"]

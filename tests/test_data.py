@@ -15,17 +15,17 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from megatron_ext.data import (
+from megatron_ext.cli.megatron_flags import TrainData
+from megatron_ext.data.data_check import parse_split
+from megatron_ext.data.datasets import (
     batches,
     build_datasets,
     build_tokenizer,
     check_data,
     shard_for_context_parallel,
 )
-from megatron_ext.data_check import parse_split
-from megatron_ext.errors import DATA, USAGE, UserError
-from megatron_ext.flag_groups import TrainData
-from megatron_ext.masked import special_tokens
+from megatron_ext.data.masked_lm import special_tokens
+from megatron_ext.runtime.errors import DATA, USAGE, UserError
 from tests.ranks import run_ranks
 
 VOCAB = 1001  # of NullTokenizer; eod is 1000

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from megatron_ext import platform
-from megatron_ext.errors import UserError
-from megatron_ext.model import ModelOptions, build_model
+from megatron_ext.model.build import ModelOptions, build_model
 from megatron_ext.pruning.calibrate import Passes, calibrate
 from megatron_ext.pruning.depth import contiguous, score_blocks, score_depth, skipped
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import UserError
 from tests.models import GPT2, LLAMA, MOE, random_batch
 from tests.ranks import run_ranks
 from tests.test_trim import output_matrices

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext import safe_load
+from megatron_ext.checkpoint import safe_load
 from megatron_ext.distillation import stored
-from megatron_ext.errors import CHECKPOINT, DATA, USAGE
+from megatron_ext.runtime.errors import CHECKPOINT, DATA, USAGE
 from tests.models import LLAMA
 from tests.programs import (
     ROOT,

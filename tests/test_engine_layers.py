@@ -12,14 +12,15 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext import checkpoint, checkpoint_writer, platform, safe_load
-from megatron_ext.errors import UserError
-from megatron_ext.model import ModelOptions, build_model, model_state_dict
+from megatron_ext.checkpoint import checkpoints, safe_load, writer
+from megatron_ext.checkpoint.slices import SliceReader
+from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
 from megatron_ext.pruning.depth import skipped
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.targets import target_arch
 from megatron_ext.pruning.trim import trimmed_share
-from megatron_ext.slices import SliceReader
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import UserError
 from megatron_ext.training import state
 from tests.engine import ENGINE, NormLinear, stand_in
 from tests.models import GPT2, LLAMA, MOE, NEMOTRON, random_batch
@@ -86,7 +87,7 @@ def test_layers_are_left_out_alike():
 
 def save(folder, arch, chunks):
     content = {**model_state_dict(chunks), "args": Namespace(**arch.to_args())}
-    checkpoint_writer.save(folder, checkpoint.RELEASE, content, files={})
+    writer.save(folder, checkpoints.RELEASE, content, files={})
 
 
 def save_and_load(folder, arch, written, read, remembered=None):
@@ -98,7 +99,7 @@ def save_and_load(folder, arch, written, read, remembered=None):
         module.remembered = remembered() if callable(remembered) else remembered
     save(folder, arch, chunks)
     others = build_model(arch, ModelOptions(**read), groups, seed=6)
-    state.restore_weights(others, checkpoint.read(folder))
+    state.restore_weights(others, checkpoints.read(folder))
     known = [m.remembered for m in others[0].modules() if isinstance(m, NormLinear)]
     return logits(arch, chunks), logits(arch, others), known
 
@@ -159,11 +160,11 @@ def trim_and_load(folder, arch, sizes, remembered):
     plan = make_plan(random_scores(arch), arch, target)
     share = trimmed_share(SliceReader(f"{folder}/whole/release"), plan, 0, 1)
     content = {"model": share, "args": Namespace(**target.to_args())}
-    checkpoint_writer.save(f"{folder}/trimmed", checkpoint.RELEASE, content, files={})
+    writer.save(f"{folder}/trimmed", checkpoints.RELEASE, content, files={})
     results = []
     for options in ({}, ENGINE):
         others = build_model(target, ModelOptions(**options), groups, seed=6)
-        state.restore_weights(others, checkpoint.read(f"{folder}/trimmed"))
+        state.restore_weights(others, checkpoints.read(f"{folder}/trimmed"))
         results.append(logits(target, others))
         assert not any(getattr(m, "remembered", None) for m in others[0].modules())
     return results
@@ -193,6 +194,6 @@ def load_other(folder, arch, other):
     save(folder, arch, build_model(arch, ModelOptions(), groups, seed=5))
     chunks = build_model(other, ModelOptions(**ENGINE), groups)
     try:
-        state.restore_weights(chunks, checkpoint.read(folder))
+        state.restore_weights(chunks, checkpoints.read(folder))
     except UserError as error:
         raise AssertionError(str(error)) from error

@@ -8,10 +8,11 @@ import pytest
 import torch
 from megatron.core.optimizer import ChainedOptimizer
 
-from megatron_ext import estimate_report as report
-from megatron_ext import platform
+from megatron_ext.cli.programs import check_layout, parse_train, virtual_pipeline_size
 from megatron_ext.distillation.fused import CHUNK_TOKENS
-from megatron_ext.estimate import (
+from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.rehearsal import cost_report as report
+from megatron_ext.rehearsal.cost import (
     FUSED_TOKENS,
     GPUS,
     Gpu,
@@ -27,8 +28,7 @@ from megatron_ext.estimate import (
     rank_parameters,
     step_seconds,
 )
-from megatron_ext.flags import check_layout, parse_train, virtual_pipeline_size
-from megatron_ext.model import ModelOptions, build_model
+from megatron_ext.runtime import platform
 from megatron_ext.training import state
 from tests.models import GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, random_batch
 from tests.ranks import run_ranks

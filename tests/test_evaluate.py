@@ -9,8 +9,8 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_ext.documents import Documents
-from megatron_ext.errors import CHECKPOINT, DATA, USAGE
+from megatron_ext.data.documents import Documents
+from megatron_ext.runtime.errors import CHECKPOINT, DATA, USAGE
 from tests.models import LLAMA
 from tests.programs import LAYOUTS, fail, read_model, succeed, write_corpus, write_model
 from tests.ranks import run_ranks

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_ext.errors import INTERRUPTED
+from megatron_ext.runtime.errors import INTERRUPTED
 from tests.models import LLAMA
 from tests.programs import (
     ROOT,

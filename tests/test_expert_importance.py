@@ -5,12 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ext import platform
-from megatron_ext.layers import shard_positions
-from megatron_ext.model import ModelOptions, build_model
+from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.layers import shard_positions
 from megatron_ext.pruning.aggregation import Aggregation
 from megatron_ext.pruning.importance import Importance
 from megatron_ext.pruning.scores import lengths
+from megatron_ext.runtime import platform
 from megatron_ext.training.step import StepShape, evaluate
 from tests.models import MIXTRAL, MOE, random_batch
 from tests.ranks import run_ranks

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from megatron_ext.errors import DATA, USAGE, UserError
-from megatron_ext.flag_parser import REQUIRED, all_options, flag_fields
-from megatron_ext.flags import (
+from megatron_ext.cli.ignored_flags import IGNORED_IN_TRAINING
+from megatron_ext.cli.parser import REQUIRED, all_options, flag_fields
+from megatron_ext.cli.programs import (
     PruneFlags,
     TrainFlags,
     flags_as_dict,
@@ -18,7 +18,7 @@ from megatron_ext.flags import (
     parse_prune,
     parse_train,
 )
-from megatron_ext.ignored_flags import IGNORED_IN_TRAINING
+from megatron_ext.runtime.errors import DATA, USAGE, UserError
 
 BATCH = "--micro-batch-size 2 --seq-length 16"
 TRAIN = f"{BATCH} --train-iters 10 --lr 1e-3 --load teacher"

@@ -16,12 +16,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.transformer import enums
 from safetensors.torch import load_file
 
-from megatron_ext import checkpoint, checkpoint_writer, platform, safe_load, saved_args
 from megatron_ext.arch import LAYER_PREFIXES, LEFT_OUT, Arch, check_left_out
-from megatron_ext.bridge import FILES, args_of, read_args
-from megatron_ext.errors import CHECKPOINT, USAGE
-from megatron_ext.model import ModelOptions, build_model
-from megatron_ext.slices import layer_key
+from megatron_ext.checkpoint import checkpoints, safe_load, saved_args, writer
+from megatron_ext.checkpoint.foreign_args import FILES, args_of, read_args
+from megatron_ext.checkpoint.slices import layer_key
+from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import CHECKPOINT, USAGE
 from megatron_ext.training.state import restore_weights
 from tests.models import BERT, GPT2, LLAMA, MOE, random_batch
 from tests.programs import (
@@ -74,10 +75,10 @@ def rewrite(source, root, form, args, name="iter_0000005", objects=()):
         common["args"] = Namespace(**args, scopes=[scope.attn], backend=enums.AttnBackend.auto)
     folder = root / name
     folder.mkdir(parents=True)
-    dist_checkpointing.save(state | common, str(folder), checkpoint_writer._WriteInProcess())
+    dist_checkpointing.save(state | common, str(folder), writer._WriteInProcess())
     if not is_object:
         put_into_a_file(folder, common)
-    (root / checkpoint.TRACKER).write_text(name.removeprefix("iter_"))
+    (root / checkpoints.TRACKER).write_text(name.removeprefix("iter_"))
 
 
 def put_into_a_file(folder, common):
@@ -96,7 +97,7 @@ def logits_of(folders, tp=1, pp=1):
     layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
     groups, found = platform.initialize(**layout).groups, []
     for folder in folders:
-        source = checkpoint.read(folder)
+        source = checkpoints.read(folder)
         options = ModelOptions(sequence_parallel=tp > 1 and source.arch.num_experts is not None)
         (model,) = build_model(source.arch, options, groups)
         restore_weights([model], source)
@@ -132,7 +133,7 @@ def padded_on_two_ranks(root, padded_vocab_size):
     groups = platform.initialize(tensor_model_parallel_size=2).groups
     found = {}
     for form in ("own", *FORMS):
-        source = checkpoint.read(str(root / form))
+        source = checkpoints.read(str(root / form))
         arch = replace(source.arch, padded_vocab_size=padded_vocab_size)
         (model,) = build_model(arch, ModelOptions(), groups)
         restore_weights([model], source, repad=True)
@@ -161,7 +162,7 @@ def test_a_vocabulary_padded_so_that_a_rank_has_no_row_of_it(tmp_path):
 
 def test_every_form_is_pruned_and_leaves(forms, tmp_path):
     """The extra states of Megatron-LM aside, pruned forms have the same bytes."""
-    is_dense = checkpoint.read(str(forms / "own")).arch.num_experts is None
+    is_dense = checkpoints.read(str(forms / "own")).arch.num_experts is None
     targets, pruned = ["--target-hidden-size", "16", "--target-num-layers", "3"], {}
     for name in ("own", *FORMS) if is_dense else ("own", "core 0.19"):
         where = ["--load", str(forms / name), "--save", str(tmp_path / name)]
@@ -183,7 +184,7 @@ def test_every_form_is_pruned_and_leaves(forms, tmp_path):
 
 def test_a_tokenizer_says_how_many_tokens_there_are(forms, tmp_path):
     """Megatron-LM saves the padded size alone."""
-    own, foreign = (checkpoint.read(str(forms / name)) for name in ("own", "core 0.19"))
+    own, foreign = (checkpoints.read(str(forms / name)) for name in ("own", "core 0.19"))
     arch = own.arch
     assert (own.knows_tokens, foreign.knows_tokens) == (True, False)
     assert foreign.arch.vocab_size == arch.padded_vocab_size
@@ -195,7 +196,7 @@ def test_a_tokenizer_says_how_many_tokens_there_are(forms, tmp_path):
     for name in ("own", "core 0.19"):
         where = ["--load", str(forms / name), "--save", str(tmp_path / name)]
         succeed("prune", [*where, *flags, *targets])
-    pruned = [checkpoint.read(str(tmp_path / name)) for name in ("own", "core 0.19")]
+    pruned = [checkpoints.read(str(tmp_path / name)) for name in ("own", "core 0.19")]
     assert pruned[0].arch == pruned[1].arch
     assert pruned[1].knows_tokens
     out = ["export", "--load", str(forms / "core 0.19"), "--hf", str(tmp_path / "hf")]
@@ -205,7 +206,7 @@ def test_a_tokenizer_says_how_many_tokens_there_are(forms, tmp_path):
 
 
 def test_optimizer_state_of_another_form_is_refused(forms, tmp_path):
-    arch = checkpoint.read(str(forms / "own")).arch
+    arch = checkpoints.read(str(forms / "own")).arch
     corpus = write_corpus(tmp_path / "corpus", arch.vocab_size)
     save = ["--save", str(tmp_path / "out"), "--save-interval", "9"]
     train = [*save, *["--train-iters", "6", "--lr", "1e-3", "--eval-iters", "0"]]
@@ -258,8 +259,8 @@ def test_precision_of_a_checkpoint_that_does_not_say_it(tmp_path):
     (nemo / "context/model.yaml").write_text(yaml.safe_dump({"config": bridge_yaml(LLAMA)}))
     succeed("prune", ["--load", str(nemo), "--save", str(tmp_path / "pruned"), *RANDOM])
     for folder in (nemo, tmp_path / "pruned"):
-        assert checkpoint.read(str(folder)).args["params_dtype"] == torch.bfloat16
-    assert checkpoint.read(str(tmp_path / "pruned")).args["bf16"]
+        assert checkpoints.read(str(folder)).args["params_dtype"] == torch.bfloat16
+    assert checkpoints.read(str(tmp_path / "pruned")).args["bf16"]
 
 
 def test_sizes_of_bridge_and_nemo(tmp_path):
@@ -276,7 +277,7 @@ def test_sizes_of_bridge_and_nemo(tmp_path):
     model = {"_target_": "os.system", "config": bridge_yaml(LLAMA)}
     (nemo / "context/model.yaml").write_text(yaml.safe_dump(model))
     for folder in (bridge, nemo):
-        assert checkpoint.read(str(folder)).with_tokens(LLAMA.vocab_size).arch == LLAMA
+        assert checkpoints.read(str(folder)).with_tokens(LLAMA.vocab_size).arch == LLAMA
     logits = run_ranks(1, logits_of, [own, str(bridge), str(nemo)])[0]
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
@@ -522,7 +523,7 @@ def test_saved_args_have_what_others_read(arch, tmp_path):
     train = [*save, *["--train-iters", "1", "--lr", "1e-3", "--eval-iters", "0", "--finetune"]]
     succeed("pretrain_distill", [*data_flags(arch, corpus), *train])
     for folder in (pruned, student):
-        source = checkpoint.read(folder)
+        source = checkpoints.read(folder)
         args = source.args
         assert not [name for name in READ.split() if name not in args]
         assert all(type(x) in (*saved_args.PLAIN, list, dict) for x in args.values())

@@ -8,11 +8,12 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_ext import fp8, platform
-from megatron_ext.errors import USAGE, UserError
-from megatron_ext.flag_groups import TrainParallel
-from megatron_ext.fp8 import Fp8
-from megatron_ext.model import ModelOptions, transformer_config
+from megatron_ext.cli.megatron_flags import TrainParallel
+from megatron_ext.model import fp8
+from megatron_ext.model.build import ModelOptions, transformer_config
+from megatron_ext.model.fp8 import Fp8
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import USAGE, UserError
 from tests.models import BERT, LLAMA, MOE
 from tests.programs import data_flags, fail, write_corpus, write_model
 from tests.ranks import run_ranks
@@ -246,7 +247,7 @@ def test_an_optimizer_begins_with_the_weights_before_their_rounding():
 
 
 def test_flags_without_effect_are_said_to_be(capsys):
-    from megatron_ext.startup import _check_attention
+    from megatron_ext.model.options import _check_attention
 
     parallel = TrainParallel(attention_backend="flash")
     flags = SimpleNamespace(parallel=parallel, data=SimpleNamespace(reset_attention_mask=True))

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from megatron_ext.errors import CHECKPOINT, USAGE
-from megatron_ext.generation import continue_tokens
+from megatron_ext.inference.generation import continue_tokens
+from megatron_ext.runtime.errors import CHECKPOINT, USAGE
 from tests.models import GPT2, LLAMA
 from tests.programs import fail, read_model, succeed, write_model
 from tests.ranks import run_ranks

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ext.flags import parse_prune, parse_train
-from megatron_ext.fp8 import check_models
+from megatron_ext.cli.programs import parse_prune, parse_train
+from megatron_ext.model.fp8 import check_models
 from tests.engine import stand_in
 from tests.programs import ROOT
 from tests.ranks import run_ranks

@@ -15,15 +15,16 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import cuda_graphs as core
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext import graphs, platform
+from megatron_ext.cli.programs import parse_train
 from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
 from megatron_ext.distillation.pairs import HiddenStates, parse_pairs
-from megatron_ext.errors import USAGE, UserError
-from megatron_ext.flags import parse_train
-from megatron_ext.graphs import Graphs
-from megatron_ext.model import ModelOptions, build_model
+from megatron_ext.model import cuda_graphs
+from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.cuda_graphs import Graphs
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import USAGE, UserError
 from megatron_ext.training.step import StepShape, evaluate, train_step, wrap
 from tests import graph_replay
 from tests.models import BERT, GPT2, LLAMA, MOE, random_batch
@@ -51,7 +52,7 @@ def losses_and_gradients(how, layout, options, **settings):
     graph_replay.install()
     student, teacher = settings.pop("models", (STUDENT, LLAMA))
     options = ModelOptions(params_dtype=torch.float64, **options)
-    own_options = replace(options, graphs=graphs.of_student(how))
+    own_options = replace(options, graphs=cuda_graphs.of_student(how))
     students = build_model(student, own_options, groups, seed=7)
     teachers = build_model(teacher, options, groups, seed=8)
     distillation = Distillation(vocab_size=student.vocab_size, lm_loss_weight=0.3, **settings)
@@ -67,7 +68,7 @@ def losses_and_gradients(how, layout, options, **settings):
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
-    schedule = graphs.forward_backward(how)
+    schedule = cuda_graphs.forward_backward(how)
     found = []
     for step in range(6):
         shape, batches = batches_of_step(step, student, groups, len(model))
@@ -178,9 +179,9 @@ def test_reading_a_number_back_ends_the_capture():
 
 def test_settings_are_megatron_cores():
     names = {f.name for f in fields(TransformerConfig)}
-    assert graphs.of_student(LAYERS).keys() <= names
-    assert graphs.of_student(Graphs()) == {}
-    assert graphs.of_student(STEPS) == {
+    assert cuda_graphs.of_student(LAYERS).keys() <= names
+    assert cuda_graphs.of_student(Graphs()) == {}
+    assert cuda_graphs.of_student(STEPS) == {
         "cuda_graph_impl": "full_iteration",
         "cuda_graph_modules": [],
     }
@@ -211,8 +212,8 @@ def test_flags_that_contradict_graphs_are_refused(typed):
 def test_older_spellings():
     flags = parse_train((FLAGS + "--external-cuda-graph --bf16").split(), 1).graphs
     assert flags == ENGINE
-    assert graphs.steps_before_capture(flags) == 3
-    assert graphs.steps_before_capture(LAYERS) is None
+    assert cuda_graphs.steps_before_capture(flags) == 3
+    assert cuda_graphs.steps_before_capture(LAYERS) is None
 
 
 @pytest.mark.parametrize(
@@ -226,8 +227,8 @@ def test_older_spellings():
 )
 def test_models_that_cannot_be_captured_are_refused(how, models, words):
     with pytest.raises(UserError, match=words):
-        graphs.check_models(how, *models)
-    graphs.check_models(Graphs(), *models)
+        cuda_graphs.check_models(how, *models)
+    cuda_graphs.check_models(Graphs(), *models)
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run", "--device", "cpu"]], ids=["run", "dry run"])
@@ -270,7 +271,7 @@ def asked_of_transformer_engine(overlaps):
     platform.initialize()
     core.TECudaGraphHelper = Layers
     batch = SimpleNamespace(global_batch_size=12, micro_batch_size=2, seq_length=8)
-    graphs.capture_layers([Chunk()], None, batch, dp_size=3, overlaps=overlaps)
+    cuda_graphs.capture_layers([Chunk()], None, batch, dp_size=3, overlaps=overlaps)
     return Layers.asked
 
 
@@ -314,7 +315,7 @@ def test_gradient_buffers_are_made_where_a_capture_may_run_them(impl, name, monk
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("default"))
     monkeypatch.setattr(full_cuda_graph, "get_shared_capture_stream", lambda: Stream("capture"))
     monkeypatch.setattr(Stream, "log", [])
-    with graphs.initialization_stream(SimpleNamespace(cuda_graph_impl=impl)):
+    with cuda_graphs.initialization_stream(SimpleNamespace(cuda_graph_impl=impl)):
         Stream.log.append("buffers")
     assert Stream.log == [
         f"{name} waits for default",

@@ -11,15 +11,15 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-from megatron_ext import platform
-from megatron_ext.checkpoint import sharded_tensors
+from megatron_ext.checkpoint.checkpoints import sharded_tensors
 from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.distillation.losses import vocab_parallel_kl
 from megatron_ext.distillation.model import Distillation, DistillationModel
 from megatron_ext.distillation.pairs import HiddenStates, Pair, parse_pairs
-from megatron_ext.errors import USAGE
-from megatron_ext.layers import shard_positions
-from megatron_ext.model import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.layers import shard_positions
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import USAGE
 from megatron_ext.training.step import StepShape, train_step, wrap
 from tests.models import GPT2, LLAMA, random_batch
 from tests.programs import LAYOUTS as PROGRAM_LAYOUTS

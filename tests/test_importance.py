@@ -13,10 +13,8 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import nn
 
-from megatron_ext import platform
-from megatron_ext.errors import UserError
-from megatron_ext.layers import shard_positions
-from megatron_ext.model import ModelOptions, build_model
+from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.layers import shard_positions
 from megatron_ext.pruning import importance
 from megatron_ext.pruning.aggregation import (
     DEFAULT,
@@ -28,6 +26,8 @@ from megatron_ext.pruning.aggregation import (
 from megatron_ext.pruning.importance import Importance
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.scores_file import check_scores
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import UserError
 from megatron_ext.training.step import StepShape, evaluate
 from tests.models import GPT2, LLAMA, random_batch
 from tests.ranks import run_ranks

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ext import checkpoint, checkpoint_writer, platform
 from megatron_ext.arch import num_parameters
-from megatron_ext.errors import UserError
-from megatron_ext.model import ModelOptions, build_model, model_state_dict
+from megatron_ext.checkpoint import checkpoints, writer
+from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
 from megatron_ext.pruning.planner import make_plan
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import UserError
 from tests.models import LLAMA
 from tests.ranks import run_ranks
 from tools import inspect_checkpoint
@@ -23,7 +24,7 @@ def _write(folder):
     common = {"args": Namespace(**LLAMA.to_args()), "iteration": 0}
     plan = make_plan(None, LLAMA, LLAMA)
     files = {"plan.json": plan.to_json()}
-    checkpoint_writer.save(folder, checkpoint.RELEASE, state | common, files=files)
+    writer.save(folder, checkpoints.RELEASE, state | common, files=files)
 
 
 def test_text_and_json(tmp_path, capsys):

@@ -8,17 +8,18 @@ from functools import reduce
 import pytest
 import torch
 
-from megatron_ext import checkpoint, checkpoint_writer, platform
 from megatron_ext.arch import weights
-from megatron_ext.errors import USAGE
-from megatron_ext.model import ModelOptions, build_model, model_state_dict
+from megatron_ext.checkpoint import checkpoints, writer
+from megatron_ext.checkpoint.slices import SliceReader
+from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
 from megatron_ext.pruning.iterate import compose, iteration_targets
 from megatron_ext.pruning.plan import contradiction, load_plan
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores_file import load_scores, save_scores
 from megatron_ext.pruning.targets import target_arch
 from megatron_ext.pruning.trim import fill_trimmed, trimmed_share
-from megatron_ext.slices import SliceReader
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import USAGE
 from tests.models import GPT2, LLAMA, MOE, NEMOTRON
 from tests.programs import (
     LAYOUTS,
@@ -205,9 +206,9 @@ def save_filled(load, save, plan, layout, options):
     groups = platform.initialize(**layout).groups
     chunks = build_model(plan.target, ModelOptions(**options), groups)
     state = model_state_dict(chunks)
-    fill_trimmed(state, SliceReader(checkpoint.read(load).folder), plan)
+    fill_trimmed(state, SliceReader(checkpoints.read(load).folder), plan)
     args = Namespace(**plan.target.to_args())
-    checkpoint_writer.save(save, "release", model_state_dict(chunks) | {"args": args}, files={})
+    writer.save(save, "release", model_state_dict(chunks) | {"args": args}, files={})
 
 
 @pytest.mark.parametrize("layout", ["serial", "TP2+SP", "PP2"])
@@ -217,7 +218,7 @@ def test_a_model_in_between_has_the_weights_of_a_trimmed_checkpoint(layout, sour
     plan = make_plan(random_scores(LLAMA), LLAMA, target)
     save = str(tmp_path / "filled")
     run_ranks(world_size, save_filled, source[0], save, plan, sizes, options)
-    reader = SliceReader(checkpoint.read(source[0]).folder)
+    reader = SliceReader(checkpoints.read(source[0]).folder)
     expected = TrimmedReader(trimmed_share(reader, plan, 0, 1), target).tensors
     assert_same_bytes(read_tensors(save), expected)
 
@@ -229,7 +230,7 @@ def prune(source, save, *flags, layout="TP1", load=None):
     world_size, parallel = LAYOUTS[layout]
     argv = ["--load", load or source[0], *source[1], "--save", str(save), *parallel.split()]
     succeed("prune", [*argv, *map(str, flags)], world_size)
-    return load_plan(checkpoint.read(str(save)).folder / "plan.json")
+    return load_plan(checkpoints.read(str(save)).folder / "plan.json")
 
 
 WIDTHS = {"hidden_size": 16, "ffn_hidden_size": 48, "num_attention_heads": 2}
@@ -296,7 +297,7 @@ def test_layers_go_by_the_scores_of_the_source(source, tmp_path):
     flags = [*target_flags({**WIDTHS, "num_layers": 2}), "--prune-iterations", 2]
     plan = prune(source, tmp_path / "pruned", *flags, "--scores", path)
     assert plan.layers == (1, 2)
-    assert checkpoint.read(str(tmp_path / "pruned")).arch == plan.target
+    assert checkpoints.read(str(tmp_path / "pruned")).arch == plan.target
 
 
 def test_a_block_of_layers_and_folded_heads(source, tmp_path):

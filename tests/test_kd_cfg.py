@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from megatron_ext.distillation.kd_cfg import READERS, read_kd_cfg
-from megatron_ext.errors import USAGE, UserError
-from megatron_ext.flags import parse_train
+from megatron_ext.cli.modelopt_yaml import READERS, read_kd_cfg
+from megatron_ext.cli.programs import parse_train
+from megatron_ext.runtime.errors import USAGE, UserError
 
 WHOLE = {
     "logit_layers": ["output_layer", "output_layer"],

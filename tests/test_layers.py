@@ -7,9 +7,9 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_ext import platform
-from megatron_ext.layers import Attention, Norm
-from megatron_ext.model import ModelOptions, transformer_config
+from megatron_ext.model.build import ModelOptions, transformer_config
+from megatron_ext.model.layers import Attention, Norm
+from megatron_ext.runtime import platform
 from tests.models import LLAMA, NEMOTRON
 from tests.ranks import run_ranks
 

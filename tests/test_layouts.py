@@ -14,12 +14,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-from megatron_ext import platform
-from megatron_ext.checkpoint import sharded_tensors
+from megatron_ext.checkpoint.checkpoints import sharded_tensors
 from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.distillation.model import Distillation, DistillationModel
-from megatron_ext.layers import shard_positions
-from megatron_ext.model import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.layers import shard_positions
+from megatron_ext.runtime import platform
 from megatron_ext.training.step import StepShape, train_step, wrap
 from tests.models import BERT, GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, random_batch
 from tests.ranks import run_ranks

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_ext import checkpoint
-from megatron_ext.errors import USAGE
+from megatron_ext.checkpoint import checkpoints
+from megatron_ext.runtime.errors import USAGE
 from megatron_ext.training import log
 from tests.models import LLAMA
 from tests.programs import data_flags, model_flags, run_program, write_corpus
@@ -105,7 +105,7 @@ def test_a_full_disk_costs_metrics_not_the_run(tmp_path):
     assert [o.code for o in outcomes] == [0, 0], outcomes[0].stderr
     assert outcomes[0].stderr.count("no metrics are written from here on") == 1
     assert "iteration        3/" in outcomes[0].stdout
-    assert checkpoint.find(str(tmp_path / "save"))
+    assert checkpoints.find(str(tmp_path / "save"))
 
 
 def test_boards_that_fail_in_the_middle_cost_metrics_not_the_run(tmp_path):

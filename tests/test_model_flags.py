@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from megatron_ext.arch import Arch
-from megatron_ext.errors import CHECKPOINT, UserError
-from megatron_ext.flag_checks import stages
-from megatron_ext.flag_groups import TrainParallel
-from megatron_ext.flags import (
+from megatron_ext.cli.flag_checks import stages
+from megatron_ext.cli.megatron_flags import TrainParallel
+from megatron_ext.cli.method_flags import Prune
+from megatron_ext.cli.programs import (
     check_against_checkpoint,
     check_experts,
     check_layout,
@@ -17,9 +17,9 @@ from megatron_ext.flags import (
     new_arch,
     virtual_pipeline_size,
 )
-from megatron_ext.own_flags import Prune
 from megatron_ext.pruning.plan import PRUNABLE
 from megatron_ext.pruning.targets import target_arch
+from megatron_ext.runtime.errors import CHECKPOINT, UserError
 from tests.test_flags import NEW, refused, train
 
 ARCH = Arch(

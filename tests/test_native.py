@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_ext import compiled
 from megatron_ext.distillation import losses_c, native, steps
 from megatron_ext.distillation.losses import vocab_parallel_kl
 from megatron_ext.distillation.row_stats import row_stats
+from megatron_ext.runtime import compiled
 from tests.test_losses import in_torch
 
 pytestmark = pytest.mark.skipif(

@@ -16,10 +16,11 @@ from packaging.requirements import Requirement
 
 import megatron_ext
 from megatron_ext import __main__ as command
-from megatron_ext import data, report
-from megatron_ext.errors import USAGE, UserError
-from megatron_ext.extras import need
-from megatron_ext.flag_groups import Data
+from megatron_ext import report
+from megatron_ext.cli.megatron_flags import Data
+from megatron_ext.data import datasets
+from megatron_ext.runtime.errors import USAGE, UserError
+from megatron_ext.runtime.extras import need
 from tests.programs import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -162,7 +163,7 @@ def test_the_list_of_commands_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("module", "extra", "call"),
     [
-        ("transformers", "hf", lambda: data.build_tokenizer(Data(**HUGGING_FACE))),
+        ("transformers", "hf", lambda: datasets.build_tokenizer(Data(**HUGGING_FACE))),
         ("matplotlib", "plot", lambda: report.new_figure(1, 1)),
         ("tensorboard", "log", lambda: need("torch.utils.tensorboard", "log", "--tensorboard-dir")),
     ],

@@ -5,8 +5,8 @@ import shlex
 
 import pytest
 
-from megatron_ext import data
-from megatron_ext.errors import CHECKPOINT, INTERRUPTED
+from megatron_ext.data import datasets
+from megatron_ext.runtime.errors import CHECKPOINT, INTERRUPTED
 from megatron_ext.training import phase, state
 from tests.models import LLAMA
 from tests.programs import (
@@ -46,7 +46,7 @@ def say_what_is_restored():
         (part,) = run.optimizer.chained_optimizers
         print("MOMENT", squares(s["exp_avg"] for s in part.optimizer.state.values()))
 
-    data_batches, data.batches = data.batches, batches
+    data_batches, datasets.batches = datasets.batches, batches
     state_restore, state.restore = state.restore, restore
 
 

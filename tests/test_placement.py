@@ -2,10 +2,10 @@
 
 import pytest
 
+from megatron_ext.cli.megatron_flags import Parallel
 from megatron_ext.distillation.pairs import parse_pairs
 from megatron_ext.distillation.placement import layouts_of_both
-from megatron_ext.errors import UserError
-from megatron_ext.flag_groups import Parallel
+from megatron_ext.runtime.errors import UserError
 from tests.models import LLAMA
 from tests.programs import (
     data_flags,

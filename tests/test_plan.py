@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from megatron_ext.arch import dim_sizes
-from megatron_ext.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.pruning.kept import kept_indices
 from megatron_ext.pruning.plan import Plan, check_plan, contradiction, load_plan, save_plan
 from megatron_ext.pruning.planner import highest, lowest, make_plan
 from megatron_ext.pruning.targets import target_arch
+from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
 from tests.models import GPT2, LLAMA, MOE, NEMOTRON
 from tests.test_scores import random_scores
 

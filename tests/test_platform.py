@@ -8,9 +8,9 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_ext import platform
-from megatron_ext.errors import UserError
-from megatron_ext.model import ModelOptions, build_model, choose_transformer_impl
+from megatron_ext.model.build import ModelOptions, build_model, choose_transformer_impl
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import UserError
 from megatron_ext.training.step import StepShape, train_step, wrap
 from tests.models import LLAMA, random_batch
 from tests.ranks import run_ranks

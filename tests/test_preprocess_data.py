@@ -10,9 +10,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from examples.quickstart import corpus
-from megatron_ext import preprocessing
-from megatron_ext.data import build_tokenizer
-from megatron_ext.errors import DATA, USAGE, UserError
+from megatron_ext.data import preprocessing
+from megatron_ext.data.datasets import build_tokenizer
+from megatron_ext.runtime.errors import DATA, USAGE, UserError
 from tools import preprocess_data
 
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import pretrain_distill
-from megatron_ext import checkpoint
 from megatron_ext.arch import shape, weights
-from megatron_ext.errors import CHECKPOINT, DATA, INTERRUPTED, RUNTIME, USAGE
+from megatron_ext.checkpoint import checkpoints
+from megatron_ext.runtime.errors import CHECKPOINT, DATA, INTERRUPTED, RUNTIME, USAGE
 from megatron_ext.training import loop
 from megatron_ext.training import run as run_module
 from megatron_ext.training.log import Log
@@ -80,7 +80,7 @@ def place(tmp_path_factory):
 def latest(save):
     """Return the iteration that the tracker file names."""
     with contextlib.suppress(OSError):
-        return int((Path(save) / checkpoint.TRACKER).read_text())
+        return int((Path(save) / checkpoints.TRACKER).read_text())
     return 0
 
 
@@ -368,7 +368,7 @@ def test_nan_weights_stop_the_run(role, place, tmp_path):
     assert code == RUNTIME
     assert "is nan at iteration 1 (training samples 0 to 3)" in message
     assert "\n" not in message
-    assert checkpoint.find(str(save)) is None
+    assert checkpoints.find(str(save)) is None
 
 
 # Distillation.
@@ -468,7 +468,7 @@ def test_what_is_refused(extra, code, words, place, tmp_path):
     result, message = fail(NAME, place.flags(tmp_path / "save", extra.format(**places)), 2)
     assert result == code, message
     assert all(word.format(**places) in message for word in words), message
-    assert checkpoint.find(str(tmp_path / "save")) is None
+    assert checkpoints.find(str(tmp_path / "save")) is None
 
 
 def test_an_error_under_torchrun(place, tmp_path):

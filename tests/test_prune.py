@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 
-from megatron_ext import checkpoint
 from megatron_ext.arch import Arch, shape, weights
-from megatron_ext.errors import CHECKPOINT, DATA, RUNTIME, USAGE
+from megatron_ext.checkpoint import checkpoints
 from megatron_ext.pruning.plan import load_plan
 from megatron_ext.pruning.scores_file import load_scores, save_scores
+from megatron_ext.runtime.errors import CHECKPOINT, DATA, RUNTIME, USAGE
 from tests.models import BERT, GPT2, LLAMA, MOE, NEMOTRON
 from tests.programs import (
     LAYOUTS,
@@ -132,13 +132,13 @@ def test_pruning_to_the_same_sizes_returns_the_same_bytes(name, sources, tmp_pat
     layout = EP2["EP2"] if source.arch.num_experts else LAYOUTS["TP2"]
     succeed("prune", [*argv, *layout[1].split()], 2)
     assert_same_bytes(read_tensors(save), read_tensors(source.load))
-    assert checkpoint.read(save).arch == source.arch
+    assert checkpoints.read(save).arch == source.arch
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_pruned_checkpoint_describes_itself(name, sources):
     source = sources[name]
-    pruned = checkpoint.read(source.save)
+    pruned = checkpoints.read(source.save)
     target = pruned.arch
     assert (pruned.folder.name, pruned.iteration) == ("release", 0)
     assert {size: getattr(target, size) for size in TARGETS[name]} == TARGETS[name]
@@ -169,7 +169,7 @@ def test_several_targets_share_one_set_of_scores(llama, tmp_path):
         succeed("prune", [*argv, "--save", alone])
         assert_same_bytes(read_tensors(str(save / name)), read_tensors(alone))
         assert load_plan(plans / f"{name}.json") == load_plan(f"{alone}/release/plan.json")
-    assert checkpoint.read(str(save / "half")).arch.num_attention_heads == 2
+    assert checkpoints.read(str(save / "half")).arch.num_attention_heads == 2
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def logits_masked(load, plan):
 
 
 def logits_loaded(load):
-    return logits_of(read_model(load), checkpoint.read(load).arch)
+    return logits_of(read_model(load), checkpoints.read(load).arch)
 
 
 @pytest.mark.parametrize(
@@ -382,14 +382,14 @@ def test_from_training_to_a_pruned_model_that_trains_and_is_pruned_again(llama, 
 
     argv = [*train, "--load", pruned, "--teacher-load", teacher, "--save", student]
     succeed("pretrain_distill", [*argv, *LAYOUTS["TP2+SP"][1].split()], 2)
-    trained = checkpoint.read(student)
-    assert (trained.iteration, trained.arch) == (2, checkpoint.read(pruned).arch)
+    trained = checkpoints.read(student)
+    assert (trained.iteration, trained.arch) == (2, checkpoints.read(pruned).arch)
 
     sizes = target_flags({"hidden_size": 24, "num_attention_heads": 2})
     argv = [*llama.data, "--load", student, "--save", smaller, "--bf16", *sizes]
     succeed("prune", [*argv, *LAYOUTS["TP2"][1].split()], 2)
     expected = replace(trained.arch, hidden_size=24, num_attention_heads=2)
-    assert checkpoint.read(smaller).arch == expected
+    assert checkpoints.read(smaller).arch == expected
 
 
 # What is refused: one line on rank 0, one code on every rank, nothing left in --save.
@@ -534,7 +534,7 @@ def test_killed_while_trimming(llama, tmp_path):
     before = read_tensors(llama.load)
     with pytest.raises(AssertionError, match="died"):
         run_program("prune", argv, 2, die_while_writing)
-    assert checkpoint.find(str(save)) is None
+    assert checkpoints.find(str(save)) is None
     assert_same_bytes(read_tensors(llama.load), before)
     succeed("prune", argv, 2)
     assert_same_bytes(read_tensors(str(save)), read_tensors(llama.save))

@@ -14,7 +14,7 @@ from functools import partial
 import numpy
 import pytest
 
-from megatron_ext.errors import CHECKPOINT, INTERRUPTED, RUNTIME, USAGE
+from megatron_ext.runtime.errors import CHECKPOINT, INTERRUPTED, RUNTIME, USAGE
 from tests.models import LLAMA
 from tests.programs import (
     ROOT,

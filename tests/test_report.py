@@ -11,7 +11,6 @@ import torch
 
 from examples.quickstart import report as quickstart
 from megatron_ext.arch import num_parameters
-from megatron_ext.errors import RUNTIME, USAGE, UserError
 from megatron_ext.pruning.plan import save_plan
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores_file import load_scores, save_scores
@@ -26,6 +25,7 @@ from megatron_ext.report import (
     read_metrics,
     score_axes,
 )
+from megatron_ext.runtime.errors import RUNTIME, USAGE, UserError
 from tests.models import LLAMA, MOE
 from tests.test_scores import random_scores
 from tools import plot_scores

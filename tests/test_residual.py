@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from megatron_ext.arch import shape, weights
-from megatron_ext.errors import USAGE, UserError
 from megatron_ext.pruning.fold import fold_heads
 from megatron_ext.pruning.plan import contradiction
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.residual import mirrored_pairs
 from megatron_ext.pruning.targets import target_arch
 from megatron_ext.pruning.trim import trim_tensor, trimmed_share
+from megatron_ext.runtime.errors import USAGE, UserError
 from tests.models import GPT2, LLAMA, NEMOTRON
 from tests.test_plan import with_vectors
 from tests.test_scores import random_scores

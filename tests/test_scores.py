@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_ext.errors import CHECKPOINT, UserError
 from megatron_ext.pruning.scores import Scores, depth_method, lengths
 from megatron_ext.pruning.scores_file import check_scores, load_scores, save_scores
+from megatron_ext.runtime.errors import CHECKPOINT, UserError
 from tests.models import LLAMA
 
 

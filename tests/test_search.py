@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from megatron_ext import checkpoint
 from megatron_ext.arch import num_parameters
-from megatron_ext.errors import USAGE, UserError
+from megatron_ext.checkpoint import checkpoints
 from megatron_ext.pruning.scores_file import load_scores
 from megatron_ext.pruning.search import as_yaml, candidates, read_space, table
 from megatron_ext.pruning.targets import read_targets
+from megatron_ext.runtime.errors import USAGE, UserError
 from tests.models import GPT2, LLAMA, MOE
 from tests.programs import assert_same_bytes, fail, read_tensors, succeed, write_model
 from tests.test_arch import NEMOTRON_15B
@@ -177,7 +177,7 @@ def test_every_candidate_is_pruned_from_one_set_of_scores(gpt2, tmp_path):
     assert {p.name for p in (tmp_path / "save").iterdir()} == {"L2-H16", "L3-H16"}
     assert {p.name for p in (tmp_path / "plans").iterdir()} == {"L2-H16.json", "L3-H16.json"}
     for layers in (2, 3):
-        pruned = checkpoint.read(f"{save}/L{layers}-H16").arch
+        pruned = checkpoints.read(f"{save}/L{layers}-H16").arch
         assert pruned == replace(GPT2, num_layers=layers, hidden_size=16)
     assert load_scores(scores).aggregation.startswith("random")
 

@@ -9,9 +9,9 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from megatron_ext import checkpoint_writer, safe_load
-from megatron_ext.errors import CHECKPOINT, UserError
-from megatron_ext.slices import SliceReader
+from megatron_ext.checkpoint import safe_load, writer
+from megatron_ext.checkpoint.slices import SliceReader
+from megatron_ext.runtime.errors import CHECKPOINT, UserError
 from tests.ranks import run_ranks
 
 NUM_LAYERS = 3
@@ -45,7 +45,7 @@ def save_sharded(folder):
         rows = tensors[PER_LAYER][layer].chunk(2, 0)[rank].contiguous()
         state[key] = ShardedTensor.from_rank_offsets(key, rows, (0, rank, 2))
     state["rng_state"] = ShardedObject("rng_state", {"seed": 7}, (2,), (rank,))
-    checkpoint_writer.save(folder, "release", state | {"args": Namespace(num_layers=3)}, files={})
+    writer.save(folder, "release", state | {"args": Namespace(num_layers=3)}, files={})
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def load_through_core(folder):
 def save_and_load_bomb(folder, boom):
     safe_load.install()
     state = {"rng_state": ShardedObject("rng_state", Bomb(boom), (1,), (0,)), "args": Namespace()}
-    checkpoint_writer.save(folder, "release", state, files={})
+    writer.save(folder, "release", state, files={})
     state = {"rng_state": ShardedObject("rng_state", None, (1,), (0,))}
     try:
         dist_checkpointing.load(state, f"{folder}/release")

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from megatron_ext import platform
-from megatron_ext.errors import USAGE, UserError, run_main
-from megatron_ext.slurm import first_host, rank_variables
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import USAGE, UserError, run_main
+from megatron_ext.runtime.slurm import first_host, rank_variables
 
 TASK = {
     "SLURM_JOB_ID": "1234567",

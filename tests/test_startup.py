@@ -18,12 +18,14 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.utils import get_blend_from_list, normalize
 
-from megatron_ext import checkpoint, data_check, heavy
-from megatron_ext.data import build_tokenizer
-from megatron_ext.errors import CHECKPOINT, DATA, USAGE, UserError
-from megatron_ext.flag_groups import Data
-from megatron_ext.quick_read import glance
-from megatron_ext.vocabulary import check_tokenizer_file, vocab_size
+from megatron_ext.checkpoint import checkpoints
+from megatron_ext.checkpoint.quick_read import glance
+from megatron_ext.cli.megatron_flags import Data
+from megatron_ext.data import data_check
+from megatron_ext.data.datasets import build_tokenizer
+from megatron_ext.data.vocabulary import check_tokenizer_file, vocab_size
+from megatron_ext.runtime import heavy
+from megatron_ext.runtime.errors import CHECKPOINT, DATA, USAGE, UserError
 from tests.models import LLAMA
 from tests.programs import NEW_MODEL, ROOT, data_flags, write_corpus, write_model
 from tests.test_core_0_16 import EXPECTED, unpack
@@ -135,7 +137,7 @@ def without_stand_ins(args):
 @pytest.mark.parametrize("name", ["new", *EXPECTED])
 def test_a_glance_at_a_checkpoint_sees_what_reading_sees(name, place, tmp_path):
     folder = str(place / "teacher") if name == "new" else unpack(name, tmp_path)
-    quick, real = glance(folder), checkpoint.read(folder)
+    quick, real = glance(folder), checkpoints.read(folder)
     assert (quick.folder, quick.iteration, quick.arch) == (real.folder, real.iteration, real.arch)
     assert quick.args.keys() == real.args.keys()
     assert without_stand_ins(quick.args) == without_stand_ins(real.args)
@@ -148,7 +150,7 @@ def test_what_a_glance_does_not_understand_is_refused_as_by_reading(tmp_path):
     (folder / ".metadata").write_bytes(b"")
     torch.save({"args": Namespace(), "x": subprocess.Popen}, folder / "common.pt")
     messages = []
-    for read in (glance, checkpoint.read):
+    for read in (glance, checkpoints.read):
         with pytest.raises(UserError, match="refused") as error:
             read(str(folder))
         messages.append((error.value.code, str(error.value)))

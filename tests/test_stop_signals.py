@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_ext.stop_signals import STOP_SIGNALS, StopSignals
+from megatron_ext.runtime.signals import STOP_SIGNALS, StopSignals
 
 
 def sequence_of_signals(*numbers):

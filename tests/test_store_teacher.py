@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_ext.distillation import storing as store_run
-from megatron_ext.errors import DATA, USAGE
+from megatron_ext.inference import storing as store_run
+from megatron_ext.runtime.errors import DATA, USAGE
 from tests.models import LLAMA
 from tests.programs import (
     LAYOUTS,

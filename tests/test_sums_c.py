@@ -7,10 +7,10 @@ import numpy
 import pytest
 import torch
 
-from megatron_ext import compiled
 from megatron_ext.pruning import native, sums_c
 from megatron_ext.pruning.aggregation import OverSamples, sums_over_positions
 from megatron_ext.pruning.taps import one_minus_cosine
+from megatron_ext.runtime import compiled
 
 pytestmark = pytest.mark.skipif(
     compiled.library(sums_c.SOURCE) is None, reason="there is no C compiler"

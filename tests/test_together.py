@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_ext.errors import INTERRUPTED, UserError, run_main
-from megatron_ext.together import gather, on_all_ranks, on_first_rank
+from megatron_ext.runtime.collective_errors import gather, on_all_ranks, on_first_rank
+from megatron_ext.runtime.errors import INTERRUPTED, UserError, run_main
 from tests.ranks import run_ranks
 
 

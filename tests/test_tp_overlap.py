@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext import tp_overlap
-from megatron_ext.errors import USAGE, UserError
-from megatron_ext.flags import parse_prune, parse_train
-from megatron_ext.fp8 import Fp8
-from megatron_ext.tp_overlap import TpOverlap
+from megatron_ext.cli.programs import parse_prune, parse_train
+from megatron_ext.model import tp_overlap
+from megatron_ext.model.fp8 import Fp8
+from megatron_ext.model.tp_overlap import TpOverlap
+from megatron_ext.runtime.errors import USAGE, UserError
 from tests.models import LLAMA
 from tests.programs import NEW_MODEL as FLAGS
 

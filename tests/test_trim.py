@@ -13,10 +13,10 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_ext import checkpoint, checkpoint_writer, platform
 from megatron_ext.arch import dim_sizes, shape, weights
-from megatron_ext.errors import CHECKPOINT, UserError
-from megatron_ext.model import ModelOptions, build_model, model_state_dict
+from megatron_ext.checkpoint import checkpoints, writer
+from megatron_ext.checkpoint.slices import SliceReader, layer_key
+from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
 from megatron_ext.pruning.plan import Plan, layer_axes
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.targets import target_arch
@@ -28,7 +28,8 @@ from megatron_ext.pruning.trim import (
     trim_tensor,
     trimmed_share,
 )
-from megatron_ext.slices import SliceReader, layer_key
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import CHECKPOINT, UserError
 from megatron_ext.training.state import restore_weights
 from tests.models import BERT, GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, random_batch
 from tests.ranks import run_ranks
@@ -170,7 +171,7 @@ def save_tensors(root, tensors, stacked):
         for layer, x in enumerate(tensor):
             name = layer_key(key, layer)
             state[name] = ShardedTensor.from_rank_offsets(name, x.clone())
-    checkpoint_writer.save(root, "release", state, files={})
+    writer.save(root, "release", state, files={})
 
 
 def shares(folder, plan, world_size):
@@ -281,14 +282,14 @@ def logits(chunks, arch):
 
 
 def save_model(root, chunks, arch):
-    checkpoint_writer.save(
+    writer.save(
         root, "release", model_state_dict(chunks) | {"args": Namespace(**arch.to_args())}, files={}
     )
 
 
 def load_model(root, arch, groups):
     chunks = build_model(arch, ModelOptions(params_dtype=torch.float64), groups)
-    restore_weights(chunks, checkpoint.read(root))
+    restore_weights(chunks, checkpoints.read(root))
     return chunks
 
 
@@ -309,7 +310,7 @@ def save_share(root, source, plan):
         torch.distributed.get_rank(),
         torch.distributed.get_world_size(),
     )
-    checkpoint_writer.save(
+    writer.save(
         root, "release", {"model": share, "args": Namespace(**plan.target.to_args())}, files={}
     )
 

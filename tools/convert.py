@@ -15,22 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_ext import heavy
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.checkpoint_folder import locate
+from megatron_ext.checkpoint.folder import locate
+from megatron_ext.checkpoint.quick_read import glance
+from megatron_ext.checkpoint.unpickling import trust
+from megatron_ext.cli.flag_checks import dry_run_problems, refuse
+from megatron_ext.cli.megatron_flags import trust_flag
+from megatron_ext.cli.parser import REQUIRED, flag, parse
+from megatron_ext.cli.size_flags import Sizes
 from megatron_ext.convert.config import config_of
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.hf_files import CONFIG, read_json, tokenizer_files
 from megatron_ext.convert.options import check_free, with_tokens
-from megatron_ext.dry_run import arch_at, config_arch, read_config, with_sizes
-from megatron_ext.errors import CHECKPOINT, USAGE, UserError, run_main
-from megatron_ext.estimate_report import model_line
-from megatron_ext.flag_checks import dry_run_problems, refuse
-from megatron_ext.flag_groups import trust_flag
-from megatron_ext.flag_parser import REQUIRED, flag, parse
-from megatron_ext.model_flags import Sizes
-from megatron_ext.quick_read import glance
-from megatron_ext.unpickling import trust
+from megatron_ext.rehearsal.cost_report import model_line
+from megatron_ext.rehearsal.dry_run import arch_at, config_arch, read_config, with_sizes
+from megatron_ext.runtime import heavy
+from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError, run_main
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "": 1}
 

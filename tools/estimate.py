@@ -13,13 +13,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_ext import dry_run
-from megatron_ext import estimate_report as report
+from megatron_ext.checkpoint.unpickling import trust
+from megatron_ext.cli.programs import parse_train
 from megatron_ext.distillation.settings import check_models
-from megatron_ext.errors import run_main
-from megatron_ext.estimate import GPUS
-from megatron_ext.flags import parse_train
-from megatron_ext.unpickling import trust
+from megatron_ext.rehearsal import cost_report as report
+from megatron_ext.rehearsal import dry_run
+from megatron_ext.rehearsal.cost import GPUS
+from megatron_ext.runtime.errors import run_main
 
 # What a run needs and an estimate does not.
 UNASKED = {"--lr": "1", "--train-iters": "1", "--tokenizer-type": "NullTokenizer"}

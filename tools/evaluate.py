@@ -14,20 +14,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_ext import flag_groups as group
-from megatron_ext import heavy
-from megatron_ext.checkpoint_folder import locate
-from megatron_ext.errors import run_main
-from megatron_ext.flag_checks import (
+from megatron_ext.checkpoint.folder import locate
+from megatron_ext.checkpoint.unpickling import trust
+from megatron_ext.cli import megatron_flags as group
+from megatron_ext.cli.flag_checks import (
     layout_problems,
     precision_problems,
     refuse,
     virtual_stage_problems,
 )
-from megatron_ext.flag_parser import REQUIRED, flag, parse
-from megatron_ext.flags import without_idle_sequence_parallel
-from megatron_ext.unpickling import trust
-from megatron_ext.vocabulary import check_tokenizer_file
+from megatron_ext.cli.parser import REQUIRED, flag, parse
+from megatron_ext.cli.programs import without_idle_sequence_parallel
+from megatron_ext.data.vocabulary import check_tokenizer_file
+from megatron_ext.runtime import heavy
+from megatron_ext.runtime.errors import run_main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher = locate(options.teacher_load) if options.teacher_load else None
     check_tokenizer_file(flags.tokenizer)
     with heavy.imports():
-        from megatron_ext import evaluation
+        from megatron_ext.inference import evaluation
     evaluation.evaluate_checkpoint(flags, folder, teacher)
 
 

@@ -11,14 +11,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ext import heavy
-from megatron_ext.checkpoint_folder import locate
-from megatron_ext.errors import USAGE, UserError, run_main
-from megatron_ext.flag_groups import NeededTokenizer, trust_flag
-from megatron_ext.flag_parser import REQUIRED, flag
-from megatron_ext.flag_parser import parse as parse_flags
-from megatron_ext.unpickling import trust
-from megatron_ext.vocabulary import check_tokenizer_file
+from megatron_ext.checkpoint.folder import locate
+from megatron_ext.checkpoint.unpickling import trust
+from megatron_ext.cli.megatron_flags import NeededTokenizer, trust_flag
+from megatron_ext.cli.parser import REQUIRED, flag
+from megatron_ext.cli.parser import parse as parse_flags
+from megatron_ext.data.vocabulary import check_tokenizer_file
+from megatron_ext.runtime import heavy
+from megatron_ext.runtime.errors import USAGE, UserError, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = locate(options.load, options.ckpt_step)
     check_tokenizer_file(flags.tokenizer)
     with heavy.imports():
-        from megatron_ext import generation
+        from megatron_ext.inference import generation
     generation.generate(flags, folder)
 
 

@@ -11,17 +11,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from megatron_ext import heavy
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.checkpoint_folder import Checkpoint, locate
-from megatron_ext.errors import run_main
-from megatron_ext.flag_groups import trust_flag
-from megatron_ext.flag_parser import REQUIRED, flag, parse
+from megatron_ext.checkpoint.folder import Checkpoint, locate
+from megatron_ext.checkpoint.unpickling import trust
+from megatron_ext.cli.megatron_flags import trust_flag
+from megatron_ext.cli.parser import REQUIRED, flag, parse
 from megatron_ext.pruning.plan import PRUNABLE, Plan, load_plan
-from megatron_ext.unpickling import trust
+from megatron_ext.runtime import heavy
+from megatron_ext.runtime.errors import run_main
 
 if TYPE_CHECKING:
-    from megatron_ext.slices import SliceReader
+    from megatron_ext.checkpoint.slices import SliceReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     trust(options.trust_checkpoint)
     folder = locate(options.load, options.ckpt_step)
     with heavy.imports():
-        from megatron_ext import checkpoint
-        from megatron_ext.slices import SliceReader
-    source = checkpoint.read(str(folder))
+        from megatron_ext.checkpoint import checkpoints
+        from megatron_ext.checkpoint.slices import SliceReader
+    source = checkpoints.read(str(folder))
     reader = SliceReader(source.folder)
     plan_file = source.folder / "plan.json"
     plan = load_plan(plan_file) if plan_file.exists() else None

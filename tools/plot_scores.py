@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.errors import USAGE, UserError, run_main
-from megatron_ext.flag_parser import REQUIRED, flag, parse
+from megatron_ext.cli.parser import REQUIRED, flag, parse
 from megatron_ext.report import plot_scores
+from megatron_ext.runtime.errors import USAGE, UserError, run_main
 
 FORMATS = (".png", ".svg", ".pdf")
 

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext import heavy
-from megatron_ext.errors import DATA, UserError, run_main
-from megatron_ext.flag_groups import NeededTokenizer
-from megatron_ext.flag_parser import REQUIRED, flag, parse
-from megatron_ext.vocabulary import check_tokenizer_file
+from megatron_ext.cli.megatron_flags import NeededTokenizer
+from megatron_ext.cli.parser import REQUIRED, flag, parse
+from megatron_ext.data.vocabulary import check_tokenizer_file
+from megatron_ext.runtime import heavy
+from megatron_ext.runtime.errors import DATA, UserError, run_main
 
 FOLDER_SUFFIXES = (".jsonl", ".json", ".txt")
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = find_inputs(flags.files.input)
     check_tokenizer_file(flags.tokenizer)
     with heavy.imports():
-        from megatron_ext import preprocessing
+        from megatron_ext.data import preprocessing
     preprocessing.preprocess(flags, paths)
 
 

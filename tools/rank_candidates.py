@@ -24,18 +24,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.errors import CHECKPOINT, INTERRUPTED, RUNTIME, USAGE, UserError, run_main
-from megatron_ext.extras import need
-from megatron_ext.files import written_aside
-from megatron_ext.flag_groups import trust_flag
-from megatron_ext.flag_parser import REQUIRED, dashed, flag, parse, read
-from megatron_ext.flags import TrainFlags
-from megatron_ext.ignored_flags import IGNORED_IN_TRAINING
+from megatron_ext.checkpoint.quick_read import glance
+from megatron_ext.checkpoint.unpickling import trust
+from megatron_ext.cli.ignored_flags import IGNORED_IN_TRAINING
+from megatron_ext.cli.megatron_flags import trust_flag
+from megatron_ext.cli.parser import REQUIRED, dashed, flag, parse, read
+from megatron_ext.cli.programs import TrainFlags
 from megatron_ext.pruning.plan import PRUNABLE
-from megatron_ext.quick_read import glance
 from megatron_ext.report import curve, markdown_table, new_figure, plot_curves, read_metrics
-from megatron_ext.stop_signals import StopSignals
-from megatron_ext.unpickling import trust
+from megatron_ext.runtime.errors import CHECKPOINT, INTERRUPTED, RUNTIME, USAGE, UserError, run_main
+from megatron_ext.runtime.extras import need
+from megatron_ext.runtime.files import written_aside
+from megatron_ext.runtime.signals import StopSignals
 
 PROGRAM = Path(__file__).parents[1] / "pretrain_distill.py"
 LOSS, KL = "lm loss validation", "kd loss validation"

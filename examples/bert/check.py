@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ext import checkpoint, platform
-from megatron_ext.errors import UserError, run_main
-from megatron_ext.extras import need
-from megatron_ext.flag_parser import REQUIRED, flag, parse
-from megatron_ext.model import ModelOptions, build_model
+from megatron_ext.checkpoint import checkpoints
+from megatron_ext.cli.parser import REQUIRED, flag, parse
+from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import UserError, run_main
+from megatron_ext.runtime.extras import need
 from megatron_ext.training.state import restore_weights
 
 TOLERANCE = 1e-4
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the difference on a batch of random tokens."""
     flags = parse(CheckFlags, argv).check
     transformers = need("transformers", "hf", "the comparison")
-    source = checkpoint.read(flags.load)
+    source = checkpoints.read(flags.load)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(source.arch.vocab_size, (2, 128), generator=generator)
     positions = torch.arange(128).expand(2, 128)

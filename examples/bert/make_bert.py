@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from megatron_ext.errors import run_main
-from megatron_ext.extras import need
-from megatron_ext.flag_parser import REQUIRED, flag, parse
+from megatron_ext.cli.parser import REQUIRED, flag, parse
+from megatron_ext.runtime.errors import run_main
+from megatron_ext.runtime.extras import need
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ import numpy
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_ext.errors import run_main
-from megatron_ext.extras import need
-from megatron_ext.flag_parser import REQUIRED, flag, parse
+from megatron_ext.cli.parser import REQUIRED, flag, parse
+from megatron_ext.runtime.errors import run_main
+from megatron_ext.runtime.extras import need
 
 
 @dataclass(frozen=True, kw_only=True)

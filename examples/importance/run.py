@@ -18,10 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.errors import RUNTIME, USAGE, UserError, run_main
-from megatron_ext.flag_parser import flag, parse
+from megatron_ext.cli.parser import flag, parse
 from megatron_ext.pruning.scores_file import load_scores
 from megatron_ext.report import markdown_table, new_figure
+from megatron_ext.runtime.errors import RUNTIME, USAGE, UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("mean", "l2", "var")

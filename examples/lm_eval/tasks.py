@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.errors import run_main
-from megatron_ext.flag_parser import REQUIRED, flag, parse
+from megatron_ext.cli.parser import REQUIRED, flag, parse
+from megatron_ext.runtime.errors import run_main
 
 NUM_LINES, NUM_CHOICES, MIN_CHARACTERS = 10, 4, 20
 

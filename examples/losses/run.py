@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.importance.run import KL, LM, SIZES, call
-from megatron_ext.errors import USAGE, UserError, run_main
-from megatron_ext.flag_parser import flag, parse
+from megatron_ext.cli.parser import flag, parse
 from megatron_ext.report import markdown_table
+from megatron_ext.runtime.errors import USAGE, UserError, run_main
 
 WITH_CE = ["--kd-lm-loss-weight", "1"]
 STUDENTS = {"width": SIZES, "depth": ["--target-num-layers", "2"]}

@@ -21,8 +21,8 @@ from pathlib import Path
 import sentencepiece
 from tqdm import tqdm
 
-from megatron_ext.errors import run_main
-from megatron_ext.flag_parser import REQUIRED, flag, parse
+from megatron_ext.cli.parser import REQUIRED, flag, parse
+from megatron_ext.runtime.errors import run_main
 
 # Tests and test data, other people's packages, demos, one file of tables per character set.
 SKIPPED_FOLDERS = {

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from megatron_ext import __version__
 from megatron_ext.arch import num_parameters
-from megatron_ext.errors import run_main
-from megatron_ext.flag_parser import REQUIRED, flag, parse
+from megatron_ext.cli.parser import REQUIRED, flag, parse
 from megatron_ext.pruning.plan import Plan, load_plan
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.scores_file import load_scores
@@ -30,6 +29,7 @@ from megatron_ext.report import (
     plot_ranked_scores,
     read_metrics,
 )
+from megatron_ext.runtime.errors import run_main
 
 KL, LM = "kd loss validation", "lm loss validation"
 # Folder of each arm that trains the pruned shape, and what it is called.

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from megatron_ext.arch import Arch
-from megatron_ext.checkpoint_folder import Checkpoint
+from megatron_ext.checkpoint.folder import Checkpoint
+from megatron_ext.checkpoint.slices import SliceReader, layer_key
 from megatron_ext.convert.config import config_of, num_rows
 from megatron_ext.convert.families import FAMILIES, Family
 from megatron_ext.convert.hf_files import CONFIG, tokenizer_files
 from megatron_ext.convert.hf_folder import INDEX, WEIGHTS, header_of, write_weights
 from megatron_ext.convert.importer import EMBEDDING
 from megatron_ext.convert.pieces import Piece, pieces
-from megatron_ext.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.pruning.trim import check_tensors, read_piece
-from megatron_ext.slices import SliceReader, layer_key
-from megatron_ext.together import on_all_ranks, on_first_rank
+from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
+from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
 
 
 def export_folder(

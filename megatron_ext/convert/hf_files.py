@@ -8,8 +8,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from megatron_ext.checkpoint_folder import Checkpoint
-from megatron_ext.errors import CHECKPOINT, USAGE, UserError, warn
+from megatron_ext.checkpoint.folder import Checkpoint
+from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError, warn
 
 CONFIG = "config.json"
 # What a folder holds beside config and weights, and what travels with a converted model.

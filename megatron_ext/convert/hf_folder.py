@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_ext.convert.hf_files import CONFIG, read_files, read_json, readable
-from megatron_ext.errors import CHECKPOINT, UserError
+from megatron_ext.runtime.errors import CHECKPOINT, UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -12,20 +12,20 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from torch import Tensor
 
-from megatron_ext import checkpoint, checkpoint_writer
 from megatron_ext.arch import Arch, weights
-from megatron_ext.checkpoint_writer import Readers
+from megatron_ext.checkpoint import checkpoints, writer
+from megatron_ext.checkpoint.saved_args import complete
+from megatron_ext.checkpoint.writer import Readers
+from megatron_ext.cli.size_flags import megatron_command_line
 from megatron_ext.convert.config import arch_of, family_of, with_positions
 from megatron_ext.convert.families import Family
 from megatron_ext.convert.hf_files import CONFIG
 from megatron_ext.convert.hf_folder import HfFolder
 from megatron_ext.convert.pieces import Piece, pieces
-from megatron_ext.data import build_tokenizer
-from megatron_ext.errors import CHECKPOINT, UserError, warn
-from megatron_ext.model_flags import megatron_command_line
+from megatron_ext.data.datasets import build_tokenizer
 from megatron_ext.pruning import trim
-from megatron_ext.saved_args import complete
-from megatron_ext.together import on_all_ranks, on_first_rank
+from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
+from megatron_ext.runtime.errors import CHECKPOINT, UserError, warn
 
 LM_HEAD, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
@@ -61,14 +61,14 @@ def import_folder(
         raise UserError(f"{source.folder / CONFIG}: {error}.", CHECKPOINT) from None
     if vocab_size is not None:
         arch = replace(arch, vocab_size=min(vocab_size, config["vocab_size"]))
-    tokenizer = Path(save).resolve() / checkpoint.RELEASE / checkpoint.TOKENIZER
+    tokenizer = Path(save).resolve() / checkpoints.RELEASE / checkpoints.TOKENIZER
     work = list(pieces(arch, family))
     on_all_ranks(lambda: check_tensors(source, arch, family, work))
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share, readers = planned_share(source, arch, family, work, rank, world_size)
-    checkpoint_writer.save(
+    writer.save(
         save,
-        checkpoint.RELEASE,
+        checkpoints.RELEASE,
         {
             "model": share,
             "args": complete(
@@ -81,7 +81,7 @@ def import_folder(
         readers=readers,
         files={
             "megatron_args.sh": megatron_command_line(arch) + "\n",
-            **{f"{checkpoint.TOKENIZER}/{n}": x for n, x in source.tokenizer_files().items()},
+            **{f"{checkpoints.TOKENIZER}/{n}": x for n, x in source.tokenizer_files().items()},
         },
     )
     return arch

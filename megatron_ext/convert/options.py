@@ -1,7 +1,7 @@
 """What is checked of a conversion's flags against folders; in a dry run too. Pure."""
 
-from megatron_ext.checkpoint_folder import Checkpoint, find
-from megatron_ext.errors import USAGE, UserError
+from megatron_ext.checkpoint.folder import Checkpoint, find
+from megatron_ext.runtime.errors import USAGE, UserError
 
 
 def check_free(save: str) -> None:

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ext import checkpoint, platform
 from megatron_ext.arch import num_parameters
+from megatron_ext.checkpoint import checkpoints
+from megatron_ext.cli.size_flags import check_against_checkpoint
 from megatron_ext.convert.exporter import export_folder
 from megatron_ext.convert.importer import import_folder
 from megatron_ext.convert.options import check_free, with_tokens
-from megatron_ext.model_flags import check_against_checkpoint
-from megatron_ext.together import on_first_rank
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.collective_errors import on_first_rank
 
 
 def import_model(options: Any) -> None:
@@ -30,7 +31,7 @@ def import_model(options: Any) -> None:
 
 def export_model(options: Any, folder: Path, sizes: Mapping[str, Any], max_shard_size: int) -> None:
     """Export the checkpoint in ``folder``, which must have the typed ``sizes``. Collective."""
-    source = checkpoint.read(str(folder))
+    source = checkpoints.read(str(folder))
     if options.vocab_size is not None:
         source = with_tokens(source, options.vocab_size)
     check_against_checkpoint(sizes, source.arch)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_ext.distillation.pairs import ATTENTION, BLOCK, EMBEDDING, MLP, HiddenStates, Pair
-from megatron_ext.errors import USAGE, UserError
-from megatron_ext.model import LanguageModel
+from megatron_ext.model.build import LanguageModel
+from megatron_ext.runtime.errors import USAGE, UserError
 
 PREFIX = "distillation.projection."  # of tensors in a checkpoint
 

@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_ext.distillation.steps import (
-    COSINE,
-    FORWARD_KL,
-    MSE,
-    REVERSE_KL,
-    jsd,
-    per_token_loss,
-)
+from megatron_ext.distillation.steps import COSINE, FORWARD_KL, MSE, REVERSE_KL, jsd, per_token_loss
 from megatron_ext.distillation.topk import DROP, teacher_top_k, vocab_parallel_top_k_kl
 
 

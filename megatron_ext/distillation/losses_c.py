@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ext.compiled import library
 from megatron_ext.distillation.chunks import LOG2_E
 from megatron_ext.distillation.native import MOMENTS
+from megatron_ext.runtime.compiled import library
 
 SOURCE = Path(__file__).with_name("losses_cpu.c")
 KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}

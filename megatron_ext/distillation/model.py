@@ -26,7 +26,7 @@ from megatron_ext.distillation.fused import fused_losses
 from megatron_ext.distillation.hidden import HiddenLoss
 from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.distillation.pairs import HiddenStates
-from megatron_ext.model import LanguageModel
+from megatron_ext.model.build import LanguageModel
 
 KD_LOSS, LM_LOSS = "kd loss", "lm loss"
 # What megatron-core's CUDA graphs look for in a model.

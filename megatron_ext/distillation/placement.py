@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from megatron_ext.cli.flag_checks import stages
+from megatron_ext.cli.megatron_flags import Parallel
+from megatron_ext.cli.programs import virtual_pipeline_size
 from megatron_ext.distillation.pairs import Pair
-from megatron_ext.errors import USAGE, UserError
-from megatron_ext.flag_checks import stages
-from megatron_ext.flag_groups import Parallel
-from megatron_ext.flags import virtual_pipeline_size
+from megatron_ext.runtime.errors import USAGE, UserError
 
 
 def layouts_of_both(

@@ -8,13 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_ext.distillation import native
-from megatron_ext.distillation.chunks import (
-    LOG2_E,
-    center_,
-    chunks,
-    compute_dtype,
-    gather_ranks,
-)
+from megatron_ext.distillation.chunks import LOG2_E, center_, chunks, compute_dtype, gather_ranks
 
 
 def row_stats(

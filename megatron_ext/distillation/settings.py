@@ -2,17 +2,17 @@
 
 from dataclasses import replace
 
-from megatron_ext import fp8, graphs
 from megatron_ext.arch import Arch
-from megatron_ext.checkpoint_folder import Checkpoint
+from megatron_ext.checkpoint.folder import Checkpoint
+from megatron_ext.checkpoint.identity import check_comparable, padded_alike, tokenizer_sha256
+from megatron_ext.cli.megatron_flags import Parallel
+from megatron_ext.cli.programs import TrainFlags, check_experts, check_layout
 from megatron_ext.distillation.pairs import MLP, HiddenStates, Pair, parse_pairs
 from megatron_ext.distillation.placement import layouts_of_both
 from megatron_ext.distillation.store_index import check_store, read_index
-from megatron_ext.errors import USAGE, UserError
-from megatron_ext.flag_groups import Parallel
-from megatron_ext.flags import TrainFlags, check_experts, check_layout
-from megatron_ext.identity import check_comparable, padded_alike, tokenizer_sha256
+from megatron_ext.model import cuda_graphs, fp8
 from megatron_ext.pruning.plan import load_plan
+from megatron_ext.runtime.errors import USAGE, UserError
 
 
 def check_models(
@@ -47,7 +47,7 @@ def check_models(
         tokens=flags.batch.micro_batch_size * flags.batch.seq_length,
         has_weights=has_weights,
     )
-    graphs.check_models(flags.graphs, arch, teacher)
+    cuda_graphs.check_models(flags.graphs, arch, teacher)
     return flags, parallel
 
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.errors import DATA, UserError
+from megatron_ext.runtime.errors import DATA, UserError
 
 INDEX = "index.json"
 

@@ -25,9 +25,9 @@ from torch.utils.data import Dataset
 from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, StudentStage
 from megatron_ext.distillation.store_index import INDEX, StoreIndex, read_index
 from megatron_ext.distillation.topk import TopK, vocab_parallel_top_k_kl
-from megatron_ext.errors import DATA, UserError
-from megatron_ext.files import written_aside
-from megatron_ext.model import LanguageModel
+from megatron_ext.model.build import LanguageModel
+from megatron_ext.runtime.errors import DATA, UserError
+from megatron_ext.runtime.files import written_aside
 
 # What a stored teacher adds to a batch; shapes [b, s, K].
 TOKENS, LOG_PROBS = STORED = ("teacher_tokens", "teacher_log_probs")

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_ext.arch import Arch, dim_sizes
-from megatron_ext.errors import UserError
+from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores import lengths
 from megatron_ext.pruning.trim import Piece, check_tensors, deal, pieces, read_piece
-from megatron_ext.slices import SliceReader
-from megatron_ext.together import on_all_ranks
+from megatron_ext.runtime.collective_errors import on_all_ranks
+from megatron_ext.runtime.errors import UserError
 
 # The axis of scores that the units of a dim belong to.
 AXES = {

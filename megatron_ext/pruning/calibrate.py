@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from megatron_ext.arch import Arch
-from megatron_ext.model import LanguageModel
-from megatron_ext.platform import Platform
+from megatron_ext.model.build import LanguageModel
+from megatron_ext.model.options import batches_of_rank
 from megatron_ext.pruning.aggregation import DEFAULT, Aggregation
 from megatron_ext.pruning.importance import Importance
-from megatron_ext.startup import batches_of_rank
+from megatron_ext.runtime.platform import Platform
 
 Batch = dict[str, Tensor]
 

@@ -42,7 +42,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_ext.arch import Arch
-from megatron_ext.errors import UserError
 from megatron_ext.pruning import native
 from megatron_ext.pruning.aggregation import (
     DEFAULT,
@@ -60,6 +59,7 @@ from megatron_ext.pruning.taps import (
     norm_output,
     one_minus_cosine,
 )
+from megatron_ext.runtime.errors import UserError
 
 TP_SPLIT_AXES = ("ffn", "heads", "shared_ffn")
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.arch import Arch
-from megatron_ext.checkpoint_folder import find
-from megatron_ext.errors import USAGE, UserError
-from megatron_ext.files import written_aside
-from megatron_ext.flags import (
+from megatron_ext.checkpoint.folder import find
+from megatron_ext.cli.programs import (
     PruneFlags,
     check_experts,
     check_layout,
@@ -19,6 +17,8 @@ from megatron_ext.flags import (
 from megatron_ext.pruning.plan import PRUNABLE, Plan, check_plan, load_plan
 from megatron_ext.pruning.search import as_yaml, candidates, read_space, table
 from megatron_ext.pruning.targets import read_targets, target_arch
+from megatron_ext.runtime.errors import USAGE, UserError
+from megatron_ext.runtime.files import written_aside
 
 
 @dataclass(frozen=True)

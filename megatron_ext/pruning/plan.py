@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.errors import CHECKPOINT, UserError
-from megatron_ext.files import written_aside
 from megatron_ext.pruning.residual import MODES, NONE, Pairs, bad_pairs
 from megatron_ext.pruning.scores import arch_from_json
+from megatron_ext.runtime.errors import CHECKPOINT, UserError
+from megatron_ext.runtime.files import written_aside
 
 FORMAT = "minitron-plan-1"
 

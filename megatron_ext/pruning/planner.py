@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.pruning.plan import LAYER_AXES, PRUNABLE, Plan, contradiction, layer_axes
 from megatron_ext.pruning.residual import NONE, Pairs, mirrored_pairs
 from megatron_ext.pruning.scores import Scores
+from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
 
 
 def make_plan(

@@ -18,7 +18,7 @@ grouped queries the other heads of the group read them. The output matrix is tri
 from collections.abc import Sequence
 
 from megatron_ext.arch import Arch
-from megatron_ext.errors import USAGE, UserError
+from megatron_ext.runtime.errors import USAGE, UserError
 
 NONE, PAPER, LACO = "none", "paper", "laco"
 MODES = (NONE, PAPER, LACO)

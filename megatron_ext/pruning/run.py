@@ -9,27 +9,16 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from megatron_ext import (
-    checkpoint,
-    checkpoint_writer,
-    data,
-    data_check,
-    platform,
-    saved_args,
-)
 from megatron_ext.arch import Arch
-from megatron_ext.checkpoint_folder import Checkpoint
-from megatron_ext.errors import UserError
-from megatron_ext.flags import (
-    PruneFlags,
-    check_layout,
-    format_flags,
-    megatron_command_line,
-)
-from megatron_ext.identity import check_tokenizer, tokenizer_sha256
-from megatron_ext.masked import FRAME
-from megatron_ext.model import build_model, model_state_dict
-from megatron_ext.platform import Platform
+from megatron_ext.checkpoint import checkpoints, saved_args, writer
+from megatron_ext.checkpoint.folder import Checkpoint
+from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256
+from megatron_ext.checkpoint.slices import SliceReader
+from megatron_ext.cli.programs import PruneFlags, check_layout, format_flags, megatron_command_line
+from megatron_ext.data import data_check, datasets
+from megatron_ext.data.masked_lm import FRAME
+from megatron_ext.model.build import build_model, model_state_dict
+from megatron_ext.model.options import join_ranks, model_options
 from megatron_ext.pruning.aggregation import Aggregation
 from megatron_ext.pruning.baselines import magnitude_scores, random_scores
 from megatron_ext.pruning.calibrate import Passes, calibrate
@@ -49,17 +38,18 @@ from megatron_ext.pruning.planner import make_plan, summary
 from megatron_ext.pruning.scores import Scores, depth_method
 from megatron_ext.pruning.scores_file import check_scores, load_scores, save_scores
 from megatron_ext.pruning.trim import fill_trimmed, trimmed_share
-from megatron_ext.slices import SliceReader
-from megatron_ext.startup import join_ranks, model_options
-from megatron_ext.together import on_all_ranks, on_first_rank
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
+from megatron_ext.runtime.errors import UserError
+from megatron_ext.runtime.platform import Platform
 from megatron_ext.training.state import restore_weights
 
 
 def prune(flags: PruneFlags, folder: Path) -> int:
     """Prune the checkpoint in ``folder``; returns the exit code."""
-    source = checkpoint.read(str(folder))
+    source = checkpoints.read(str(folder))
     if flags.data.tokenizer_type and not source.knows_tokens:
-        source = source.with_tokens(data.build_tokenizer(flags.data).vocab_size)
+        source = source.with_tokens(datasets.build_tokenizer(flags.data).vocab_size)
     jobs, found = check_jobs(flags, source.arch)
     place = join_ranks(flags, source.arch.num_layers)
     on_first_rank(lambda: check_outputs(flags, jobs, found))
@@ -71,7 +61,7 @@ def prune(flags: PruneFlags, folder: Path) -> int:
     if not (flags.checkpoint.save or flags.prune.scores or flags.prune.plan):
         jobs = []  # the candidates were all that was asked for
     if flags.checkpoint.verify_integrity:
-        checkpoint.verify_integrity(source.folder)
+        checkpoints.verify_integrity(source.folder)
     for reason in sorted({r for job in jobs if (r := layout_problem(flags, job.target))}):
         say(f"NOTE: what is pruned will not load under this layout: {reason}")
     num_layers = min((job.target.num_layers for job in jobs), default=source.arch.num_layers)
@@ -244,13 +234,13 @@ def calibration_data(flags: PruneFlags, source: Checkpoint, place: Platform) -> 
 
     Raises:
         UserError: on every rank; a number that cannot be dealt to the ranks, too little data, or
-            what ``data.build_datasets`` finds.
+            what ``datasets.build_datasets`` finds.
     """
     num_samples = flags.prune.calibration_samples
     check_passes(flags, source.arch.num_layers, place.groups.dp.size())
-    tokenizer = data.build_tokenizer(flags.data)
+    tokenizer = datasets.build_tokenizer(flags.data)
     check_tokenizer(source, tokenizer.vocab_size, tokenizer_sha256(flags.data))
-    dataset, _, _ = data.build_datasets(
+    dataset, _, _ = datasets.build_datasets(
         flags.data,
         seq_length=flags.batch.seq_length,
         num_samples=(num_samples, 0, 0),
@@ -280,9 +270,9 @@ def trim(source: Checkpoint, plan: Plan, save: str) -> None:
     share = on_all_ranks(lambda: trimmed_share(SliceReader(source.folder), plan, rank, world_size))
     weights_only = {"consumed_train_samples": 0, "no_save_optim": True, "no_save_rng": True}
     args = saved_args.complete(plan.target, {**source.args, **weights_only})
-    checkpoint_writer.save(
+    writer.save(
         save,
-        checkpoint.RELEASE,
+        checkpoints.RELEASE,
         {"model": share, "args": args, "checkpoint_version": 3.0, "iteration": 0},
         files={
             "plan.json": plan.to_json(),

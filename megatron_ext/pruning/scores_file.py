@@ -9,9 +9,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_ext.arch import Arch
-from megatron_ext.errors import CHECKPOINT, UserError
-from megatron_ext.files import written_aside
 from megatron_ext.pruning.scores import FORMAT, SIZES, Scores, arch_from_json, lengths
+from megatron_ext.runtime.errors import CHECKPOINT, UserError
+from megatron_ext.runtime.files import written_aside
 
 
 def save_scores(path: str | os.PathLike, scores: Scores) -> None:

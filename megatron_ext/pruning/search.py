@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.errors import USAGE, UserError
 from megatron_ext.pruning.plan import PRUNABLE
 from megatron_ext.pruning.targets import check_size, target_arch
+from megatron_ext.runtime.errors import USAGE, UserError
 
 Space = Mapping[str, Sequence[int | str]]
 """Names of ``PRUNABLE`` and the values to try: numbers, of neurons also multiples of hidden_size as

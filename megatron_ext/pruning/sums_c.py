@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ext.compiled import library
+from megatron_ext.runtime.compiled import library
 
 SOURCE = Path(__file__).with_name("sums_cpu.c")
 # Aggregations over positions that there are kernels for: what they add is squared, or not.

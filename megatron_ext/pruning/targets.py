@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from megatron_ext.arch import Arch
-from megatron_ext.errors import USAGE, UserError
 from megatron_ext.pruning.plan import LAYER_AXES, PRUNABLE, layer_axes
+from megatron_ext.runtime.errors import USAGE, UserError
 
 
 def target_arch(source: Arch, **sizes: int | None) -> Arch:

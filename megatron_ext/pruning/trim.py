@@ -17,12 +17,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedState
 from torch import Tensor
 
 from megatron_ext.arch import LAYER_PREFIXES, Arch, Weight, dim_sizes, is_of_experts, shape, weights
-from megatron_ext.checkpoint import NOT_WEIGHTS, sharded_tensors
-from megatron_ext.errors import CHECKPOINT, UserError
+from megatron_ext.checkpoint.checkpoints import NOT_WEIGHTS, sharded_tensors
+from megatron_ext.checkpoint.slices import SliceReader, layer_key
 from megatron_ext.pruning.fold import fold_heads
 from megatron_ext.pruning.kept import kept_indices
 from megatron_ext.pruning.plan import Plan
-from megatron_ext.slices import SliceReader, layer_key
+from megatron_ext.runtime.errors import CHECKPOINT, UserError
 
 # numpy gathers columns 4x faster than torch on CPUs and has no bfloat16: it moves integers.
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_ext.errors import UserError, warn
-from megatron_ext.extras import need
-from megatron_ext.flags import TrainFlags, flags_as_dict, format_flags
-from megatron_ext.together import on_first_rank
+from megatron_ext.cli.programs import TrainFlags, flags_as_dict, format_flags
+from megatron_ext.runtime.collective_errors import on_first_rank
+from megatron_ext.runtime.errors import UserError, warn
+from megatron_ext.runtime.extras import need
 
 SINKS = {"metrics": "metrics.jsonl", "board": "--tensorboard-dir", "wandb": "--wandb-project"}
 

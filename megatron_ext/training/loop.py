@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from megatron_ext import graphs
 from megatron_ext.distillation.model import KD_LOSS
-from megatron_ext.errors import INTERRUPTED, RUNTIME, UserError
-from megatron_ext.stop_signals import StopSignals
+from megatron_ext.model import cuda_graphs
+from megatron_ext.runtime.errors import INTERRUPTED, RUNTIME, UserError
+from megatron_ext.runtime.signals import StopSignals
 from megatron_ext.training import state
 from megatron_ext.training.log import Log
 from megatron_ext.training.state import Run
@@ -60,10 +60,10 @@ def train(
 
     with StopSignals() as stop, collecting_by_hand(flags.batch.manual_gc):
         while counters.iteration < flags.batch.train_iters:
-            if counters.iteration - first == graphs.steps_before_capture(flags.graphs):
+            if counters.iteration - first == cuda_graphs.steps_before_capture(flags.graphs):
                 overlaps = flags.parallel.overlap_param_gather
                 dp_size = run.groups.dp.size()
-                graphs.capture_layers(
+                cuda_graphs.capture_layers(
                     run.model, run.optimizer, flags.batch, dp_size=dp_size, overlaps=overlaps
                 )
             _step(run, batches, log)

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_ext.checkpoint_folder import Checkpoint
-from megatron_ext.flags import TrainFlags
+from megatron_ext.checkpoint.folder import Checkpoint
+from megatron_ext.cli.programs import TrainFlags
 
 BLENDS = ("data_path", "train_data_path")
 SCHEDULE_IN_SAMPLES = ("num_steps", "lr_warmup_steps", "lr_decay_steps", "wd_incr_steps")

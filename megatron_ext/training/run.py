@@ -3,30 +3,26 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megatron_ext import checkpoint, data, fp8, graphs, platform, tp_overlap
 from megatron_ext.arch import Arch, forward_flops, num_parameters
-from megatron_ext.checkpoint_folder import Checkpoint
+from megatron_ext.checkpoint import checkpoints
+from megatron_ext.checkpoint.folder import Checkpoint
+from megatron_ext.checkpoint.identity import check_tokenizer, padded_alike, tokenizer_sha256
+from megatron_ext.cli.megatron_flags import Parallel
+from megatron_ext.cli.method_flags import Distill
+from megatron_ext.cli.programs import TrainFlags, check_against_checkpoint, new_arch
+from megatron_ext.data import datasets
 from megatron_ext.distillation import settings
 from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
-from megatron_ext.distillation.stored import (
-    StoredDistillationModel,
-    WithStoredTeacher,
-)
-from megatron_ext.early import Start
-from megatron_ext.flag_groups import Parallel
-from megatron_ext.flags import (
-    TrainFlags,
-    check_against_checkpoint,
-    new_arch,
-)
-from megatron_ext.identity import check_tokenizer, padded_alike, tokenizer_sha256
-from megatron_ext.model import ModelOptions, build_model
-from megatron_ext.own_flags import Distill
-from megatron_ext.platform import Platform
-from megatron_ext.startup import batches_of_rank, check_fp8, join_ranks, model_options
-from megatron_ext.together import on_all_ranks
+from megatron_ext.distillation.stored import StoredDistillationModel, WithStoredTeacher
+from megatron_ext.model import cuda_graphs, fp8, tp_overlap
+from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.options import batches_of_rank, check_fp8, join_ranks, model_options
+from megatron_ext.rehearsal.early import Start
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.collective_errors import on_all_ranks
+from megatron_ext.runtime.platform import Platform
 from megatron_ext.training import phase, state
 from megatron_ext.training.log import Log
 from megatron_ext.training.loop import MakeBatches, train, validate
@@ -36,12 +32,12 @@ from megatron_ext.training.step import Batch
 def pretrain(flags: TrainFlags, start: Start) -> int:
     """Train the model that begins at ``start``; returns the exit code."""
     source, teacher = (
-        found and checkpoint.read(str(found.folder)) for found in (start.source, start.teacher)
+        found and checkpoints.read(str(found.folder)) for found in (start.source, start.teacher)
     )
     start = replace(start, source=source, teacher=None)
     if start.resume:
         flags = phase.with_steps_left(flags, start.source)
-    tokenizer = data.build_tokenizer(flags.data)
+    tokenizer = datasets.build_tokenizer(flags.data)
     if start.source is not None:
         start = replace(start, source=start.source.with_tokens(tokenizer.vocab_size))
     teacher = teacher and teacher.with_tokens(tokenizer.vocab_size)
@@ -56,7 +52,7 @@ def pretrain(flags: TrainFlags, start: Start) -> int:
     place = join_ranks(flags, arch.num_layers)
     if flags.checkpoint.verify_integrity:
         for source in filter(None, (start.source, teacher)):
-            checkpoint.verify_integrity(source.folder)
+            checkpoints.verify_integrity(source.folder)
     run = build(flags, arch, start, teacher, teacher_parallel, place)
     code = go(run, tokenizer, place)
     platform.shut_down()
@@ -162,7 +158,7 @@ def student_options(
 ) -> ModelOptions:
     """Return ``options`` with what is the trained model's alone, and prepare it. Collective."""
     impl, batch = options.transformer_impl, flags.batch
-    graphs.check_machine(flags.graphs, device=place.device.type, transformer_impl=impl)
+    cuda_graphs.check_machine(flags.graphs, device=place.device.type, transformer_impl=impl)
     tp_overlap.start(
         flags.overlap,
         arch,
@@ -174,18 +170,18 @@ def student_options(
     return replace(
         options,
         fp8=fp8.of_student(flags.fp8),
-        graphs=graphs.of_student(flags.graphs),
+        graphs=cuda_graphs.of_student(flags.graphs),
         overlap=tp_overlap.of_student(flags.overlap),
     )
 
 
-def go(run: state.Run, tokenizer: data.MegatronTokenizerBase, place: Platform) -> int:
+def go(run: state.Run, tokenizer: datasets.MegatronTokenizerBase, place: Platform) -> int:
     """Train and evaluate; returns the exit code."""
     flags, batch = run.flags, run.flags.batch
     evaluates = bool(flags.log.eval_iters) and (flags.log.eval_interval or batch.skip_train)
     num_valid = batch.global_batch_size * flags.log.eval_iters if evaluates else 0
     num_train = 0 if batch.skip_train else state.num_data_samples(run)
-    splits = data.build_datasets(
+    splits = datasets.build_datasets(
         flags.data,
         seq_length=batch.seq_length,
         num_samples=(num_train, num_valid, num_valid),

@@ -20,16 +20,17 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_ext import checkpoint, checkpoint_writer, graphs
 from megatron_ext.arch import Arch
+from megatron_ext.checkpoint import checkpoints, writer
+from megatron_ext.checkpoint.identity import tokenizer_sha256
+from megatron_ext.checkpoint.saved_args import complete
+from megatron_ext.cli.parser import dashed
+from megatron_ext.cli.programs import TrainFlags, flags_as_dict, megatron_command_line
 from megatron_ext.distillation.hidden import HiddenLosses
-from megatron_ext.errors import CHECKPOINT, UserError, warn
-from megatron_ext.flag_parser import dashed
-from megatron_ext.flags import TrainFlags, flags_as_dict, megatron_command_line
-from megatron_ext.fp8 import keep_exact_weights
-from megatron_ext.identity import tokenizer_sha256
-from megatron_ext.model import LanguageModel, model_state_dict
-from megatron_ext.saved_args import complete
+from megatron_ext.model import cuda_graphs
+from megatron_ext.model.build import LanguageModel, model_state_dict
+from megatron_ext.model.fp8 import keep_exact_weights
+from megatron_ext.runtime.errors import CHECKPOINT, UserError, warn
 from megatron_ext.training import phase, torch_adam
 from megatron_ext.training.step import wrap
 
@@ -96,7 +97,7 @@ def make_run(
     eval_losses: tuple[str, ...],
     flops_per_token: float,
     hidden: HiddenLosses | None = None,
-    source: checkpoint.Checkpoint | None = None,
+    source: checkpoints.Checkpoint | None = None,
 ) -> Run:
     """Return a run at iteration 0; ``modules`` are ``chunks``, or each beside its teacher.
 
@@ -126,7 +127,7 @@ def make_run(
         schedule=_make_schedule(flags, optimizer),
         objective=objective,
         eval_losses=eval_losses,
-        forward_backward=graphs.forward_backward(flags.graphs),
+        forward_backward=cuda_graphs.forward_backward(flags.graphs),
         flops_per_step=flops_per_token * flags.batch.global_batch_size * flags.batch.seq_length,
         hidden=hidden,
         hf_config=source and source.args.get("hf_config"),
@@ -204,9 +205,9 @@ def save(run: Run) -> None:
         "num_floating_point_operations_so_far": counters.floating_point_operations,
     }
     interval = flags.checkpoint.save_retain_interval
-    checkpoint_writer.save(
+    writer.save(
         flags.checkpoint.save,
-        checkpoint.iteration_name(counters.iteration),
+        checkpoints.iteration_name(counters.iteration),
         state,
         files={
             "megatron_args.sh": megatron_command_line(run.arch) + "\n",
@@ -245,7 +246,7 @@ def _trained_state(run: Run) -> ShardedStateDict:
 
 
 def restore_weights(
-    chunks: list[LanguageModel], source: checkpoint.Checkpoint, *, repad: bool = False
+    chunks: list[LanguageModel], source: checkpoints.Checkpoint, *, repad: bool = False
 ) -> None:
     """Fill ``chunks`` with the weights of ``source``, whatever layout wrote them. Collective.
 
@@ -253,7 +254,7 @@ def restore_weights(
     """
     state = model_state_dict(chunks)
     padded_vocab_size = source.arch.padded_vocab_size if repad else None
-    loaded = checkpoint.load_weights(source.folder, state, padded_vocab_size=padded_vocab_size)
+    loaded = checkpoints.load_weights(source.folder, state, padded_vocab_size=padded_vocab_size)
     if loaded is None:
         return
     _set_weights(chunks, loaded)
@@ -261,7 +262,7 @@ def restore_weights(
         keep_exact_weights(chunk.named_parameters(), loaded[_chunk_name(chunks, index)])
 
 
-def restore(run: Run, source: checkpoint.Checkpoint) -> None:
+def restore(run: Run, source: checkpoints.Checkpoint) -> None:
     """Continue where ``source`` was saved: weights, optimizer, schedule, generators, counters.
 
     Collective. Random state is taken up only under the layout that wrote it.
@@ -285,7 +286,7 @@ def restore(run: Run, source: checkpoint.Checkpoint) -> None:
     has_rng = same_ranks and not source.args.get("no_save_rng", False)
     if flags.checkpoint.load_rng and has_rng:
         state["rng_state"] = _rng_state(run.groups)
-    loaded = checkpoint.load(source.folder, state)
+    loaded = checkpoints.load(source.folder, state)
     _set_weights(run.chunks, loaded)
     if run.hidden is not None:
         run.hidden.load(loaded["distillation"])
@@ -333,7 +334,7 @@ def _param_groups(saved: dict[Any, Any]) -> Iterator[dict[str, Any]]:
             yield from _param_groups(value)
 
 
-def _restore_schedule(run: Run, saved: dict[str, Any], source: checkpoint.Checkpoint) -> None:
+def _restore_schedule(run: Run, saved: dict[str, Any], source: checkpoints.Checkpoint) -> None:
     batch_size = run.flags.batch.global_batch_size
     before = source.args.get("global_batch_size") or batch_size
     if run.flags.batch.train_samples is not None:
@@ -349,7 +350,7 @@ def _restore_schedule(run: Run, saved: dict[str, Any], source: checkpoint.Checkp
         ) from error
 
 
-def _check_optimizer_parts(run: Run, source: checkpoint.Checkpoint) -> None:
+def _check_optimizer_parts(run: Run, source: checkpoints.Checkpoint) -> None:
     parts, saved = run.optimizer.chained_optimizers, source.common.get("optimizer", {})
     if len(parts) > 1 and saved and 0 not in saved:
         raise UserError(

@@ -20,9 +20,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_ext import graphs
 from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.distillation.stored import STORED
+from megatron_ext.model import cuda_graphs
 
 Batch = Mapping[str, Tensor]
 HIDDEN_LOSS = "hidden loss"
@@ -49,7 +49,7 @@ def wrap(
 
     ``hidden`` are the hidden-state losses of the chunks, if they have any.
     """
-    with graphs.initialization_stream(get_model_config(chunks[0])):
+    with cuda_graphs.initialization_stream(get_model_config(chunks[0])):
         model = [
             DistributedDataParallel(
                 config=get_model_config(chunk),

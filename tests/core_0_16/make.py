@@ -12,10 +12,11 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ext import checkpoint, checkpoint_writer, platform
-from megatron_ext.flags import megatron_command_line
-from megatron_ext.model import ModelOptions, build_model, model_state_dict
-from megatron_ext.saved_args import complete
+from megatron_ext.checkpoint import checkpoints, writer
+from megatron_ext.checkpoint.saved_args import complete
+from megatron_ext.cli.programs import megatron_command_line
+from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.runtime import platform
 from megatron_ext.training import state
 from tests.models import LLAMA, MOE
 from tests.programs import logits_of, read_model, read_tensors
@@ -83,7 +84,7 @@ def train(arch, folder, flags):
 def go_on(arch, folder, flags):
     """Return losses and gradient norms of three steps from the state on disk."""
     run = make_run(arch, folder, flags, seed=99)
-    state.restore(run, checkpoint.read(folder))
+    state.restore(run, checkpoints.read(folder))
     return three_more(run, flags)
 
 
@@ -98,12 +99,12 @@ def release(folder):
     chunks = build_model(DENSE, ModelOptions(), groups, seed=7)
     weights = model_state_dict(chunks) | {"args": complete(DENSE, {}), "iteration": 0}
     files = {"megatron_args.sh": megatron_command_line(DENSE) + "\n"}
-    checkpoint_writer.save(folder, checkpoint.RELEASE, weights, files=files)
+    writer.save(folder, checkpoints.RELEASE, weights, files=files)
 
 
 def what_is_read(folder):
     """Return what a reader of another version must find: arguments, tensors, logits."""
-    source = checkpoint.read(folder)
+    source = checkpoints.read(folder)
     return {
         "args": hashlib.sha256(repr(sorted(source.args.items())).encode()).hexdigest(),
         "tensors": {k: digest(x) for k, x in sorted(read_tensors(folder).items())},
@@ -121,7 +122,7 @@ def digest(tensor):
 def some_logits(folder):
     """Return the float64 logits of the last position, and their sum over all positions."""
     model = read_model(folder)
-    logits = logits_of(model, checkpoint.read(folder).arch)
+    logits = logits_of(model, checkpoints.read(folder).arch)
     return [*logits[-1, 0].tolist(), logits.sum().item()]
 
 

@@ -23,13 +23,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megatron_ext.arch import Arch, num_parameters
+from megatron_ext.cli.parser import flag, parse
 from megatron_ext.convert.config import config_of
 from megatron_ext.convert.exporter import index_of, into_shards, shard_names
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.hf_folder import header_of, write_weights
 from megatron_ext.convert.pieces import pieces
-from megatron_ext.errors import run_main
-from megatron_ext.flag_parser import flag, parse
+from megatron_ext.runtime.errors import run_main
 from tools import convert
 
 SHARD = 300 * 10**6

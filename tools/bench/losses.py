@@ -28,10 +28,10 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megatron_ext import platform
 from megatron_ext.distillation import native
 from megatron_ext.distillation.fused import fused_losses
 from megatron_ext.distillation.losses import LOSSES, LogitLoss
+from megatron_ext.runtime import platform
 
 SHAPES = {"2048 x 32k": (2048, 32768), "512 x 128k": (512, 131072)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -25,15 +25,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megatron_ext import checkpoint_writer
 from megatron_ext.arch import Arch, dim_sizes, num_parameters, shape, weights
-from megatron_ext.platform import emulate_cuda_on_cpu
+from megatron_ext.checkpoint import writer
+from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.pruning.baselines import random_scores
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.trim import deal, pieces, trimmed_share
-from megatron_ext.slices import SliceReader
+from megatron_ext.runtime.platform import emulate_cuda_on_cpu
 from tests.ranks import run_ranks
 
 MB = 1e6
@@ -114,7 +114,7 @@ def write(folder: str, arch: Arch) -> None:
             state[f"{weight.key} {layer}"] = ShardedTensor.from_rank_offsets(
                 weight.key, tensor, *place, prepend_axis_num=len(place)
             )
-    checkpoint_writer.save(folder, "release", state, files={})
+    writer.save(folder, "release", state, files={})
 
 
 def copy(source: str, target: str) -> float:
@@ -135,7 +135,7 @@ def trim(source: str, target: str, plan: Plan) -> tuple[float, float, float]:
     share = trimmed_share(SliceReader(source), plan, rank, ranks)
     read, memory = time.perf_counter() - start, resident() - before
     state = {"model": share, "args": Namespace(**plan.target.to_args()), "iteration": 0}
-    checkpoint_writer.save(target, "release", state, files={})
+    writer.save(target, "release", state, files={})
     return read, time.perf_counter() - start, memory
 
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_ext import checkpoint, checkpoint_writer
 from megatron_ext.arch import Arch
-from megatron_ext.checkpoint import sharded_tensors
-from megatron_ext.model import LanguageModel, ModelOptions, build_model, model_state_dict
+from megatron_ext.checkpoint import checkpoints, writer
+from megatron_ext.checkpoint.checkpoints import sharded_tensors
+from megatron_ext.model.build import LanguageModel, ModelOptions, build_model, model_state_dict
 from megatron_ext.pruning.importance import Importance
 from megatron_ext.training.state import restore_weights
 from tools.gpu.setup import DTYPES, Checks, Found, Setup, need_engine
@@ -162,8 +162,8 @@ def moved(setup: Setup, source: str, target: str) -> Found:
     after = model_of(setup, arch, target, "bf16", seed=9)
     with tempfile.TemporaryDirectory() as folder:
         state = {**model_state_dict([before]), "args": Namespace(**arch.to_args())}
-        checkpoint_writer.save(folder, checkpoint.RELEASE, state, files={})
-        restore_weights([after], checkpoint.read(folder))
+        writer.save(folder, checkpoints.RELEASE, state, files={})
+        restore_weights([after], checkpoints.read(folder))
     both = [
         {(s.key, s.global_offset): s.data for s in sharded_tensors(model_state_dict([model]))}
         for model in (before, after)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_ext import platform
-from megatron_ext.model import choose_transformer_impl
-from megatron_ext.platform import Platform
+from megatron_ext.model.build import choose_transformer_impl
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.platform import Platform
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_ext.arch import Arch, forward_flops, num_parameters
 from megatron_ext.distillation.model import KD_LOSS, Distillation, DistillationModel
-from megatron_ext.fp8 import Fp8, of_student, of_teacher
-from megatron_ext.model import LanguageModel, ModelOptions, build_model
+from megatron_ext.model.build import LanguageModel, ModelOptions, build_model
+from megatron_ext.model.fp8 import Fp8, of_student, of_teacher
 from megatron_ext.training.step import StepShape, train_step, wrap
 from tools.bench.calibration import draw_weights
 from tools.gpu.engine import LLAMA, sized

@@ -1,0 +1,130 @@
+"""Which checkpoints are in a folder, and what they say of themselves: no torch, no weights."""
+
+import contextlib
+import json
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.arch import Arch
+from megatron_ext.runtime.errors import CHECKPOINT, UserError, warn
+
+TRACKER = "latest_checkpointed_iteration.txt"
+INTEGRITY = "integrity.json"
+RELEASE = "release"
+TOKENIZER = "tokenizer"
+NEMO_FOLDERS = ("weights", "model_weights")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk and what it says of itself."""
+
+    folder: Path
+    common: dict[str, Any]
+    """The part that is not sharded: ``args``, ``iteration``, schedule, ..."""
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The flags saved with it, by Megatron-LM's names."""
+        return vars(self.common["args"])
+
+    @property
+    def iteration(self) -> int:
+        """Optimizer steps behind it; 0 for a release (pruned or converted weights)."""
+        return int(self.common.get("iteration", 0))
+
+    @property
+    def knows_tokens(self) -> bool:
+        """Whether it says how many tokens its tokenizer has.
+
+        Megatron-LM saves what was typed as --vocab-size, if anything; and an imported model that
+        had no tokenizer beside it counts every row.
+        """
+        is_counted = "tokenizer_sha256" in self.args or "tokenizer_type" not in self.args
+        return is_counted and self.args.get("vocab_size") is not None
+
+    def with_tokens(self, vocab_size: int) -> "Checkpoint":
+        """Return it with the number of its tokens, if it does not know; rows behind are padding."""
+        if self.knows_tokens or vocab_size > self.args["padded_vocab_size"]:
+            return self
+        tokens = {"vocab_size": vocab_size, "tokenizer_sha256": None}
+        return replace(self, common={**self.common, "args": Namespace(**{**self.args, **tokens})})
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Return the files of its ``tokenizer`` folder, by the name under its own folder."""
+        paths = sorted((self.folder / TOKENIZER).glob("*"))
+        return {f"{TOKENIZER}/{path.name}": path.read_bytes() for path in paths}
+
+    @property
+    def arch(self) -> Arch:
+        """The architecture of its model."""
+        try:
+            return Arch.from_args(self.args)
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{self.folder}: the saved args do not describe a model ({error}).", CHECKPOINT
+            ) from error
+
+
+def iteration_name(iteration: int) -> str:
+    """Return the folder name of an iteration."""
+    return f"iter_{iteration:07d}"
+
+
+def incomplete_reason(folder: Path) -> str | None:
+    """Return why ``folder`` is no finished checkpoint, or None if it is one."""
+    try:
+        if "sharded_backend" not in json.loads((folder / "metadata.json").read_text()):
+            return "metadata.json names no format"
+    except (OSError, ValueError):
+        return "metadata.json is missing or unreadable: the save did not finish"
+    return None if (folder / ".metadata").exists() else ".metadata is missing"
+
+
+def find(root: str, step: int | None = None) -> Path | None:
+    """Return the folder of a finished checkpoint, or None if there is none.
+
+    Args:
+        root: a checkpoint folder, or the folder above with its tracker file, or NeMo's folder
+            above weights/. Where the tracker is missing or wrong, the newest finished iteration
+            counts, with a warning.
+        step: take this iteration.
+
+    Raises:
+        UserError: ``step`` was asked for and is not there or not finished.
+    """
+    top = Path(root)
+    if step is not None:
+        folder = top / iteration_name(step)
+        reason = incomplete_reason(folder) if folder.is_dir() else "there is no such folder"
+        if reason:
+            raise UserError(f"--ckpt-step {step}: {folder}: {reason}.", CHECKPOINT)
+        return folder
+    for folder in (top, *(top / name for name in NEMO_FOLDERS)):
+        if incomplete_reason(folder) is None:
+            return folder
+    with contextlib.suppress(OSError):
+        name = (top / TRACKER).read_text().strip()
+        folder = top / (iteration_name(int(name)) if name.isdigit() else name)
+        reason = incomplete_reason(folder)
+        if name and reason is None:
+            return folder
+        warn(f"{top / TRACKER} names {name!r}, which cannot be used: {reason}.")
+    finished = [f for f in sorted(top.glob("iter_*"), reverse=True) if not incomplete_reason(f)]
+    if finished:
+        warn(f"{top}: taking the newest finished checkpoint, {finished[0].name}.")
+    return finished[0] if finished else None
+
+
+def locate(root: str, step: int | None = None) -> Path:
+    """Return the folder of a finished checkpoint, as ``find``.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = find(root, step)
+    if folder is None:
+        raise UserError(f"{root}: no finished checkpoint (iter_*/ or release/) here.", CHECKPOINT)
+    return folder

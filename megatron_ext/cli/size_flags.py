@@ -1,0 +1,224 @@
+"""The model's sizes on the command line: what was typed, a checkpoint's sizes, a new model's."""
+
+import contextlib
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, asdict, dataclass, fields, replace
+from typing import Any
+
+from megatron_ext.arch import LOAD_BALANCING, Arch, is_gelu
+from megatron_ext.cli.parser import flag, option
+from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Model sizes, as in the checkpoint where not typed; defaults for a new model."""
+
+    num_layers: int | None = flag(None, "transformer layers", at_least=1)
+    hidden_size: int | None = flag(None, "channels of the residual stream", at_least=1)
+    ffn_hidden_size: int | None = flag(
+        None, "neurons of an MLP; default 4 hidden-size, with --swiglu 2/3 of it", at_least=1
+    )
+    num_attention_heads: int | None = flag(None, "query heads", at_least=1)
+    group_query_attention: bool = flag(False, "share keys and values between query heads")
+    num_query_groups: int = flag(
+        1, "key/value heads; counts only with --group-query-attention", at_least=1
+    )
+    kv_channels: int | None = flag(
+        None, "channels of one head; default hidden-size / num-attention-heads", at_least=1
+    )
+    max_position_embeddings: int | None = flag(None, "longest sequence, in tokens", at_least=1)
+    position_embedding_type: str = flag(
+        "learned_absolute",
+        "how positions enter",
+        choices=("learned_absolute", "rope", "none"),
+        shorthands={"--use-rotary-position-embeddings": "rope"},
+    )
+    rotary_base: int = flag(10000, "base of the rotary periods (theta)", at_least=1)
+    rotary_percent: float = flag(
+        1.0, "share of a head's channels that rotate, 0 to 1", above=0, at_most=1
+    )
+    use_rope_scaling: bool = flag(False, "scale rotary frequencies as Llama 3.1 does")
+    rope_scaling_factor: float = flag(8.0, "factor of --use-rope-scaling", at_least=1)
+    normalization: str = flag("LayerNorm", "kind of norm", choices=("LayerNorm", "RMSNorm"))
+    norm_epsilon: float = flag(1e-5, "added to the variance in norms", above=0)
+    apply_layernorm_1p: bool = flag(False, "norm weights are stored as gamma - 1")
+    swiglu: bool = flag(False, "gated MLP with SiLU instead of GELU")
+    squared_relu: bool = flag(False, "squared ReLU instead of GELU")
+    bias_gelu_fusion: bool = flag(
+        True,
+        "exact GELU; without it a GELU with biases is its tanh approximation",
+        off="--no-bias-gelu-fusion",
+    )
+    add_bias_linear: bool = flag(True, "no bias in linear layers", off="--disable-bias-linear")
+    add_qkv_bias: bool = flag(False, "a bias on query, key and value even without the others")
+    qk_layernorm: bool = flag(False, "a norm on the query and the key of each head")
+    untie_embeddings_and_output_weights: bool = flag(
+        False, "an output matrix of its own instead of the embedding's"
+    )
+    bert_binary_head: bool = flag(
+        True,
+        "a BertModel without next-sentence head: a masked language model",
+        off="--bert-no-binary-head",
+    )
+    apply_residual_connection_post_layernorm: bool = flag(
+        False, "post-norm, with --bert-no-binary-head: add to the output of each norm"
+    )
+    num_experts: int | None = flag(
+        None, "experts of every layer's MLP; default a plain MLP", at_least=1
+    )
+    moe_router_topk: int = flag(2, "experts that compute a token", at_least=1)
+    moe_ffn_hidden_size: int | None = flag(
+        None, "neurons of an expert; default ffn-hidden-size", at_least=1
+    )
+    moe_shared_expert_intermediate_size: int | None = flag(
+        None, "neurons of all shared experts together, which compute every token", at_least=1
+    )
+    moe_router_pre_softmax: bool = flag(
+        False, "softmax over all experts instead of the chosen ones"
+    )
+    moe_router_load_balancing_type: str = flag(
+        "aux_loss", "load-balancing loss over a micro-batch or each sample", choices=LOAD_BALANCING
+    )
+    moe_aux_loss_coeff: float = flag(0.0, "weight of the load-balancing loss", at_least=0)
+    init_method_std: float = flag(0.02, "standard deviation of a new model's weights", above=0)
+    attention_dropout: float = flag(
+        0.1, "share of attention weights dropped in training", at_least=0, below=1
+    )
+    hidden_dropout: float = flag(
+        0.1, "share of layer outputs dropped in training", at_least=0, below=1
+    )
+    make_vocab_size_divisible_by: int = flag(
+        128, "pad a new vocabulary to a multiple of this (whatever the layout)", at_least=1
+    )
+
+
+REQUIRED_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+# Free to change after the checkpoint: they matter in training only.
+FREE = (
+    "attention_dropout",
+    "hidden_dropout",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+)
+NOT_COMPARED = (*FREE, "make_vocab_size_divisible_by")
+
+
+def missing_sizes(sizes: Mapping[str, Any]) -> list[str]:
+    """Return the options that a new model needs and that were not typed."""
+    return [option(f) for f in fields(Sizes) if f.name in REQUIRED_SIZES and f.name not in sizes]
+
+
+def new_arch(sizes: Mapping[str, Any], vocab_size: int) -> Arch:
+    """Return the architecture of a new model, with Megatron-LM's defaults for what is not typed.
+
+    Args:
+        sizes: the typed sizes, by the names of ``Sizes``.
+        vocab_size: tokens that the tokenizer knows.
+
+    Raises:
+        UserError: a size that has no default is missing, or sizes contradict each other.
+    """
+    if missing := missing_sizes(sizes):
+        raise UserError(f"a new model needs {', '.join(missing)}.", USAGE)
+    values = asdict(Sizes(**sizes))
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    if values["kv_channels"] is None:
+        if hidden % heads:
+            raise UserError(
+                f"--hidden-size {hidden} is not a multiple of --num-attention-heads {heads}: "
+                "change one or give --kv-channels.",
+                USAGE,
+            )
+        values["kv_channels"] = hidden // heads
+    if values["ffn_hidden_size"] is None:
+        # The gated MLP has a third matrix; 2/3 of the width keeps the number of parameters.
+        values["ffn_hidden_size"] = (
+            int(4 * hidden * 2 / 3 / 64) * 64 if values["swiglu"] else 4 * hidden
+        )
+    if values["num_experts"] is not None and values["moe_ffn_hidden_size"] is None:
+        values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
+    values["bias_gelu_fusion"] &= is_gelu(values) and values["add_bias_linear"]
+    if not values.pop("group_query_attention"):
+        values["num_query_groups"] = heads
+    # Megatron-LM pads to a multiple of this times TP. Sizes must not depend on the layout.
+    multiple = values.pop("make_vocab_size_divisible_by")
+    padded = -(-vocab_size // multiple) * multiple
+    with _refused():
+        return Arch(vocab_size=vocab_size, padded_vocab_size=padded, **values)
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """Turn what ``Arch`` refuses into a ``UserError``."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error), USAGE) from None
+
+
+def check_against_checkpoint(sizes: Mapping[str, Any], arch: Arch) -> Arch:
+    """Return the checkpoint's ``arch`` with the typed dropouts and load balancing.
+
+    Raises:
+        UserError: a typed size contradicts the checkpoint, all of them in one table; or load
+            balancing is typed for a model without experts.
+    """
+    saved = arch.to_args()
+    skip = set(NOT_COMPARED)
+    if "num_query_groups" in sizes:
+        # One group per head, typed as groups, is the same model as one without groups.
+        skip.add("group_query_attention")
+    rows = [
+        (option(f), _shown(f, saved[f.name]), _shown(f, sizes[f.name]))
+        for f in fields(Sizes)
+        if f.name in sizes and f.name not in skip and sizes[f.name] != saved[f.name]
+    ]
+    if rows:
+        rows = [("flag", "checkpoint", "command line"), *rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        table = [f"  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows]
+        head = "the checkpoint has other sizes; drop these flags to use the checkpoint's:"
+        raise UserError("\n".join([head, *table]), CHECKPOINT)
+    with _refused():
+        return replace(arch, **{name: sizes[name] for name in FREE if name in sizes})
+
+
+def megatron_command_line(arch: Arch) -> str:
+    """Return the flags that tell Megatron-LM this architecture, in one line."""
+    values = arch.to_args() | {"make_vocab_size_divisible_by": vocab_multiple(arch)}
+    words = []
+    for field in fields(Sizes):
+        value = values[field.name]
+        if value is None or (field.name.startswith("moe_") and arch.num_experts is None):
+            continue
+        if field.name == "bias_gelu_fusion" and not is_gelu(values):
+            continue
+        if isinstance(field.default, bool):
+            words += [option(field)] * (value != field.default)
+        elif field.name != "num_query_groups" or values["group_query_attention"]:
+            words += [option(field), str(value)]
+    return shlex.join(words)
+
+
+def vocab_multiple(arch: Arch) -> int:
+    """Return the smallest multiple to which padding gives ``arch.padded_vocab_size``.
+
+    The smallest, because Megatron-LM multiplies it by TP: the padded size stays the same as long as
+    TP times it divides that size and no smaller padding does.
+    """
+    padded, padding = arch.padded_vocab_size, arch.padded_vocab_size - arch.vocab_size
+    return next(d for d in range(padding + 1, padded + 1) if padded % d == 0)
+
+
+def _shown(field: Field, value: Any) -> str:
+    """Return ``value`` as the user would type it; a switch as on or off."""
+    if isinstance(field.default, bool):
+        return "off" if value == field.default else "on"
+    return str(value)

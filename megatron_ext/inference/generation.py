@@ -1,0 +1,146 @@
+"""The run of tools/generate.py: texts continued, one forward pass for each token.
+
+``flags`` are that program's.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_ext.checkpoint import checkpoints
+from megatron_ext.checkpoint.folder import Checkpoint
+from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256
+from megatron_ext.data import datasets
+from megatron_ext.model.build import ModelOptions, build_model, choose_transformer_impl
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
+from megatron_ext.runtime.platform import Platform
+from megatron_ext.training.state import restore_weights
+
+# Tokens [n], n >= 1, to the logits of the token that follows them, [padded_vocab_size].
+NextLogits = Callable[[list[int]], Tensor]
+
+
+def generate(flags: Any, folder: Path) -> None:
+    """Print each prompt and how the checkpoint in ``folder`` continues it."""
+    options = flags.generation
+    source = checkpoints.read(str(folder))
+    if source.arch.is_bert:
+        raise UserError(f"{source.folder} is a BertModel, which continues no texts.", CHECKPOINT)
+    tokenizer = datasets.build_tokenizer(flags.tokenizer)
+    source = source.with_tokens(tokenizer.vocab_size)
+    check_tokenizer(source, tokenizer.vocab_size, tokenizer_sha256(flags.tokenizer))
+    prompts = [tokens_of(text, tokenizer) for text in options.prompt]
+    for text, ids in zip(options.prompt, prompts, strict=True):
+        check_length(text, len(ids), options.max_new_tokens, source.arch.max_position_embeddings)
+
+    place = platform.initialize(device=options.device)
+    next_logits = load_model(source, place)
+    for text, ids in zip(options.prompt, prompts, strict=True):
+        new = continue_tokens(
+            next_logits,
+            ids,
+            max_new_tokens=options.max_new_tokens,
+            eod=tokenizer.eod,
+            vocab_size=tokenizer.vocab_size,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            seed=options.seed,
+        )
+        # Many tokenizers drop a space at the beginning of what they turn into text.
+        whole, head = tokenizer.detokenize(ids + new), tokenizer.detokenize(ids)
+        print(f"--- prompt\n{text}\n--- continuation, {len(new)} tokens\n{whole[len(head) :]}\n")
+    platform.shut_down()
+
+
+def tokens_of(prompt: str, tokenizer: datasets.MegatronTokenizerBase) -> list[int]:
+    """Return the tokens of a prompt, at least one."""
+    try:
+        ids = tokenizer.tokenize(prompt) if prompt else []
+    except ValueError as error:
+        raise UserError(
+            f"--prompt {prompt!r}: the tokenizer refuses it ({error}).", USAGE
+        ) from error
+    if not ids:
+        raise UserError(f"--prompt {prompt!r} has no tokens: give at least one.", USAGE)
+    if not all(0 <= token < tokenizer.vocab_size for token in ids):  # NullTokenizer takes any
+        raise UserError(f"--prompt {prompt!r}: tokens are 0 to {tokenizer.vocab_size - 1}.", USAGE)
+    return ids
+
+
+def check_length(prompt: str, num_tokens: int, max_new_tokens: int, num_positions: int) -> None:
+    """Refuse a prompt that the model has no positions to continue."""
+    if num_tokens + max_new_tokens > num_positions:
+        raise UserError(
+            f"--prompt {prompt[:40]!r} has {num_tokens} tokens; with --max-new-tokens "
+            f"{max_new_tokens} that is more than the model's {num_positions} positions.",
+            USAGE,
+        )
+
+
+def load_model(source: Checkpoint, place: Platform) -> NextLogits:
+    """Return the model of ``source`` in the precision that it was saved in, on this process."""
+    options = ModelOptions(
+        params_dtype=source.args.get("params_dtype", torch.float32),
+        transformer_impl=choose_transformer_impl(None, place.device),
+    )
+    (model,) = build_model(source.arch, options, place.groups)
+    restore_weights([model], source)
+    model.eval()
+
+    def next_logits(ids: list[int]) -> Tensor:
+        tokens = torch.tensor([ids], device=place.device)
+        positions = torch.arange(len(ids), device=place.device).unsqueeze(0)
+        return model(tokens, positions, None)[-1, 0]  # of [s, 1, padded_vocab_size]
+
+    return next_logits
+
+
+@torch.no_grad()
+def continue_tokens(
+    next_logits: NextLogits,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    eod: int,
+    vocab_size: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 1234,
+) -> list[int]:
+    """Return up to ``max_new_tokens`` tokens that follow ``prompt``; the end of document is none.
+
+    Args:
+        next_logits: the model.
+        prompt: one token or more.
+        max_new_tokens: where to stop at the latest.
+        eod: the token that ends a document.
+        vocab_size: logits from here on are padding and are never chosen.
+        temperature: 0 takes the likeliest token.
+        top_k: sample from that many tokens; None from all.
+        seed: of sampling.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    new: list[int] = []
+    for _ in tqdm(range(max_new_tokens), "generating", unit="token", disable=None, leave=False):
+        logits = next_logits(prompt + new)[:vocab_size].float().cpu()
+        token = choose(logits, temperature, top_k, generator)
+        if token == eod:
+            break
+        new.append(token)
+    return new
+
+
+def choose(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
+) -> int:
+    """Return the token of [vocab_size] float32 logits: the likeliest, or one drawn."""
+    if temperature == 0:
+        return int(logits.argmax())
+    values, tokens = logits.topk(min(top_k or len(logits), len(logits)))
+    drawn = torch.multinomial((values / temperature).softmax(0), 1, generator=generator)
+    return int(tokens[drawn])

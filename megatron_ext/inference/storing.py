@@ -1,0 +1,198 @@
+"""The run of tools/store_teacher.py: the training data through a teacher, its tokens to disk.
+
+``flags`` are that program's.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
+
+from megatron_ext.checkpoint import checkpoints
+from megatron_ext.checkpoint.folder import Checkpoint
+from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256
+from megatron_ext.cli.programs import check_experts, check_layout, virtual_pipeline_size
+from megatron_ext.data import datasets
+from megatron_ext.distillation import stored
+from megatron_ext.distillation.store_index import StoreIndex
+from megatron_ext.distillation.topk import TopK, teacher_top_k
+from megatron_ext.model.build import LanguageModel, build_model
+from megatron_ext.model.layers import gathered_positions
+from megatron_ext.model.options import join_ranks, model_options
+from megatron_ext.pruning.calibrate import evaluating
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
+from megatron_ext.runtime.errors import USAGE, UserError
+from megatron_ext.runtime.platform import Platform
+from megatron_ext.training.state import restore_weights
+from megatron_ext.training.step import Batch
+
+# About so many samples are in a file: what an interrupted run does again.
+SAMPLES_PER_FILE = 64
+
+
+def store_teacher(flags: Any, folder: Path) -> None:
+    """Store what is not there yet of the teacher in ``folder``. Collective."""
+    options, batch = flags.storing, flags.batch
+    teacher = checkpoints.read(str(folder))
+    tokenizer = datasets.build_tokenizer(flags.data)
+    teacher = teacher.with_tokens(tokenizer.vocab_size)
+    check_tokenizer(teacher, tokenizer.vocab_size, tokenizer_sha256(flags.data))
+    if options.kd_top_k > teacher.arch.vocab_size:
+        raise UserError(
+            f"--kd-top-k {options.kd_top_k}: the vocabulary has {teacher.arch.vocab_size} tokens.",
+            USAGE,
+        )
+    check_layout(teacher.arch, flags.parallel, seq_length=batch.seq_length)
+    check_experts([teacher.arch], flags.parallel)
+    place = join_ranks(flags, teacher.arch.num_layers)
+    index = index_of(flags, teacher, place)
+    dataset, _, _ = datasets.build_datasets(
+        flags.data,
+        seq_length=batch.seq_length,
+        num_samples=(index.num_samples, 0, 0),
+        tokenizer=tokenizer,
+        seed=batch.seed,
+        masked=teacher.arch.is_bert,
+    )
+    missing = on_first_rank(lambda: stored.begin(options.kd_teacher_store, index))
+    chunks = build_model(
+        teacher.arch, model_options(flags, place, teacher.arch.num_layers), place.groups
+    )
+    restore_weights(chunks, teacher)
+    with evaluating(chunks, logits=True), torch.no_grad():
+        store_all(flags, index, missing, dataset, chunks, place)
+    if place.rank == 0:
+        print(f"{options.kd_teacher_store}: {index.num_samples} samples, {len(missing)} new files")
+    platform.shut_down()
+
+
+def index_of(flags: Any, teacher: Checkpoint, place: Platform) -> StoreIndex:
+    """Return what will be in the store; files of whole micro-batches."""
+    options, batch = flags.storing, flags.batch
+    num_samples = options.train_iters * options.global_batch_size
+    unit = batch.micro_batch_size
+    if virtual_pipeline_size(flags.parallel, teacher.arch.num_layers):
+        unit *= place.groups.pp.size()  # virtual stages take micro-batches by so many
+    if num_samples % unit:
+        raise UserError(
+            f"--train-iters {options.train_iters} x --global-batch-size "
+            f"{options.global_batch_size} = {num_samples} samples are not a multiple of the {unit} "
+            "that go through the model at a time: change --micro-batch-size.",
+            USAGE,
+        )
+    return StoreIndex(
+        top_k=options.kd_top_k,
+        temperature=options.kd_temperature,
+        seq_length=batch.seq_length,
+        vocab_size=teacher.arch.vocab_size,
+        tokenizer_sha256=tokenizer_sha256(flags.data),
+        num_samples=num_samples,
+        samples_per_file=unit * max(1, SAMPLES_PER_FILE // unit),
+        teacher=str(teacher.folder),
+    )
+
+
+def store_all(
+    flags: Any,
+    index: StoreIndex,
+    missing: Sequence[int],
+    dataset: Dataset,
+    chunks: list[LanguageModel],
+    place: Platform,
+) -> None:
+    """Write the files that begin with the samples ``missing``. Collective.
+
+    Data-parallel ranks take files in turn. Experts may be spread over them, so all ranks take part
+    in every round, the last ones with a file that another rank writes.
+    """
+    groups, folder = place.groups, flags.storing.kd_teacher_store
+    count = groups.dp.size()
+    writes = groups.tp.rank() == groups.cp.rank() == 0 and groups.pp.rank() == groups.pp.size() - 1
+    rounds = range(0, len(missing), count)
+    for start in tqdm(rounds, "storing", unit="file", disable=None if place.rank == 0 else True):
+        mine = start + groups.dp.rank()
+        first = missing[min(mine, len(missing) - 1)]
+        last = min(first + index.samples_per_file, index.num_samples)
+        samples = Subset(dataset, range(first, last))
+        top = run(flags, samples, chunks, place)
+
+        def finish(
+            top: TopK | None = top, samples: Dataset = samples, first: int = first, mine: int = mine
+        ) -> None:
+            if writes and mine < len(missing):
+                digests = [stored.digest(samples[i]) for i in range(len(samples))]
+                stored.write(folder, first, top, digests)
+
+        on_all_ranks(finish)
+
+
+def run(flags: Any, samples: Dataset, chunks: list[LanguageModel], place: Platform) -> TopK | None:
+    """Return the likeliest tokens of ``samples``, [n, s, K] on the CPU; None off the last stage."""
+    batch = flags.batch
+    found = get_forward_backward_func()(
+        forward_step_func=partial(forward_step, flags, place),
+        data_iterator=[batches(flags, samples, place) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(samples) // batch.micro_batch_size,
+        seq_length=batch.seq_length,
+        micro_batch_size=batch.micro_batch_size,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    if not found:
+        return None
+    return TopK(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def batches(flags: Any, samples: Dataset, place: Platform) -> Iterator[Batch]:
+    """Yield all of ``samples`` in order, cut for context parallelism."""
+    cp = place.groups.cp
+    for whole in datasets.batches(
+        samples,
+        micro_batch_size=flags.batch.micro_batch_size,
+        dp_rank=0,
+        dp_size=1,
+        consumed_samples=0,
+        num_workers=flags.data.num_workers,
+    ):
+        shard = datasets.shard_for_context_parallel(whole, cp.rank(), cp.size())
+        yield {name: x.to(place.device) for name, x in shard.items()}
+
+
+def forward_step(
+    flags: Any, place: Platform, batches: Iterator[Batch], model: LanguageModel
+) -> tuple:
+    """Run one micro-batch; what is collected is [b, s, K] twice."""
+    batch = next(batches)
+    output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"))
+
+    def collect(logits: Tensor, non_loss_data: bool) -> TopK:
+        top = teacher_top_k(
+            logits,
+            flags.storing.kd_top_k,
+            temperature=flags.storing.kd_temperature,
+            vocab_size=model.num_tokens,
+            tp_group=place.groups.tp,
+        )
+        return TopK(*(whole(x, place).transpose(0, 1).cpu() for x in top))
+
+    return output, collect
+
+
+def whole(part: Tensor, place: Platform) -> Tensor:
+    """Return [S, b, K] of the context-parallel ranks' [s, b, K]. One all-gather."""
+    cp = place.groups.cp
+    if cp.size() == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(cp.size())]
+    torch.distributed.all_gather(parts, part.contiguous(), group=cp)
+    result = part.new_empty(len(part) * cp.size(), *part.shape[1:])
+    result[gathered_positions(len(part), cp).to(part.device)] = torch.cat(parts)
+    return result

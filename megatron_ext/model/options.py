@@ -1,0 +1,142 @@
+"""What programs do alike around a model: join the ranks, choose how to hold it, feed it.
+
+``flags`` are a program's, with the groups ``parallel``, ``batch`` and ``precision``.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megatron_ext.cli.parser import dashed
+from megatron_ext.cli.programs import virtual_pipeline_size
+from megatron_ext.data import datasets
+from megatron_ext.model import cuda_graphs
+from megatron_ext.model.build import ModelOptions, choose_transformer_impl
+from megatron_ext.model.fp8 import Fp8, check_fp8_layers, fp8_settings
+from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import USAGE, UserError, warn
+from megatron_ext.runtime.platform import Platform
+
+
+def join_ranks(flags: Any, num_layers: int) -> Platform:
+    """Return this rank's place in the layout of ``flags``, for models of ``num_layers``."""
+    parallel, captured = flags.parallel, getattr(flags, "graphs", cuda_graphs.Graphs())
+    device = platform.choose_device(parallel.device).type
+    cuda_graphs.check_machine(captured, device=device, transformer_impl=None)
+    return platform.initialize(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size(parallel, num_layers),
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        device=parallel.device,
+        backend=parallel.distributed_backend,
+        seed=flags.batch.seed,
+        graph_safe_rng=captured.cuda_graph_impl != "none",
+        timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+
+
+def model_options(flags: Any, place: Platform, num_layers: int, **recompute: Any) -> ModelOptions:
+    """Return how this run holds models of ``num_layers``; ``recompute`` as in ``ModelOptions``."""
+    if flags.precision.fp16 and place.device.type == "cpu":
+        raise UserError("--fp16 needs a GPU; use --bf16 on a CPU.", USAGE)
+    parallel = flags.parallel
+    impl = choose_transformer_impl(parallel.transformer_impl, place.device)
+    if parallel.moe_grouped_gemm and impl == "local":
+        raise UserError("--moe-grouped-gemm needs --transformer-impl transformer_engine.", USAGE)
+    uneven = parallel.moe_token_dispatcher_type == "alltoall" and place.groups.tp.size() > 1
+    if uneven and torch.distributed.get_backend() == "gloo":
+        raise UserError(
+            "--moe-token-dispatcher-type alltoall with tensor parallelism needs NCCL: gloo gathers "
+            "equal parts only; use allgather.",
+            USAGE,
+        )
+    _check_attention(flags, impl)
+    output_discarding = {"layernorm", "moe_act"} & set(recompute.get("recompute_modules") or ())
+    if output_discarding and impl == "local":
+        raise UserError(
+            f"--recompute-modules {' '.join(sorted(output_discarding))} needs --transformer-impl "
+            "transformer_engine.",
+            USAGE,
+        )
+    half = torch.float16 if flags.precision.fp16 else torch.float32
+    pieces = virtual_pipeline_size(parallel, num_layers)
+    return ModelOptions(
+        params_dtype=torch.bfloat16 if flags.precision.bf16 else half,
+        sequence_parallel=parallel.sequence_parallel,
+        virtual_pipeline_model_parallel_size=pieces,
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
+        overlap_p2p_comm=bool(pieces) and parallel.overlap_p2p_comm,
+        overlap_p2p_comm_warmup_flush=parallel.overlap_p2p_communication_warmup_flush,
+        transformer_impl=impl,
+        attention_backend=parallel.attention_backend,
+        cp_comm_type=parallel.cp_comm_type,
+        moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
+        moe_grouped_gemm=parallel.moe_grouped_gemm,
+        # The compiler that fuses them is not on every machine without a GPU.
+        fuse_kernels=place.device.type == "cuda",
+        recompute=recompute,
+    )
+
+
+def _check_attention(flags: Any, impl: str) -> None:
+    """Say which choices of attention have no effect; refuse those that would be ignored."""
+    parallel, reads = flags.parallel, getattr(flags, "data", None)
+    for name in ("attention_backend", "cp_comm_type"):
+        value = getattr(parallel, name)
+        if impl == "local" and value != getattr(type(parallel), name):
+            warn(f"{dashed(name)} {value}: without effect on local layers.")
+    if impl == "transformer_engine" and reads is not None and reads.reset_attention_mask:
+        raise UserError(
+            "--reset-attention-mask: Transformer Engine's causal attention takes no mask; use "
+            "--transformer-impl local.",
+            USAGE,
+        )
+
+
+def check_fp8(fp8: Fp8, options: ModelOptions) -> None:
+    """Refuse FP8 where layers or GPU cannot run it.
+
+    Raises:
+        UserError: with code ``USAGE``, with Transformer Engine's reason.
+    """
+    check_fp8_layers(fp8, options.transformer_impl)
+    for typed, settings in fp8_settings(fp8).items():
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+        check = {
+            "blockwise": FP8GlobalStateManager.is_fp8_block_scaling_available,
+            "mxfp8": FP8GlobalStateManager.is_mxfp8_available,
+        }.get(settings["fp8_recipe"], FP8GlobalStateManager.is_fp8_available)
+        available, reason = check()
+        if not available:
+            raise UserError(f"{typed}, --fp8-recipe {settings['fp8_recipe']}: {reason}", USAGE)
+
+
+def batches_of_rank(
+    dataset: Dataset,
+    place: Platform,
+    *,
+    micro_batch_size: int,
+    num_workers: int,
+    consumed_samples: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield this rank's micro-batches on its device, cut for context parallelism.
+
+    As ``datasets.batches`` otherwise: tokens, labels, loss_mask, position_ids [b, s / cp], ...
+    """
+    groups = place.groups
+    for batch in datasets.batches(
+        dataset,
+        micro_batch_size=micro_batch_size,
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        consumed_samples=consumed_samples,
+        num_workers=num_workers,
+    ):
+        shard = datasets.shard_for_context_parallel(batch, groups.cp.rank(), groups.cp.size())
+        yield {name: x.to(place.device, non_blocking=True) for name, x in shard.items()}

@@ -1,0 +1,230 @@
+"""The estimate of a run as text: from a program's flags and the sizes of its models."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_ext.arch import Arch, num_parameters
+from megatron_ext.cli.flag_checks import stages
+from megatron_ext.cli.programs import measures, virtual_pipeline_size
+from megatron_ext.rehearsal.cost import (
+    GPUS,
+    WIDE,
+    Gpu,
+    Layout,
+    Placed,
+    bubble,
+    forward_memory,
+    forward_seconds,
+    memory,
+    step_seconds,
+)
+from megatron_ext.runtime.errors import USAGE, UserError
+
+GB = 10**9
+# What helps against the largest item, where it is not more model-parallel ranks.
+FIXES = {
+    "optimizer": "--use-distributed-optimizer on more data-parallel ranks, or a larger "
+    "--tensor-model-parallel-size",
+    "activations": "--recompute-granularity full, --context-parallel-size or --sequence-parallel",
+    "logits": "--kd-fused-output (with a teacher) or a larger --tensor-model-parallel-size",
+}
+Named = tuple[Arch, str]
+"""The sizes of a model, and where they stand."""
+
+
+def placed(arch: Arch, parallel: Any) -> Placed:
+    """Return the model with the layers of each pipeline stage, as ``parallel`` places them."""
+    layout, pp = parallel.pipeline_model_parallel_layout, parallel.pipeline_model_parallel_size
+    if layout is not None:
+        return Placed(arch, tuple(stage.count("t") for stage in stages(layout)))
+    num_stages = pp * (virtual_pipeline_size(parallel, arch.num_layers) or 1)
+    return Placed(arch, (arch.num_layers // num_stages,) * num_stages)
+
+
+def layout_of(flags: Any, world_size: int, **more: Any) -> Layout:
+    """Return the layout in the flags of a program; ``more`` as in ``Layout``."""
+    parallel, precision = flags.parallel, flags.precision
+    fp8 = getattr(flags, "fp8", None)  # not among every program's flags
+    formats = (None, None)
+    if fp8 is not None:
+        formats = fp8.fp8_format, fp8.teacher_fp8_format or fp8.fp8_format
+    return Layout(
+        world_size=world_size,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        param_bytes=2 if precision.bf16 or precision.fp16 else WIDE,
+        micro_batch_size=flags.batch.micro_batch_size,
+        seq_length=flags.batch.seq_length,
+        fp8=formats[0] is not None,
+        teacher_fp8=formats[1] not in (None, "none"),
+        **more,
+    )
+
+
+def train_layout(flags: Any, world_size: int) -> Layout:
+    """Return the layout in the flags of ``pretrain_distill.py``."""
+    precision, optimizer, batch = flags.precision, flags.optimizer, flags.batch
+    half_gradients = precision.fp16 or precision.grad_reduce_in_bf16
+    has_momentum = optimizer.optimizer == "sgd" and optimizer.sgd_momentum > 0
+    return layout_of(
+        flags,
+        world_size,
+        use_distributed_optimizer=flags.parallel.use_distributed_optimizer,
+        recompute_granularity=batch.recompute_granularity,
+        recompute_method=batch.recompute_method,
+        recompute_num_layers=batch.recompute_num_layers,
+        recompute_modules=batch.recompute_modules,
+        grad_bytes=2 if half_gradients else WIDE,
+        moments=2 if optimizer.optimizer == "adam" else int(has_momentum),
+        global_batch_size=batch.global_batch_size,
+        fused_output=flags.distill.kd_fused_output,
+        lm_loss=flags.distill.kd_lm_loss_weight > 0,
+        stored_teacher=flags.distill.kd_teacher_store is not None,
+    )
+
+
+def model_line(name: str, arch: Arch, where: str, way: str = "from") -> str:
+    """Return one line about a model."""
+    experts = f", {arch.num_experts} experts" if arch.num_experts else ""
+    return (
+        f"{name:12}{num_parameters(arch):,} parameters ({num_parameters(arch, embeddings=False):,} "
+        f"without embeddings): {arch.num_layers} layers, hidden {arch.hidden_size}, ffn "
+        f"{arch.ffn_hidden_size}, heads {arch.num_attention_heads}/{arch.num_query_groups}"
+        f"{experts}, vocabulary {arch.padded_vocab_size}; {way} {where}"
+    )
+
+
+def layout_line(layout: Layout, parallel: Any) -> str:
+    """Return one line about the ranks."""
+    sizes = [
+        ("TP", layout.tensor_model_parallel_size),
+        ("PP", layout.pipeline_model_parallel_size),
+        ("CP", layout.context_parallel_size),
+        ("DP", layout.data_parallel_size),
+        ("EP", layout.expert_model_parallel_size),
+    ]
+    text = " x ".join(f"{name} {size}" for name, size in sizes[:4])
+    if layout.expert_model_parallel_size > 1:
+        text += f", EP {layout.expert_model_parallel_size}"
+    if parallel.pipeline_model_parallel_layout:
+        text += f", stages {parallel.pipeline_model_parallel_layout}"
+    return f"{'layout':12}{layout.world_size} ranks = {text}"
+
+
+def memory_table(needs: Mapping[str, int]) -> str:
+    """Return bytes by item as lines, in GB of 10^9 bytes."""
+    rows = [*needs.items(), ("together", sum(needs.values()))]
+    lines = [f"  {name:24}{value / GB:10.2f} GB" for name, value in rows]
+    return "\n".join(["memory of the fullest rank", *lines])
+
+
+def check_memory(needs: Mapping[str, int], gpu: str) -> None:
+    """Refuse a run that does not fit."""
+    total, limit = sum(needs.values()), GPUS[gpu].memory
+    if total > limit:
+        largest = max(needs, key=needs.__getitem__)
+        fix = FIXES.get(largest, "a larger --tensor- or --pipeline-model-parallel-size")
+        raise UserError(
+            f"--gpu {gpu} has {limit / GB:.0f} GB, the fullest rank needs {total / GB:.0f}, "
+            f"{needs[largest] / GB:.0f} of them {largest}: try {fix}.",
+            USAGE,
+        )
+
+
+def time_lines(
+    student: Placed,
+    teacher: Placed | None,
+    layout: Layout,
+    dry: Any,
+    train_iters: int | None,
+) -> str:
+    """Return the time of a step, and of ``train_iters`` of them, on the GPU of ``dry``."""
+    tokens = layout.global_batch_size * layout.seq_length
+    step = step_seconds(student, teacher, layout, GPUS[dry.gpu], dry.mfu)
+    idle = bubble(layout, len(student.stages))
+    in_fp8 = {"student": layout.fp8, "teacher": layout.teacher_fp8 and teacher is not None}
+    named = [name for name, is_fp8 in in_fp8.items() if is_fp8]
+    kind = f"FP8 in linear layers of {' and '.join(named)}" if named else "bf16"
+    lines = [
+        f"time on {dry.gpu} at {dry.mfu:.0%} of its peak ({kind}), pipeline bubble {idle:.1%}",
+        f"  {step:.4g} s a step, {tokens / step:,.0f} tokens/s",
+    ]
+    if train_iters:
+        hours = step * train_iters / 3600
+        lines.append(
+            f"  {train_iters:,} steps = {train_iters * tokens / 1e9:,.1f}B tokens: "
+            f"{hours / 24:,.2f} days, {hours * layout.world_size:,.0f} GPU hours"
+        )
+    return "\n".join(lines)
+
+
+def of_training(
+    flags: Any,
+    student: Named,
+    teacher: Named | None,
+    teacher_parallel: Any,
+    world_size: int,
+) -> tuple[str, dict[str, int]]:
+    """Return what a training run needs, as text, and its memory by item.
+
+    ``student`` and ``teacher``: their sizes, and where these stand.
+    """
+    layout = train_layout(flags, world_size)
+    own = placed(student[0], flags.parallel)
+    other = placed(teacher[0], teacher_parallel) if teacher else None
+    needs = memory(own, other, layout)
+    lines = [model_line("student" if teacher else "model", *student)]
+    lines += [model_line("teacher", *teacher)] if teacher else []
+    lines += [
+        layout_line(layout, flags.parallel),
+        f"{'batch':12}{layout.global_batch_size} samples of {layout.seq_length} tokens = "
+        f"{layout.num_microbatches} micro-batches of {layout.micro_batch_size} on each of "
+        f"{layout.data_parallel_size} data-parallel ranks",
+        memory_table(needs),
+        time_lines(own, other, layout, flags.dry, flags.batch.train_iters),
+    ]
+    return "\n".join(lines), needs
+
+
+def of_pruning(
+    flags: Any, source: Named, targets: Sequence[Named], world_size: int
+) -> tuple[str, dict[str, int]]:
+    """Return what a run of ``prune.py`` needs, as text, and its memory by item.
+
+    Time is that of the forward passes: one over all samples, and with --depth-importance loss or kl
+    one more for each block of layers that may go. Trimming is reading and writing.
+    """
+    arch, options = source[0], flags.prune
+    is_measured = measures(flags.checkpoint, options)
+    layout = layout_of(flags, world_size, global_batch_size=options.calibration_samples)
+    whole = placed(arch, flags.parallel)
+    compares = is_measured and options.depth_importance != "block"
+    lines = [model_line("source", *source)]
+    lines += [model_line("target", *target, way="to") for target in targets]
+    lines.append(layout_line(layout, flags.parallel))
+    needs = forward_memory(whole, layout, logits=compares)
+    if not is_measured:
+        needs = {}
+    largest = max((num_parameters(target) for target, _ in targets), default=0)
+    share = largest * layout.param_bytes
+    lines.append(f"{'trim':12}{share / world_size / GB:.2f} GB of host memory a rank")
+    if needs:
+        lines.append(memory_table(needs))
+        passes = 1 + (arch.num_layers - options.depth_block + 1 if compares else 0)
+        seconds = forward_seconds(whole, layout, GPUS[flags.dry.gpu], flags.dry.mfu) * passes
+        lines.append(
+            f"time on {flags.dry.gpu} at {flags.dry.mfu:.0%} of its peak\n  {seconds:.4g} s for "
+            f"{passes} forward passes over {options.calibration_samples} samples"
+        )
+    return "\n".join(lines), needs
+
+
+def fit_line(needs: Mapping[str, int], gpus: Mapping[str, Gpu]) -> str:
+    """Return how much of the memory of each of ``gpus`` is needed."""
+    total = sum(needs.values())
+    return "share of the memory: " + ", ".join(
+        f"{name} {total / gpu.memory:.0%}" for name, gpu in gpus.items()
+    )
