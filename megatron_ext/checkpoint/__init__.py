@@ -1,1 +1,1 @@
-"""See README.md."""
+"""Megatron's checkpoint folders: find, check, read, write. See README.md."""

@@ -1,1 +1,1 @@
-"""See README.md."""
+"""Flags: what each program accepts, as frozen dataclasses. See README.md."""

@@ -1,1 +1,1 @@
-"""See README.md."""
+"""Tokenizers, indexed datasets, batches. See README.md."""

@@ -1,1 +1,1 @@
-"""See README.md."""
+"""Programs that run a checkpoint forward and train nothing. See README.md."""

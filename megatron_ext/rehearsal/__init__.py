@@ -1,1 +1,1 @@
-"""See README.md."""
+"""What a run will do and cost, before it does. See README.md."""

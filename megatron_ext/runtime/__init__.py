@@ -1,1 +1,1 @@
-"""See README.md."""
+"""Where a program runs, whatever it computes: ranks, devices, errors, files. See README.md."""
