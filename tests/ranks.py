@@ -17,7 +17,16 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PRELOAD = ["prune", "pretrain_distill", "tests.ranks"]
+# What the programs import behind their boundary (``runtime.heavy``), and what torch's optimizers and
+# megatron-core's tokenizers import when they are made. An import that fails here is not reported.
+PRELOAD = [
+    "megatron_ext.training.run",
+    "megatron_ext.pruning.run",
+    "megatron_ext.distillation.hidden",
+    "torch._dynamo",
+    "transformers",
+    "tests.ranks",
+]
 
 
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 120) -> list[Any]:

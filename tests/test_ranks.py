@@ -1,11 +1,14 @@
 """The harness itself: results come by rank, and a failing or dying rank fails the test."""
 
+import importlib.util
 import os
+import sys
+import time
 
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.ranks import PRELOAD, run_ranks
 
 
 def _sum_of_ranks():
@@ -38,3 +41,20 @@ def test_a_failing_rank_is_named():
 def test_a_dying_rank_is_noticed():
     with pytest.raises(AssertionError, match=r"rank 1 died|rank 0 of 2 failed"):
         run_ranks(2, _one_dies)
+
+
+def _imported_and_seconds():
+    return [name in sys.modules for name in HEAVY], time.process_time()
+
+
+HEAVY = ("megatron.core.models.gpt", "megatron_ext.training.run", "megatron_ext.pruning.run")
+
+
+def test_ranks_are_forked_with_what_they_need():
+    """Regression: programs that import late left each rank to import torch and megatron-core."""
+    assert all(
+        importlib.util.find_spec(name) for name in PRELOAD
+    )  # the server is silent about others
+    imported, seconds = run_ranks(1, _imported_and_seconds)[0]
+    assert all(imported)
+    assert seconds < 2
