@@ -17,8 +17,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# What the programs import behind their boundary (``runtime.heavy``), and what torch's optimizers and
-# megatron-core's tokenizers import when they are made. An import that fails here is not reported.
+# What the programs import behind their boundary (``runtime.heavy``), and what torch's optimizers
+# and megatron-core's tokenizers import when they are made. Imports that fail are not reported.
 PRELOAD = [
     "megatron_ext.training.run",
     "megatron_ext.pruning.run",
