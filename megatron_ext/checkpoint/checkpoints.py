@@ -29,9 +29,14 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext.checkpoint import foreign_args, safe_load
-from megatron_ext.checkpoint.folder import (
+from megatron_ext.checkpoint.folder import (  # noqa: F401 (checkpoints.find stands beside read)
     INTEGRITY,
+    RELEASE,
+    TOKENIZER,
+    TRACKER,
     Checkpoint,
+    find,
+    iteration_name,
     locate,
 )
 from megatron_ext.checkpoint.slices import FIRST_WEIGHT, SliceReader
