@@ -288,7 +288,7 @@ def test_two_nodes_train_save_on_a_signal_and_go_on(training, tmp_path):
 SAVES_WHEN_TOLD = """
 import os, signal, sys, time
 from pathlib import Path
-from megatron_ext.errors import run_main
+from megatron_ext.runtime.errors import run_main
 
 def stop(*_):
     global told
