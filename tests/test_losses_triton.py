@@ -122,9 +122,15 @@ def factors(loss):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Return the results of a process that interprets from its first import of Triton on."""
-    path = tmp_path_factory.mktemp("triton") / "found.pt"
-    code = f"from tests.test_losses_triton import run_kernels; run_kernels({str(path)!r})"
+    return interpreted(__name__, tmp_path_factory.mktemp("triton") / "found.pt")
+
+
+def interpreted(module, path):
+    """Return what ``run_kernels`` of a module saves in ``path``.
+
+    The process that runs it interprets from its first import of Triton on.
+    """
+    code = f"from {module} import run_kernels; run_kernels({str(path)!r})"
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
     return torch.load(path)

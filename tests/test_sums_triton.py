@@ -3,9 +3,6 @@
 The cases and what is expected are those of ``test_sums_c``; the variance is one more.
 """
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import numpy
@@ -15,7 +12,6 @@ import torch
 from megatron_ext.pruning.aggregation import OverSamples, sums_over_positions
 from megatron_ext.pruning.taps import one_minus_cosine
 from tests import test_sums_c
-from tests.programs import ROOT
 from tests.test_sums_c import CHANNELS, activations, expected
 
 pytest.importorskip("triton", exc_type=ImportError)
@@ -89,11 +85,9 @@ def samples(kind):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sums") / "found.pt"
-    code = f"from tests import test_sums_triton; test_sums_triton.run_kernels({str(path)!r})"
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
-    return torch.load(path)
+    from tests.test_losses_triton import interpreted
+
+    return interpreted(__name__, tmp_path_factory.mktemp("sums") / "found.pt")
 
 
 def reference(name, kind, tensors, left_out):

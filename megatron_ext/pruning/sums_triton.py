@@ -21,6 +21,16 @@ HEADS_BLOCK = 512  # channels of a program
 
 
 @triton.jit
+def _reach(left_out, s, positions, batch, b, units, masked: tl.constexpr):
+    """Return how many units position ``s`` has: all, or none where it takes no part."""
+    reach = tl.where(s < positions, units, 0)
+    if masked:
+        is_out = tl.load(left_out + tl.minimum(s, positions - 1) * batch + b)
+        reach = tl.where(is_out == 0, reach, 0)
+    return reach
+
+
+@triton.jit
 def _add(first, second, centre, count, value, counts, kind: tl.constexpr):
     """Add the value of one position to ``first``: |x|, x^2, or x - centre and its square.
 
@@ -74,10 +84,7 @@ def _unit_kernel(
     for begin in range(part * span, tl.minimum((part + 1) * span, positions), UNROLLED):
         for i in tl.static_range(UNROLLED):
             s = begin + i
-            reach = tl.where(s < positions, units, 0)  # a position that takes no part has none
-            if masked:
-                out_of = tl.load(left_out + tl.minimum(s, positions - 1) * batch + b)
-                reach = tl.where(out_of == 0, reach, 0)
+            reach = _reach(left_out, s, positions, batch, b, units, masked)
             row = x + s.to(tl.int64) * stride_s + b.to(tl.int64) * stride_b
             counts = columns < reach
             value = tl.load(row + columns, mask=counts, other=0.0).to(tl.float32)
@@ -113,10 +120,7 @@ def _head_kernel(
     for begin in range(part * span, tl.minimum((part + 1) * span, positions), UNROLLED):
         for i in tl.static_range(UNROLLED):
             s = begin + i
-            reach = tl.where(s < positions, units, 0)  # a position that takes no part has none
-            if masked:
-                out_of = tl.load(left_out + tl.minimum(s, positions - 1) * batch + b)
-                reach = tl.where(out_of == 0, reach, 0)
+            reach = _reach(left_out, s, positions, batch, b, units, masked)
             row = x + s.to(tl.int64) * stride_s + b.to(tl.int64) * stride_b
             counts = heads < reach
             inside = counts[:, None] & (channel < channels)[None, :]
