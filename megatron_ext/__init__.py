@@ -10,6 +10,7 @@ __version__ = "0.1.0"  # pyproject.toml and CITATION.cff say the same
 for _message in (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
+    "absl.logging is not installed",
     "full scope is deprecated",
     "The following imports from `dynamic_context.py`",
     "`torch.jit.script",

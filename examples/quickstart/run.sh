@@ -51,7 +51,8 @@ step() {
     # No pipe: a process that a killed step leaves behind would keep it open, and this script
     # waiting. Bash hides Ctrl-C from what runs in the background: it is passed on as SIGTERM, upon
     # which training saves.
-    "$@" >"$log" 2>&1 &
+    : >"$log" # before tail looks for it
+    "$@" >>"$log" 2>&1 &
     local pid=$! stopped=0
     tail -n +1 -f -s 0.2 --pid="$pid" "$log" &
     trap 'stopped=1; kill -TERM "$pid" 2>/dev/null || true' INT TERM
