@@ -150,6 +150,11 @@ def test_parts_that_crash_and_rows_that_fail_are_in_the_exit_code(tmp_path, monk
         "step",
     ]
     assert text.count("| losses | first |") == 1
+    # Of a part that died and is run again, what comes later counts.
+    died = [*argv, "--rows", str(tmp_path / "died.jsonl"), "--parts"]
+    assert gpu_check.main([*died, "fp8"]) == 1
+    gpu_check.append(tmp_path / "died.jsonl", gpu_check.row_of("fp8", "first", verdict="ok"))
+    assert gpu_check.main([*died, "engine"]) == 0
     with pytest.raises(SystemExit):
         gpu_check.main(["--parts", "none"])
     assert "there are ceilings" in capsys.readouterr().err

@@ -32,6 +32,7 @@ PARTS = {
     "trim": "trimming a checkpoint",
     "programs": "the programs, one after the other",
 }
+ITSELF = "the part itself"  # the check of a row that says how a part ended, if not well
 SECONDS = 400  # of a part, before it counts as failed
 Row = dict[str, str]
 
@@ -90,7 +91,7 @@ def run_in_own_process(part: str, flags: argparse.Namespace, into: Path) -> None
     except subprocess.TimeoutExpired:
         reason = f"not finished after {SECONDS} s"
     if reason:
-        append(into, row_of(part, "the part itself", verdict=f"failed: {reason}"))
+        append(into, row_of(part, ITSELF, verdict=f"failed: {reason}"))
 
 
 def append(into: Path, line: Row) -> None:
@@ -102,8 +103,14 @@ def append(into: Path, line: Row) -> None:
 def read(into: Path) -> tuple[list[Row], dict[str, str]]:
     """Return rows and facts; where a row was found twice, the later one."""
     lines = [json.loads(line) for line in into.read_text().splitlines()]
-    rows = {(line["part"], line["check"]): line for line in lines if "check" in line}
-    facts = {name: value for line in lines if "check" not in line for name, value in line.items()}
+    rows: dict[tuple[str, str], Row] = {}
+    facts: dict[str, str] = {}
+    for line in lines:
+        if "check" not in line:
+            facts |= line
+            continue
+        rows.pop((line["part"], ITSELF), None)  # the part was run again
+        rows[line["part"], line["check"]] = line
     return list(rows.values()), facts
 
 
