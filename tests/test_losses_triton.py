@@ -206,8 +206,8 @@ def test_sums_follow_rising_maxima(found):
 
 CHOICES = [
     *(("_stats_kernel", {"moments": name}) for name in native.MOMENTS),
-    ("_mixture_kernel", {}),
-    *(("_gradient_kernel", {"loss": name}) for name in test_losses.LOSSES),
+    *(("_mixture_kernel", {"is_fast": is_fast}) for is_fast in (True, False)),
+    *(("_gradient_kernel", {"is_fast": True, "loss": name}) for name in test_losses.LOSSES),
 ]
 
 
