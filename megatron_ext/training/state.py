@@ -117,6 +117,7 @@ def make_run(
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
+    torch_adam.fuse(optimizer)
     return Run(
         flags=flags,
         arch=arch,
@@ -296,7 +297,7 @@ def restore(run: Run, source: checkpoints.Checkpoint) -> None:
         # schedule follows the rates of a group: those that are typed until it has been restored.
         _set_rates(run, _param_groups(loaded["optimizer"]))
         run.optimizer.load_state_dict(loaded["optimizer"])
-        torch_adam.unshare_steps(run.optimizer)
+        torch_adam.fuse(run.optimizer)
         _restore_schedule(run, loaded["opt_param_scheduler"], source)
         _set_rates(run, run.optimizer.param_groups)
         run.schedule.step(increment=0)

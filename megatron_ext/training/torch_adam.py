@@ -1,4 +1,4 @@
-"""torch's Adam inside megatron-core's checkpoints.
+"""torch's Adam in one kernel, and inside megatron-core's checkpoints.
 
 The distributed optimizer of megatron-core 0.19.2 saves and loads those of Transformer Engine and
 Apex, which keep one step count per parameter group. torch's, used where neither is installed, keeps
@@ -7,7 +7,7 @@ one per parameter. Three places do not expect that:
     planning a load        needs the state of a step that has not been taken: ``allocate``
     filling the state      looks for a step among the loaded tensors: ``_keep_step``
     after a load           all parameters share one step tensor, which each of them then counts up:
-                           ``unshare_steps``
+                           ``fuse`` gives each a copy
 """
 
 import functools
@@ -17,6 +17,21 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def fuse(optimizer: MegatronOptimizer) -> None:
+    """Let torch's Adam update each parameter in one pass over its memory, on CUDA.
+
+    To be called again after a load: a checkpoint brings the choice of the machine that wrote it.
+    """
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups if _is_torch_adam(part) else ():
+            is_fused = all(parameter.is_cuda for parameter in group["params"])
+            group.update(fused=is_fused, foreach=None)
+            for state in (part.optimizer.state.get(p, {}) for p in group["params"]):
+                if "step" in state:
+                    device = state["exp_avg"].device if is_fused else "cpu"
+                    state["step"] = state["step"].to(device, copy=True)
 
 
 def allocate(optimizer: MegatronOptimizer) -> None:
@@ -32,18 +47,18 @@ def allocate(optimizer: MegatronOptimizer) -> None:
     _let_distributed_optimizer_keep_steps()
 
 
-def unshare_steps(optimizer: MegatronOptimizer) -> None:
-    """Give each parameter a step count of its own, of the same value."""
-    for inner in _torch_adams(optimizer):
-        for state in inner.state.values():
-            state["step"] = state["step"].clone()
-
-
 def _torch_adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        is_adam = isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)
-        if is_adam and isinstance(part, DistributedOptimizer):
+    for part in _parts(optimizer):
+        if _is_torch_adam(part) and isinstance(part, DistributedOptimizer):
             yield part.optimizer
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _is_torch_adam(part: MegatronOptimizer) -> bool:
+    return isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
 @functools.cache

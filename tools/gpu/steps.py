@@ -14,6 +14,7 @@ from megatron_ext.arch import Arch, forward_flops, num_parameters
 from megatron_ext.distillation.model import KD_LOSS, Distillation, DistillationModel
 from megatron_ext.model.build import LanguageModel, ModelOptions, build_model
 from megatron_ext.model.fp8 import Fp8, of_student, of_teacher
+from megatron_ext.training import torch_adam
 from megatron_ext.training.step import StepShape, train_step, wrap
 from tools.bench.calibration import draw_weights
 from tools.gpu.engine import LLAMA, sized
@@ -196,6 +197,7 @@ def distil(
     optimizer = get_megatron_optimizer(
         config, model, use_gloo_process_groups=False, pg_collection=groups
     )
+    torch_adam.fuse(optimizer)
     shape = StepShape(num_microbatches=1, micro_batch_size=batch, seq_length=seq_length)
     losses, seconds = [], []
     for step in range(steps):
