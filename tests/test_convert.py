@@ -264,6 +264,17 @@ def import_one(folder, save):
     import_folder(folder, save)
 
 
+def import_beside_a_gpu(folder, save):
+    torch.cuda.is_available = lambda: True
+    platform.initialize(device="cpu")
+    import_folder(folder, save)
+
+
+def test_import_on_a_machine_with_a_gpu(folders, tmp_path):
+    """torch's writer of checkpoints chose a CUDA stream there, and had none to wait for."""
+    run_ranks(1, import_beside_a_gpu, str(folders / "llama" / "hf"), str(tmp_path / "megatron"))
+
+
 def test_export_returns_what_was_imported(folders):
     run_ranks(1, export_all, str(folders), "megatron", "hf-again")
     for name in MODELS:

@@ -190,6 +190,8 @@ def emulate_cuda_on_cpu() -> None:
     from megatron.core.tensor_parallel import random as core_random
 
     cpu = torch.device("cpu")
+    # On a machine with a GPU too, writers of checkpoints must not copy on its streams.
+    torch.cuda.is_available = lambda: False
     # device=torch.cuda.current_device(): mappings, rotary embeddings, gradient buffers.
     torch.cuda.current_device = lambda: cpu
     # device="cuda": optimizer scale and found_inf, token counts of the schedules.
