@@ -23,6 +23,7 @@ from megatron_ext.cli.flag_checks import dry_run_problems, refuse
 from megatron_ext.cli.megatron_flags import trust_flag
 from megatron_ext.cli.parser import REQUIRED, flag, parse
 from megatron_ext.cli.size_flags import Sizes
+from megatron_ext.convert import gguf
 from megatron_ext.convert.config import config_of
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.hf_files import CONFIG, read_json, tokenizer_files
@@ -51,7 +52,9 @@ class Dry:
 class Import:
     """Import."""
 
-    hf: str = flag(REQUIRED, "Hugging Face folder: config.json, safetensors, tokenizer")
+    hf: str = flag(
+        REQUIRED, "Hugging Face folder: config.json, safetensors, tokenizer; or a .gguf file"
+    )
     save: str = flag(REQUIRED, "folder of the Megatron checkpoint; gets a release/")
     make_vocab_size_divisible_by: int = flag(
         128, "pad the vocabulary with zeros to a multiple of this", at_least=1
@@ -125,7 +128,10 @@ def run_import(argv: Sequence[str]) -> None:
         return
     if os.environ.get("WORLD_SIZE", "1") == "1":  # of several ranks, the first one looks
         check_free(options.save)
-        read_json(Path(options.hf) / CONFIG)
+        if options.hf.endswith(gguf.SUFFIX):
+            gguf.tensor_types(options.hf)
+        else:
+            read_json(Path(options.hf) / CONFIG)
     with heavy.imports():
         from megatron_ext.convert import run
     run.import_model(options)

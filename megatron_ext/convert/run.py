@@ -1,12 +1,17 @@
 """The run of tools/convert.py: a model in, a model out; ``options`` are that program's."""
 
-from collections.abc import Mapping
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_ext.arch import num_parameters
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.cli.size_flags import check_against_checkpoint
+from megatron_ext.convert import gguf
 from megatron_ext.convert.exporter import export_folder
 from megatron_ext.convert.importer import import_folder
 from megatron_ext.convert.options import check_free, with_tokens
@@ -18,15 +23,37 @@ def import_model(options: Any) -> None:
     """Import as ``options`` say. Collective."""
     place = platform.initialize(device="cpu")
     on_first_rank(lambda: check_free(options.save))
-    arch = import_folder(
-        options.hf,
-        options.save,
-        make_vocab_size_divisible_by=options.make_vocab_size_divisible_by,
-        max_position_embeddings=options.max_position_embeddings,
-    )
+    with hf_folder_of(options.hf, options.save) as folder:
+        arch = import_folder(
+            folder,
+            options.save,
+            make_vocab_size_divisible_by=options.make_vocab_size_divisible_by,
+            max_position_embeddings=options.max_position_embeddings,
+        )
     if place.rank == 0:
         print(f"{options.save}: {num_parameters(arch):,} parameters")
     platform.shut_down()
+
+
+@contextlib.contextmanager
+def hf_folder_of(hf: str, save: str) -> Iterator[str]:
+    """Yield ``hf``; for a GGUF file a folder beside ``save``, removed again. Collective."""
+    if not hf.endswith(gguf.SUFFIX):
+        yield hf
+        return
+    folder = f"{save.rstrip('/')}.hf-{Path(hf).stem}"
+    try:
+        on_first_rank(lambda: print_line(gguf.write_hf_folder(hf, folder)))
+        yield folder
+    finally:
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def print_line(text: str) -> None:
+    """Print ``text`` unless it is empty."""
+    if text:
+        print(text, flush=True)
 
 
 def export_model(options: Any, folder: Path, sizes: Mapping[str, Any], max_shard_size: int) -> None:
