@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from megatron_ext.arch import dim_sizes
+from megatron_ext.axes import axes_of
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.slices import SliceReader
-from megatron_ext.pruning.baselines import AXES, magnitude_scores, random_scores, units_of
-from megatron_ext.pruning.kept import kept_indices
-from megatron_ext.pruning.plan import layer_axes
+from megatron_ext.pruning.baselines import magnitude_scores, random_scores
+from megatron_ext.pruning.kept import kept_indices, units_on
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.scores_file import check_scores, load_scores
@@ -140,16 +140,14 @@ def test_magnitude_does_not_depend_on_ranks(folders):
 def test_a_unit_is_what_trimming_takes(name):
     arch = MODELS[name]
     everything = make_plan(None, arch, arch)
-    counts = {"hidden": arch.hidden_size, **layer_axes(arch), "moe_ffn": arch.moe_ffn_hidden_size}
-    for dim, axis in AXES.items():
-        if dim not in dim_sizes(arch) or (arch.num_experts and dim in ("ffn", "fc1")):
-            continue
-        units = units_of(dim, arch)
+    on_dims = [(dim, *on_dim) for dim in dim_sizes(arch) for on_dim in units_on(dim, arch)]
+    assert {axis.name for _, axis, *_ in on_dims} == {a.name for a in axes_of(arch)} - {"layers"}
+    for dim, axis, _, units in on_dims:
         assert len(units) == dim_sizes(arch)[dim]
-        for unit in range(counts[axis]):
-            left = tuple(i for i in range(counts[axis]) if i != unit)
-            kept = {"hidden": left, "moe_ffn": {(2, 1): left}}.get(axis, {2: left})
-            plan = replace(everything, **{axis: kept})
+        for unit in range(axis.length(arch)):
+            left = tuple(i for i in range(axis.length(arch)) if i != unit)
+            kept = {"model": left, "layer": {2: left}, "expert": {(2, 1): left}}[axis.scope]
+            plan = replace(everything, **{axis.name: kept})
             assert torch.equal(kept_indices(plan, dim, 2, 1), torch.where(units != unit)[0])
 
 

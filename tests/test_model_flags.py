@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_ext.arch import Arch
+from megatron_ext.axes import SIZES
 from megatron_ext.cli.flag_checks import stages
 from megatron_ext.cli.megatron_flags import TrainParallel
 from megatron_ext.cli.method_flags import Prune
@@ -17,7 +18,6 @@ from megatron_ext.cli.programs import (
     new_arch,
     virtual_pipeline_size,
 )
-from megatron_ext.pruning.plan import PRUNABLE
 from megatron_ext.pruning.targets import target_arch
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 from tests.test_flags import NEW, refused, train
@@ -238,7 +238,7 @@ def test_layout_strings_mean_what_they_mean_to_megatron(layout):
 
 def checked_targets(prune):
     """Prune's flags -> the targets that pruning ARCH would have, checked."""
-    sizes = {size: getattr(prune, f"target_{size}") for size in PRUNABLE}
+    sizes = {size: getattr(prune, f"target_{size}") for size in SIZES}
     target = target_arch(ARCH, **sizes)
     check_targets(ARCH, [target], prune)
     return target

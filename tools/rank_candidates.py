@@ -24,13 +24,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megatron_ext.arch import Arch, num_parameters
+from megatron_ext.axes import SIZES
 from megatron_ext.checkpoint.quick_read import glance
 from megatron_ext.checkpoint.unpickling import trust
 from megatron_ext.cli.ignored_flags import IGNORED_IN_TRAINING
 from megatron_ext.cli.megatron_flags import trust_flag
 from megatron_ext.cli.parser import REQUIRED, dashed, flag, parse, read
 from megatron_ext.cli.programs import TrainFlags
-from megatron_ext.pruning.plan import PRUNABLE
 from megatron_ext.report import curve, markdown_table, new_figure, plot_curves, read_metrics
 from megatron_ext.runtime.errors import CHECKPOINT, INTERRUPTED, RUNTIME, USAGE, UserError, run_main
 from megatron_ext.runtime.extras import need
@@ -172,7 +172,7 @@ def load(save: str, name: str, arch: Arch, teacher: Arch) -> Candidate:
     """Return what a retrained candidate left in its folder."""
     metrics = read_metrics(Path(save) / name / "metrics.jsonl")
     iterations, losses = curve(metrics, LOSS)
-    sizes = {size: getattr(arch, size) for size in PRUNABLE}
+    sizes = {size: getattr(arch, size) for size in SIZES}
     return Candidate(
         name=name,
         sizes={k: v for k, v in sizes.items() if v not in (None, getattr(teacher, k))},

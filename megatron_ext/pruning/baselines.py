@@ -9,27 +9,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_ext.arch import Arch, dim_sizes
+from megatron_ext.arch import Arch
 from megatron_ext.checkpoint.slices import SliceReader
+from megatron_ext.pruning.kept import units_on
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores import lengths
 from megatron_ext.pruning.trim import Piece, check_tensors, deal, pieces, read_piece
 from megatron_ext.runtime.collective_errors import on_all_ranks
 from megatron_ext.runtime.errors import UserError
-
-# The axis of scores that the units of a dim belong to.
-AXES = {
-    "hidden": "hidden",
-    "ffn": "ffn",
-    "fc1": "ffn",
-    "heads": "heads",
-    "qkv": "heads",
-    "experts": "experts",
-    "moe_ffn": "moe_ffn",
-    "moe_fc1": "moe_ffn",
-    "shared_ffn": "shared_ffn",
-    "shared_fc1": "shared_ffn",
-}
 
 
 def random_scores(arch: Arch, seed: int) -> dict[str, Tensor]:
@@ -101,39 +88,12 @@ def _add_squares(sums: Mapping[str, Tensor], piece: Piece, weight: Tensor, arch:
         sums["layers"][piece.layer] += squares.sum(dtype=torch.float64)
     if piece.expert is not None:
         sums[f"experts.{piece.layer}"][piece.expert] += squares.sum(dtype=torch.float64)
-    for axis, dim in enumerate(piece.dims):
-        if dim not in AXES:
-            continue
-        if dim in piece.dims[:axis]:
+    for number, dim in enumerate(piece.dims):
+        if dim in piece.dims[:number]:
             squares.fill_diagonal_(0)  # in a unit's row already
-        numbers = [piece.layer] if piece.expert is None else [piece.layer, piece.expert]
-        name = ".".join([AXES[dim], *map(str, numbers)]) if dim != "hidden" else "hidden"
-        others = [other for other in range(squares.ndim) if other != axis]
-        per_position = (squares.sum(dim=others) if others else squares).double()
-        units = units_of(dim, arch)
-        sums[name].index_add_(0, units[units >= 0], per_position[units >= 0])
-
-
-def units_of(dim: str, arch: Arch) -> Tensor:
-    """Return the unit that goes when a position of a tensor axis goes, [n] int64; -1 for none.
-
-    The complement of ``kept.kept_indices``, for one unit.
-
-    Args:
-        dim: a dim of ``AXES``.
-        arch: the sizes.
-    """
-    if dim == "hidden":
-        return torch.arange(arch.hidden_size)
-    if dim == "experts":
-        return torch.arange(arch.num_experts)
-    if AXES[dim].endswith("ffn"):
-        sizes = dim_sizes(arch)
-        return torch.arange(sizes[dim]) % sizes[AXES[dim]]  # [gate ; up]
-    blocks = torch.arange(arch.num_attention_heads)
-    if dim == "qkv":
-        queries = blocks.view(arch.num_query_groups, -1)
-        alone = queries.size(1) == 1
-        key_value = queries[:, :1].expand(-1, 2) if alone else torch.full((len(queries), 2), -1)
-        blocks = torch.cat([queries, key_value], dim=1).flatten()
-    return blocks.repeat_interleave(arch.kv_channels)
+        others = [other for other in range(squares.ndim) if other != number]
+        for axis, _, units in units_on(dim, arch):
+            per_position = (squares.sum(dim=others) if others else squares).double()
+            vector = sums[axis.vector(piece.layer, piece.expert)]
+            has_unit = units < len(vector)  # what a group shares is no unit's
+            vector.index_add_(0, units[has_unit], per_position[has_unit])

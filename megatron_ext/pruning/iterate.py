@@ -10,7 +10,8 @@ import math
 from dataclasses import replace
 
 from megatron_ext.arch import Arch
-from megatron_ext.pruning.plan import LAYER_AXES, PRUNABLE, Plan
+from megatron_ext.axes import sizes_of
+from megatron_ext.pruning.plan import LAYER_AXES, Plan
 
 # Sizes in between are multiples of this, as far as source and target are: 2, 4, ... or 64
 # tensor-parallel ranks that fit both fit them too, and no plan depends on the layout.
@@ -23,7 +24,7 @@ def iteration_targets(source: Arch, target: Arch, iterations: int) -> list[Arch]
     Sizes are rounded up to a multiple of gcd(source, target, 64), heads to the same number per
     query group. Iterations that rounding leaves without work are left out.
     """
-    width = [name for name in PRUNABLE if name != "num_layers"]
+    width = [name for name in sizes_of(source) if name != "num_layers"]
     targets = []
     for step in range(1, iterations):
         sizes = {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.arch import Arch
+from megatron_ext.axes import SIZES
 from megatron_ext.checkpoint.folder import find
 from megatron_ext.cli.programs import (
     PruneFlags,
@@ -14,7 +15,7 @@ from megatron_ext.cli.programs import (
     check_targets,
     virtual_pipeline_size,
 )
-from megatron_ext.pruning.plan import PRUNABLE, Plan, check_plan, load_plan
+from megatron_ext.pruning.plan import Plan, check_plan, load_plan
 from megatron_ext.pruning.search import as_yaml, candidates, read_space, table
 from megatron_ext.pruning.targets import read_targets, target_arch
 from megatron_ext.runtime.errors import USAGE, UserError
@@ -94,7 +95,7 @@ def find_jobs(flags: PruneFlags, source: Arch, found: Found | None) -> list[Job]
     elif options.targets is not None:
         targets = read_targets(options.targets, source)
     else:
-        sizes = {size: getattr(options, f"target_{size}") for size in PRUNABLE}
+        sizes = {size: getattr(options, f"target_{size}") for size in SIZES}
         return [Job(target_arch(source, **sizes), save, options.plan)]
     return [
         Job(

@@ -1,9 +1,14 @@
-"""What a plan keeps of a tensor's axis: the only place that knows how units spread over tensors."""
+"""What a plan keeps of a tensor's axis, from the unit of every position (``axes``)."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from megatron_ext.arch import Arch
+from megatron_ext.axes import Axis, axes_on
 from megatron_ext.pruning.plan import Plan
 
 
@@ -18,50 +23,50 @@ def kept_indices(
         layer: the layer's number in the source; None for a weight outside the layers.
         expert: the expert's number in the source, of a weight of one expert.
     """
-    source = plan.source
-    if dim == "hidden":
-        return _unless_all(torch.tensor(plan.hidden), source.hidden_size)
-    if dim == "experts":
-        return _unless_all(torch.tensor(plan.experts[layer]), source.num_experts)
-    if dim in ("ffn", "fc1"):
-        return _neurons(plan.ffn[layer], source.ffn_hidden_size, dim, source)
-    if dim in ("moe_ffn", "moe_fc1"):
-        return _neurons(plan.moe_ffn[layer, expert], source.moe_ffn_hidden_size, dim, source)
-    if dim in ("shared_ffn", "shared_fc1"):
-        length = source.moe_shared_expert_intermediate_size
-        return _neurons(plan.shared_ffn[layer], length, dim, source)
-    if dim in ("heads", "qkv"):
-        # Heads as blocks of kv_channels: in "heads" one per query head, in "qkv" one per query
-        # head of a group, then its key, then its value.
-        if dim == "heads":
-            blocks, num_blocks = list(plan.heads[layer]), source.num_attention_heads
-        else:
-            blocks = _qkv_blocks(plan.heads[layer], source)
-            num_blocks = source.num_attention_heads + 2 * source.num_query_groups
-        channels = torch.arange(source.kv_channels)
-        rows = torch.tensor(blocks).unsqueeze(1) * source.kv_channels + channels
-        return _unless_all(rows.flatten(), num_blocks * source.kv_channels)
-    assert dim in ("head_dim", "vocab", "position", "tokentype"), f"no rule to trim the dim {dim!r}"
-    return None
+    places = [
+        _places(axis, sections, units, _kept(plan, axis, layer, expert), plan.source)
+        for axis, sections, units in units_on(dim, plan.source)
+    ]
+    if not places:
+        return None
+    # Where units of two axes lie on a dim, the first axis orders, then the second.
+    order = torch.arange(len(places[0]))
+    for place in reversed(places):
+        order = order[place[order].argsort(stable=True)]
+    stays = torch.stack(places).isfinite().all(dim=0)
+    order = order[stays[order]]
+    return None if torch.equal(order, torch.arange(len(stays))) else order
 
 
-def _neurons(kept: tuple[int, ...], length: int, dim: str, source: Arch) -> Tensor | None:
-    neurons = torch.tensor(kept)
-    if dim.endswith("fc1") and source.swiglu:  # [gate ; up]
-        return _unless_all(torch.cat([neurons, neurons + length]), 2 * length)
-    return _unless_all(neurons, length)
+def _kept(plan: Plan, axis: Axis, layer: int | None, expert: int | None) -> Sequence[int]:
+    kept = getattr(plan, axis.name)
+    return (
+        kept if axis.scope == "model" else kept[layer if axis.scope == "layer" else (layer, expert)]
+    )
 
 
-def _qkv_blocks(heads: tuple[int, ...], source: Arch) -> list[int]:
-    """Return blocks of kv_channels rows: each group's kept query heads, its key and its value."""
-    per_group = source.num_attention_heads // source.num_query_groups
-    blocks = []
-    for group in dict.fromkeys(head // per_group for head in heads):
-        first = group * (per_group + 2)
-        blocks += [first + head % per_group for head in heads if head // per_group == group]
-        blocks += [first + per_group, first + per_group + 1]
-    return blocks
+@lru_cache
+def units_on(dim: str, arch: Arch) -> tuple[tuple[Axis, Tensor, Tensor], ...]:
+    """Return each axis on a dim with the section and the unit of every position, two [n] int64.
+
+    A unit from ``axis.length`` on is what a group of units shares.
+    """
+    return tuple((axis, *_units(axis.dims[dim](arch))) for axis in axes_on(dim, arch))
 
 
-def _unless_all(indices: Tensor, length: int) -> Tensor | None:
-    return None if torch.equal(indices, torch.arange(length)) else indices
+def _units(sections: list[Sequence[int]]) -> Iterator[Tensor]:
+    lengths = torch.tensor([len(section) for section in sections])
+    yield torch.arange(len(sections)).repeat_interleave(lengths)
+    yield torch.tensor(list(chain(*sections)))
+
+
+def _places(axis: Axis, sections: Tensor, units: Tensor, kept: Sequence[int], arch: Arch) -> Tensor:
+    """Return by what the positions that stay are ordered, [n] float64; infinity for the others."""
+    length, groups = axis.length(arch), getattr(arch, axis.within.name) if axis.within else 0
+    rank = torch.full((length + groups,), torch.inf, dtype=torch.float64)
+    rank[list(kept)] = torch.arange(len(kept), dtype=torch.float64)
+    if groups:  # what a group shares comes behind the last of its units
+        in_groups = rank[:length].view(groups, -1)
+        last = in_groups.masked_fill(in_groups.isinf(), -1).amax(dim=1)
+        rank[length:] = torch.where(last < 0, torch.inf, last + 0.5)
+    return sections * len(rank) + rank[units]

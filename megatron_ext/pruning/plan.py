@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.arch import Arch
+from megatron_ext.axes import AXES, SIZES, axes_of
 from megatron_ext.pruning.residual import MODES, NONE, Pairs, bad_pairs
 from megatron_ext.pruning.scores import arch_from_json
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
@@ -24,24 +25,8 @@ from megatron_ext.runtime.files import written_aside
 
 FORMAT = "minitron-plan-1"
 
-# What pruning may change; everything else of source and target is the same.
-PRUNABLE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-)
 # Axes with units of their own in each layer, and the size that says how many.
-LAYER_AXES = {
-    "heads": "num_attention_heads",
-    "ffn": "ffn_hidden_size",
-    "experts": "num_experts",
-    "shared_ffn": "moe_shared_expert_intermediate_size",
-}
+LAYER_AXES = {axis.name: axis.size.name for axis in AXES if axis.scope == "layer"}
 # What two models of one shape may differ in and still share a plan.
 NOT_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
 
@@ -129,7 +114,7 @@ def contradiction(plan: Plan) -> str | None:
     """Return what is wrong with a plan in itself, or None."""
     source, target = plan.source, plan.target
     for name, value in asdict(source).items():
-        if name not in PRUNABLE and getattr(target, name) != value:
+        if name not in SIZES and getattr(target, name) != value:
             return f"{name} is {value} in the source and {getattr(target, name)} in the target"
     if problem := _bad_indices("layers", plan.layers, source.num_layers, target.num_layers):
         return problem
@@ -164,10 +149,7 @@ def contradiction(plan: Plan) -> str | None:
 
 def layer_axes(arch: Arch) -> dict[str, int]:
     """Return the axes of ``LAYER_AXES`` that the layers of ``arch`` have, with their lengths."""
-    names = ["heads", "ffn"] if arch.num_experts is None else ["heads", "experts"]
-    if arch.moe_shared_expert_intermediate_size is not None:
-        names.append("shared_ffn")
-    return {name: getattr(arch, LAYER_AXES[name]) for name in names}
+    return {axis.name: axis.length(arch) for axis in axes_of(arch) if axis.scope == "layer"}
 
 
 def _bad_residual(plan: Plan) -> str | None:

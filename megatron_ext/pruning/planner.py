@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.pruning.plan import LAYER_AXES, PRUNABLE, Plan, contradiction, layer_axes
+from megatron_ext.axes import sizes_of
+from megatron_ext.pruning.plan import LAYER_AXES, Plan, contradiction, layer_axes
 from megatron_ext.pruning.residual import NONE, Pairs, mirrored_pairs
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
@@ -179,11 +180,8 @@ def _needed(vectors: Mapping[str, Tensor], name: str) -> Tensor:
 def summary(plan: Plan) -> str:
     """Return a table of what was cut."""
     rows = [("", "source", "pruned", "kept")]
-    unused = "ffn_hidden_size" if plan.source.num_experts else None
-    for name in PRUNABLE:
+    for name in sizes_of(plan.source):
         before, after = getattr(plan.source, name), getattr(plan.target, name)
-        if name == unused or before is None:
-            continue
         rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
     for name, embeddings in (("parameters", True), ("without embeddings", False)):
         before, after = (

@@ -20,24 +20,12 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.arch import Arch
+from megatron_ext.axes import axes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "minitron-scores-1"
-
-# The sizes that must agree between scores and the model they are used for.
-SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +56,12 @@ def depth_method(importance: str, block: int, *, rescore: bool) -> str:
 
 def lengths(arch: Arch) -> dict[str, int]:
     """Return the name and length of every score vector of ``arch``."""
-    vectors = {"hidden": arch.hidden_size, "layers": arch.num_layers}
-    for layer in range(arch.num_layers):
-        vectors[f"heads.{layer}"] = arch.num_attention_heads
-        if arch.num_experts is None:
-            vectors[f"ffn.{layer}"] = arch.ffn_hidden_size
-            continue
-        vectors[f"experts.{layer}"] = arch.num_experts
-        for expert in range(arch.num_experts):
-            vectors[f"moe_ffn.{layer}.{expert}"] = arch.moe_ffn_hidden_size
-        if arch.moe_shared_expert_intermediate_size is not None:
-            vectors[f"shared_ffn.{layer}"] = arch.moe_shared_expert_intermediate_size
-    return vectors
+    layers, experts = range(arch.num_layers), range(arch.num_experts or 0)
+    return {
+        name: axis.length(arch)
+        for axis in axes_of(arch)
+        for name in axis.vectors(layers, lambda _: experts)
+    }
 
 
 def arch_from_json(values: Any) -> Arch:

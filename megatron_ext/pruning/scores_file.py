@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_ext.arch import Arch
-from megatron_ext.pruning.scores import FORMAT, SIZES, Scores, arch_from_json, lengths
+from megatron_ext.axes import SIZES
+from megatron_ext.pruning.scores import FORMAT, Scores, arch_from_json, lengths
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 from megatron_ext.runtime.files import written_aside
 
@@ -65,7 +66,7 @@ def load_scores(path: str | os.PathLike) -> Scores:
 
 def check_scores(scores: Scores, arch: Arch) -> None:
     """Raise ``UserError`` unless ``scores`` are complete, finite and of a model like ``arch``."""
-    for size in SIZES:
+    for size in (*SIZES, "kv_channels"):
         theirs, ours = getattr(scores.source, size), getattr(arch, size)
         if theirs != ours:
             raise _refused(f"were made for another model: {size} {theirs}, this one has {ours}")

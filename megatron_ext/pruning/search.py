@@ -15,25 +15,13 @@ from typing import Any
 import yaml
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.pruning.plan import PRUNABLE
+from megatron_ext.axes import SIZES
 from megatron_ext.pruning.targets import check_size, target_arch
 from megatron_ext.runtime.errors import USAGE, UserError
 
 Space = Mapping[str, Sequence[int | str]]
-"""Names of ``PRUNABLE`` and the values to try: numbers, of neurons also multiples of hidden_size as
+"""Names of ``SIZES`` and the values to try: numbers, of neurons also multiples of hidden_size as
 ``2.5x``."""
-
-# How sizes are called in the name of a candidate, which is the name of its folder.
-LETTERS = {
-    "num_layers": "L",
-    "hidden_size": "H",
-    "ffn_hidden_size": "F",
-    "num_attention_heads": "A",
-    "num_query_groups": "G",
-    "num_experts": "E",
-    "moe_ffn_hidden_size": "EF",
-    "moe_shared_expert_intermediate_size": "SF",
-}
 
 
 def read_space(path: str | os.PathLike, source: Arch) -> Space:
@@ -56,8 +44,8 @@ def read_space(path: str | os.PathLike, source: Arch) -> Space:
         )
     for name, values in space.items():
         where = f"--search-space {path}: {name}"
-        if name not in PRUNABLE:
-            raise UserError(f"{where}: choose from {', '.join(PRUNABLE)}.", USAGE)
+        if name not in SIZES:
+            raise UserError(f"{where}: choose from {', '.join(SIZES)}.", USAGE)
         if (
             not isinstance(values, list)
             or not values
@@ -134,14 +122,12 @@ def _combinations(source: Arch, space: Space) -> Iterator[tuple[str, Arch]]:
             arch = target_arch(source, **sizes)
         except UserError:
             continue
-        yield "-".join(f"{LETTERS[name]}{value}" for name, value in sizes.items()), arch
+        yield "-".join(f"{SIZES[name].letter}{value}" for name, value in sizes.items()), arch
 
 
 def table(targets: Mapping[str, Arch]) -> str:
     """Return the sizes that differ and the parameter counts of ``targets``, a line each."""
-    sizes = [
-        name for name in PRUNABLE if len({getattr(arch, name) for arch in targets.values()}) > 1
-    ]
+    sizes = [name for name in SIZES if len({getattr(arch, name) for arch in targets.values()}) > 1]
     rows = [["", *sizes, "parameters", "without embeddings"]]
     for name, arch in targets.items():
         counts = num_parameters(arch), num_parameters(arch, embeddings=False)

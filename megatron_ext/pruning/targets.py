@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from megatron_ext.arch import Arch
-from megatron_ext.pruning.plan import LAYER_AXES, PRUNABLE, layer_axes
+from megatron_ext.axes import SIZES, sizes_of
 from megatron_ext.runtime.errors import USAGE, UserError
 
 
@@ -72,9 +72,9 @@ def read_targets(path: str | os.PathLike, source: Arch) -> dict[str, Arch]:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
             raise UserError(f"{where}: a target's name is the name of its folder.", USAGE)
         for size, value in sizes.items():
-            if size not in PRUNABLE or type(value) is not int:
+            if size not in SIZES or type(value) is not int:
                 raise UserError(
-                    f"{where}: {size}: {value!r}: choose whole numbers for {', '.join(PRUNABLE)}.",
+                    f"{where}: {size}: {value!r}: choose whole numbers for {', '.join(SIZES)}.",
                     USAGE,
                 )
         try:
@@ -86,21 +86,13 @@ def read_targets(path: str | os.PathLike, source: Arch) -> dict[str, Arch]:
 
 def check_size(source: Arch, name: str, size: int) -> None:
     """Raise ``UserError`` unless ``source`` has units of this kind, and at least so many."""
-    length = _prunable_size(source, name)
-    if length is None:
+    if name not in sizes_of(source):
         raise UserError(f"{_option(name)} {size}: the checkpoint's model has none.", USAGE)
+    length = getattr(source, name)
     if not 1 <= size <= length:
         raise UserError(
             f"{_option(name)} {size}: choose from 1 to the checkpoint's {length}.", USAGE
         )
-
-
-def _prunable_size(source: Arch, name: str) -> int | None:
-    """Return a size that pruning can cut, or None where the model has no such units."""
-    axes = {size: axis for axis, size in LAYER_AXES.items()}
-    if name in axes and axes[name] not in layer_axes(source):
-        return None
-    return getattr(source, name)
 
 
 def _option(name: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.arch import Arch
+from megatron_ext.axes import SIZES
 from megatron_ext.checkpoint.folder import find
 from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256
 from megatron_ext.checkpoint.quick_read import glance
@@ -28,7 +29,6 @@ from megatron_ext.distillation.settings import check_models, check_stored_teache
 from megatron_ext.model import cuda_graphs
 from megatron_ext.model.fp8 import check_fp8_layers, fp8_settings
 from megatron_ext.pruning.jobs import check_jobs, check_outputs, check_passes, given_plan
-from megatron_ext.pruning.plan import PRUNABLE
 from megatron_ext.pruning.targets import target_arch
 from megatron_ext.rehearsal import cost_report as report
 from megatron_ext.rehearsal.cost import GPUS
@@ -128,7 +128,7 @@ def with_sizes(arch: Arch, sizes: Mapping[str, Any], *, may_cut: bool) -> Arch:
     ``may_cut``: it is that of the model before pruning, and typed sizes that pruning cuts win.
     """
     if may_cut:
-        cut = {name: sizes[name] for name in PRUNABLE if name in sizes}
+        cut = {name: sizes[name] for name in SIZES if name in sizes}
         try:
             arch = target_arch(arch, **cut)
         except UserError as error:

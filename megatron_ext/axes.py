@@ -1,0 +1,188 @@
+"""The axes that pruning cuts: one row says all that is known of an axis.
+
+Scores, plans, trimming, baselines and the search loop over ``AXES`` and name no axis.
+
+A row says how units lie on the dims of the table of weights (``arch``): a dim is a list of
+sections, one behind the other, each with the unit of every position. Two query groups of two heads,
+2 kv_channels, and a gated MLP of 3 neurons:
+
+    heads  [0 0 1 1 2 2 3 3]
+    qkv    [0 0 1 1 4 4 4 4 2 2 3 3 5 5 5 5]     4 and 5 are the groups: their keys and values
+    fc1    [0 1 2] [0 1 2]                       gate, up
+
+A position stays if its unit stays. Sections stay in their order; within a section, positions come
+in the order of the kept units.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ext.arch import Arch
+
+Sections = Callable[[Arch], list[Sequence[int]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A number of units, or of groups of them, that pruning changes."""
+
+    name: str
+    """Megatron's, a field of ``Arch``."""
+    letter: str
+    """In the name of a candidate of a search."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """Units of one kind."""
+
+    name: str
+    """In scores, plans and error messages."""
+    size: Size
+    """How many units there are."""
+    within: Size | None = None
+    """Groups of neighbouring units; units are ranked within their group, and each group that stays
+    keeps as many. What a group shares is unit ``size`` + group: it stays with any unit of it."""
+    scope: Literal["model", "layer", "expert"] = "layer"
+    """What has units of its own: the model, each layer, each expert of each layer."""
+    dims: Mapping[str, Sections]
+    """On which dims the units lie, and how."""
+    exists: Callable[[Arch], bool] = lambda arch: True
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The sizes that pruning this axis changes."""
+        return (self.size,) if self.within is None else (self.size, self.within)
+
+    def length(self, arch: Arch) -> int:
+        """Return how many units one vector of this axis has."""
+        return getattr(arch, self.size.name)
+
+    def vector(self, layer: int | None = None, expert: int | None = None) -> str:
+        """Return the name of one vector: ``hidden``, ``ffn.3``, ``moe_ffn.3.7``."""
+        numbers = {"model": (), "layer": (layer,), "expert": (layer, expert)}[self.scope]
+        return ".".join(map(str, (self.name, *numbers)))
+
+    def vectors(
+        self, layers: Iterable[int], experts: Callable[[int], Iterable[int]]
+    ) -> Iterator[str]:
+        """Yield the names of all vectors for ``layers``, which have ``experts(layer)``."""
+        if self.scope == "model":
+            yield self.vector()
+        elif self.scope == "layer":
+            yield from map(self.vector, layers)
+        else:
+            yield from (self.vector(layer, i) for layer in layers for i in experts(layer))
+
+
+def one_each(size: str) -> Sections:
+    """Position i belongs to unit i."""
+    return lambda arch: [range(getattr(arch, size))]
+
+
+def gate_and_up(size: str) -> Sections:
+    """Output of an MLP's first matrix: [gate ; up] of each neuron, or one of the two."""
+    return lambda arch: [range(getattr(arch, size))] * (2 if arch.swiglu else 1)
+
+
+def head_outputs(arch: Arch) -> list[Sequence[int]]:
+    """Concatenated head outputs: kv_channels positions of each head."""
+    return [_repeated(range(arch.num_attention_heads), arch.kv_channels)]
+
+
+def queries_keys_values(arch: Arch) -> list[Sequence[int]]:
+    """Of each query group its queries, its key, its value: kv_channels positions each.
+
+    A key and value belong to the group, or to the head where every head has its own.
+    """
+    heads, groups = arch.num_attention_heads, arch.num_query_groups
+    blocks: list[int] = []
+    for group in range(groups):
+        queries = range(group * heads // groups, (group + 1) * heads // groups)
+        owner = heads + group if groups < heads else group
+        blocks += [*queries, owner, owner]
+    return [_repeated(blocks, arch.kv_channels)]
+
+
+def _repeated(units: Iterable[int], times: int) -> list[int]:
+    return [unit for unit in units for _ in range(times)]
+
+
+def is_moe(arch: Arch) -> bool:
+    """Whether layers have experts instead of one MLP."""
+    return arch.num_experts is not None
+
+
+def has_shared_experts(arch: Arch) -> bool:
+    """Whether some experts compute every token."""
+    return arch.moe_shared_expert_intermediate_size is not None
+
+
+AXES = (
+    Axis(name="layers", scope="model", size=Size(name="num_layers", letter="L"), dims={}),
+    Axis(
+        name="hidden",
+        scope="model",
+        size=Size(name="hidden_size", letter="H"),
+        dims={"hidden": one_each("hidden_size")},
+    ),
+    Axis(
+        name="heads",
+        size=Size(name="num_attention_heads", letter="A"),
+        within=Size(name="num_query_groups", letter="G"),
+        dims={"heads": head_outputs, "qkv": queries_keys_values},
+    ),
+    Axis(
+        name="ffn",
+        size=Size(name="ffn_hidden_size", letter="F"),
+        dims={"ffn": one_each("ffn_hidden_size"), "fc1": gate_and_up("ffn_hidden_size")},
+        exists=lambda arch: not is_moe(arch),
+    ),
+    Axis(
+        name="experts",
+        size=Size(name="num_experts", letter="E"),
+        dims={"experts": one_each("num_experts")},
+        exists=is_moe,
+    ),
+    Axis(
+        name="moe_ffn",
+        scope="expert",
+        size=Size(name="moe_ffn_hidden_size", letter="EF"),
+        dims={
+            "moe_ffn": one_each("moe_ffn_hidden_size"),
+            "moe_fc1": gate_and_up("moe_ffn_hidden_size"),
+        },
+        exists=is_moe,
+    ),
+    Axis(
+        name="shared_ffn",
+        size=Size(name="moe_shared_expert_intermediate_size", letter="SF"),
+        dims={
+            "shared_ffn": one_each("moe_shared_expert_intermediate_size"),
+            "shared_fc1": gate_and_up("moe_shared_expert_intermediate_size"),
+        },
+        exists=has_shared_experts,
+    ),
+)
+# What pruning may change, by name; everything else of source and target is the same.
+SIZES = {size.name: size for axis in AXES for size in axis.sizes}
+# Dims on which no units lie.
+UNCUT = ("head_dim", "vocab", "position", "tokentype")
+
+
+def axes_of(arch: Arch) -> list[Axis]:
+    """Return the axes that a model of ``arch`` has."""
+    return [axis for axis in AXES if axis.exists(arch)]
+
+
+def sizes_of(arch: Arch) -> list[str]:
+    """Return the sizes that pruning may change of a model of ``arch``."""
+    return [size.name for axis in axes_of(arch) for size in axis.sizes]
+
+
+def axes_on(dim: str, arch: Arch) -> list[Axis]:
+    """Return the axes of ``arch`` whose units lie on a dim."""
+    known = dim in UNCUT or any(dim in axis.dims for axis in AXES)
+    assert known, f"no rule to trim the dim {dim!r}"
+    return [axis for axis in axes_of(arch) if dim in axis.dims]
