@@ -64,16 +64,19 @@ class Axis:
         numbers = {"model": (), "layer": (layer,), "expert": (layer, expert)}[self.scope]
         return ".".join(map(str, (self.name, *numbers)))
 
-    def vectors(
-        self, layers: Iterable[int], experts: Callable[[int], Iterable[int]]
-    ) -> Iterator[str]:
-        """Yield the names of all vectors for ``layers``, which have ``experts(layer)``."""
+    def vectors(self, kept: Mapping[str, Sequence[int]]) -> Iterator[str]:
+        """Yield the names of all vectors, for the layers and experts that ``kept`` has.
+
+        ``kept`` holds vectors of the axes before this one, by name.
+        """
         if self.scope == "model":
             yield self.vector()
-        elif self.scope == "layer":
-            yield from map(self.vector, layers)
-        else:
-            yield from (self.vector(layer, i) for layer in layers for i in experts(layer))
+            return
+        for layer in kept["layers"]:
+            if self.scope == "layer":
+                yield self.vector(layer)
+            else:
+                yield from (self.vector(layer, expert) for expert in kept[f"experts.{layer}"])
 
 
 def one_each(size: str) -> Sections:
@@ -119,6 +122,13 @@ def has_shared_experts(arch: Arch) -> bool:
     return arch.moe_shared_expert_intermediate_size is not None
 
 
+HEADS = Axis(
+    name="heads",
+    size=Size(name="num_attention_heads", letter="A"),
+    within=Size(name="num_query_groups", letter="G"),
+    dims={"heads": head_outputs, "qkv": queries_keys_values},
+)
+# An axis within layers or experts comes behind theirs.
 AXES = (
     Axis(name="layers", scope="model", size=Size(name="num_layers", letter="L"), dims={}),
     Axis(
@@ -127,12 +137,7 @@ AXES = (
         size=Size(name="hidden_size", letter="H"),
         dims={"hidden": one_each("hidden_size")},
     ),
-    Axis(
-        name="heads",
-        size=Size(name="num_attention_heads", letter="A"),
-        within=Size(name="num_query_groups", letter="G"),
-        dims={"heads": head_outputs, "qkv": queries_keys_values},
-    ),
+    HEADS,
     Axis(
         name="ffn",
         size=Size(name="ffn_hidden_size", letter="F"),

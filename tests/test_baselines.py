@@ -146,8 +146,7 @@ def test_a_unit_is_what_trimming_takes(name):
         assert len(units) == dim_sizes(arch)[dim]
         for unit in range(axis.length(arch)):
             left = tuple(i for i in range(axis.length(arch)) if i != unit)
-            kept = {"model": left, "layer": {2: left}, "expert": {(2, 1): left}}[axis.scope]
-            plan = replace(everything, **{axis.name: kept})
+            plan = replace(everything, kept={**everything.kept, axis.vector(2, 1): left})
             assert torch.equal(kept_indices(plan, dim, 2, 1), torch.where(units != unit)[0])
 
 

@@ -245,7 +245,7 @@ def test_two_iterations_are_two_runs_one_after_the_other(source, tmp_path):
     prune(source, second, *target_flags(WIDTHS), load=str(first))
     assert_same_bytes(read_tensors(str(two)), read_tensors(str(second)))
     at_once = prune(source, tmp_path / "one", *target_flags(WIDTHS))
-    assert at_once.hidden != plan.hidden, "scores in between made no difference"
+    assert at_once.kept["hidden"] != plan.kept["hidden"], "scores in between made no difference"
 
 
 @pytest.mark.parametrize("layout", ["TP2+SP", "PP2xVPP2"])
@@ -258,7 +258,7 @@ def test_no_layout_changes_iterations_depth_or_removals(layout, source, tmp_path
         plans.append(prune(source, tmp_path / name, *flags, "--scores", scores, layout=name))
         order = load_scores(scores).removal_order
         assert plans[-1].made["removal_order"] == [list(layers) for layers in order]
-        assert sorted([*plans[-1].layers, *(layers[0] for layers in order)]) == [0, 1, 2, 3]
+        assert sorted([*plans[-1].kept["layers"], *(layers[0] for layers in order)]) == [0, 1, 2, 3]
         assert plans[-1].made["depth"] == "kl, rescored"
     assert plans[0] == plans[1]
 
@@ -296,7 +296,7 @@ def test_layers_go_by_the_scores_of_the_source(source, tmp_path):
     save_scores(path, with_vectors(LLAMA, layers=[1, 9, 8, 2]))
     flags = [*target_flags({**WIDTHS, "num_layers": 2}), "--prune-iterations", 2]
     plan = prune(source, tmp_path / "pruned", *flags, "--scores", path)
-    assert plan.layers == (1, 2)
+    assert plan.kept["layers"] == (1, 2)
     assert checkpoints.read(str(tmp_path / "pruned")).arch == plan.target
 
 
@@ -306,7 +306,7 @@ def test_a_block_of_layers_and_folded_heads(source, tmp_path):
     plan = prune(source, tmp_path / "new", *flags, "--scores", tmp_path / "scores")
     scores = load_scores(tmp_path / "scores")
     start = scores.vectors["layer_blocks.2"].argmin().item()
-    assert plan.layers == tuple(i for i in range(4) if i not in (start, start + 1))
+    assert plan.kept["layers"] == tuple(i for i in range(4) if i not in (start, start + 1))
     assert plan.head_residual == "paper"
     again = prune(source, tmp_path / "again", *flags, "--scores", tmp_path / "scores")
     assert again == plan

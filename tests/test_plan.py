@@ -6,8 +6,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from megatron_ext import axes
 from megatron_ext.arch import dim_sizes
-from megatron_ext.pruning.kept import kept_indices
+from megatron_ext.axes import Axis, Size, one_each
+from megatron_ext.pruning.kept import kept_indices, units_on
 from megatron_ext.pruning.plan import Plan, check_plan, contradiction, load_plan, save_plan
 from megatron_ext.pruning.planner import highest, lowest, make_plan
 from megatron_ext.pruning.targets import target_arch
@@ -35,6 +37,11 @@ def with_vectors(arch, **vectors):
     return replace(scores, vectors={**scores.vectors, **changed})
 
 
+def kept_of(plan, axis):
+    """Return what ``plan`` keeps of one axis, by name."""
+    return {name: units for name, units in plan.kept.items() if name.split(".")[0] == axis}
+
+
 def test_the_highest_are_kept_in_ascending_order_and_ties_go_to_the_lower_index():
     assert highest(torch.tensor([0.1, 0.9, 0.5, 0.7]), 2) == (1, 3)
     assert highest(torch.tensor([1.0, 2.0, 1.0, 1.0, 2.0]), 3) == (0, 1, 4)
@@ -44,14 +51,14 @@ def test_the_highest_are_kept_in_ascending_order_and_ties_go_to_the_lower_index(
 def test_heads_are_ranked_within_their_query_group():
     scores = with_vectors(TINY, heads__0=[9, 8, 7, 1, 2, 3], heads__1=[1, 1, 1, 5, 6, 5])
     plan = make_plan(scores, TINY, target_arch(TINY, num_attention_heads=4))
-    assert plan.heads == {0: (0, 1, 4, 5), 1: (0, 1, 3, 4)}
+    assert kept_of(plan, "heads") == {"heads.0": (0, 1, 4, 5), "heads.1": (0, 1, 3, 4)}
     assert plan.target.num_query_groups == 2
 
 
 def test_without_query_groups_heads_of_a_layer_compete_and_take_their_keys_along():
     scores = with_vectors(GPT2, heads__0=[1, 4, 2, 3])
     plan = make_plan(scores, GPT2, target_arch(GPT2, num_attention_heads=3))
-    assert plan.heads[0] == (1, 2, 3)
+    assert plan.kept["heads.0"] == (1, 2, 3)
     assert plan.target.num_query_groups == 3
     rows = kept_indices(plan, "qkv", 0)
     assert torch.equal(rows, torch.arange(3 * 8, 4 * 3 * 8))  # head 0: its query, key and value
@@ -60,8 +67,9 @@ def test_without_query_groups_heads_of_a_layer_compete_and_take_their_keys_along
 def test_layers_and_their_own_neurons():
     scores = with_vectors(LLAMA, layers=[0.5, 0.1, 0.2, 0.4])
     plan = make_plan(scores, LLAMA, target_arch(LLAMA, num_layers=3, ffn_hidden_size=16))
-    assert plan.layers == (0, 2, 3)
-    assert plan.ffn == {i: highest(scores.vectors[f"ffn.{i}"], 16) for i in (0, 2, 3)}
+    assert plan.kept["layers"] == (0, 2, 3)
+    names = [f"ffn.{i}" for i in (0, 2, 3)]
+    assert kept_of(plan, "ffn") == {name: highest(scores.vectors[name], 16) for name in names}
     made = {"aggregation": "batch=l2,seq=mean", "samples": 8, "seq_length": 16, "depth": "block"}
     assert plan.made == made
 
@@ -76,11 +84,11 @@ def test_a_removal_order_goes_before_the_scores_of_layers():
     scores = ordered((3,), (0,), (1,))
     for count, layers in ((4, (0, 1, 2, 3)), (3, (0, 1, 2)), (2, (1, 2)), (1, (2,))):
         plan = make_plan(scores, LLAMA, target_arch(LLAMA, num_layers=count))
-        assert plan.layers == layers
+        assert plan.kept["layers"] == layers
     assert plan.made["depth"] == "kl, rescored"
     assert plan.made["removal_order"] == [[3], [0], [1]]
     plan = make_plan(ordered((1, 2)), LLAMA, target_arch(LLAMA, num_layers=2))
-    assert plan.layers == (0, 3)
+    assert plan.kept["layers"] == (0, 3)
     for order, count in ((((1, 2),), 3), (((1, 2),), 1), (((0,), (1,)), 1)):
         with pytest.raises(UserError, match=f"--target-num-layers {count} of 4"):
             make_plan(ordered(*order), LLAMA, target_arch(LLAMA, num_layers=count))
@@ -99,8 +107,8 @@ def test_identity_needs_no_scores_and_keeps_everything():
     plan = make_plan(
         replace(random_scores(LLAMA), vectors=vectors), LLAMA, target_arch(LLAMA, hidden_size=32)
     )
-    assert len(plan.hidden) == 32
-    assert plan.layers == (0, 1, 2, 3)
+    assert len(plan.kept["hidden"]) == 32
+    assert plan.kept["layers"] == (0, 1, 2, 3)
 
 
 def test_missing_scores_are_named():
@@ -112,10 +120,7 @@ def test_indices_of_every_dim():
     plan = Plan(
         source=TINY,
         target=replace(TINY, num_layers=1, hidden_size=2, ffn_hidden_size=2, num_attention_heads=4),
-        layers=(1,),
-        hidden=(0, 3),
-        ffn={1: (1, 4)},
-        heads={1: (0, 2, 3, 4)},
+        kept={"layers": (1,), "hidden": (0, 3), "ffn.1": (1, 4), "heads.1": (0, 2, 3, 4)},
     )
     assert contradiction(plan) is None
     assert kept_indices(plan, "hidden", None).tolist() == [0, 3]
@@ -132,6 +137,33 @@ def test_indices_of_every_dim():
         kept_indices(plan, "channels", 1)
 
 
+def test_units_of_two_axes_on_one_dim(monkeypatch):
+    """The first axis orders, then the second: heads, and of each kept head the kept channels."""
+    channels = Axis(
+        name="channels",
+        size=Size(name="kv_channels", letter="C"),
+        dims={
+            "heads": lambda arch: [range(arch.kv_channels)] * arch.num_attention_heads,
+            "qkv": lambda arch: [range(arch.kv_channels)] * (dim_sizes(arch)["qkv"] // 2),
+            "head_dim": one_each("kv_channels"),
+        },
+    )
+    monkeypatch.setattr(axes, "AXES", (*axes.AXES, channels))
+    monkeypatch.setattr("megatron_ext.pruning.kept.units_on", units_on.__wrapped__)  # not cached
+    everything = make_plan(None, TINY, TINY)
+    assert everything.kept["channels.0"] == (0, 1)
+    plan = replace(everything, kept={**everything.kept, "channels.0": (1,)})
+    assert kept_indices(plan, "heads", 0).tolist() == [1, 3, 5, 7, 9, 11]
+    assert kept_indices(plan, "qkv", 0).tolist() == list(range(1, 20, 2))
+    assert kept_indices(plan, "head_dim", 0).tolist() == [1]
+    cut = {"channels.0": (1, 0), "heads.0": (0, 2, 5)}
+    plan = replace(everything, kept={**everything.kept, **cut})
+    assert kept_indices(plan, "heads", 0).tolist() == [1, 0, 5, 4, 11, 10]
+    # 3 queries, key and value of each of the two groups.
+    expected = [1, 0, 5, 4, 7, 6, 9, 8, 15, 14, 17, 16, 19, 18]
+    assert kept_indices(plan, "qkv", 0).tolist() == expected
+
+
 @pytest.mark.parametrize("arch", [LLAMA, GPT2, NEMOTRON, TINY])
 def test_indices_fit_source_and_target(arch):
     target = target_arch(
@@ -139,7 +171,7 @@ def test_indices_fit_source_and_target(arch):
     )
     plan = make_plan(random_scores(arch), arch, target)
     for dim, size in dim_sizes(arch).items():
-        kept = kept_indices(plan, dim, plan.layers[0])
+        kept = kept_indices(plan, dim, plan.kept["layers"][0])
         kept = torch.arange(size) if kept is None else kept
         assert len(kept) == dim_sizes(target)[dim]
         assert (kept.diff() > 0).all()
@@ -162,10 +194,23 @@ def test_round_trip(tmp_path):
     sizes = [line for line in lines if any(f'"{f.name}": ' in line for f in fields(LLAMA))]
     assert len(sizes) == 2 * len(fields(LLAMA))  # a line per size and per vector: people read it
     vectors = [line for line in lines if "[" in line]
-    assert len(vectors) == 2 + 2 * len(plan.layers)  # layers, hidden; heads and ffn of each layer
+    # layers, hidden; heads and ffn of each layer
+    assert len(vectors) == 2 + 2 * len(plan.kept["layers"])
     assert all(line.rstrip(",").endswith("]") for line in vectors)
     check_plan(plan, LLAMA)
     check_plan(plan, replace(LLAMA, hidden_dropout=0.1))
+
+
+def test_the_file_has_units_by_axis_then_by_layer_and_expert():
+    arch = replace(MOE, num_layers=1, num_experts=2, moe_ffn_hidden_size=3, hidden_size=2)
+    values = json.loads(make_plan(None, arch, arch).to_json())
+    assert list(values) == [
+        *("format", "source", "target", "layers", "hidden", "heads", "ffn", "experts", "moe_ffn"),
+        *("shared_ffn", "head_residual", "residual_pairs", "made"),
+    ]
+    assert (values["layers"], values["hidden"], values["ffn"]) == ([0], [0, 1], {})
+    assert values["heads"] == {"0": [0, 1, 2, 3]}
+    assert values["moe_ffn"] == {"0.0": [0, 1, 2], "0.1": [0, 1, 2]}
 
 
 def test_folded_heads_make_the_round_trip_and_older_plans_fold_none(tmp_path):
@@ -267,11 +312,11 @@ def test_whole_query_groups_by_the_norm_of_their_heads():
     arch = replace(TINY, num_layers=1, num_attention_heads=6, num_query_groups=3)
     scores = with_vectors(arch, heads__0=[5.0, 0, 3, 3.9, 3, 4.1])  # groups: 5, 4.9, 5.08
     plan = make_plan(scores, arch, target_arch(arch, num_query_groups=2))
-    assert plan.heads == {0: (0, 1, 4, 5)}
+    assert kept_of(plan, "heads") == {"heads.0": (0, 1, 4, 5)}
     assert (plan.target.num_query_groups, plan.target.num_attention_heads) == (2, 4)
     assert kept_indices(plan, "qkv", 0).tolist() == [*range(8), *range(16, 24)]
     fewer = target_arch(arch, num_query_groups=2, num_attention_heads=2)
-    assert make_plan(scores, arch, fewer).heads == {0: (0, 5)}
+    assert make_plan(scores, arch, fewer).kept["heads.0"] == (0, 5)
     with pytest.raises(UserError, match="whole groups"):
         make_plan(scores, arch, fewer, head_residual="paper")
     separate = replace(arch, num_query_groups=6)
@@ -291,13 +336,20 @@ def test_experts_are_ranked_in_their_layer_and_neurons_in_their_expert():
         moe_ffn__0__2=[7.0, 1, 2],
     )
     plan = make_plan(scores, arch, target_arch(arch, num_experts=2, moe_ffn_hidden_size=2))
-    assert plan.experts == {0: (1, 2)}
-    assert plan.moe_ffn == {(0, 1): (1, 2), (0, 2): (0, 2)}
-    assert plan.shared_ffn == {0: tuple(range(14))}
-    assert plan.ffn == {}
+    kept = {name: plan.kept[name] for name in plan.kept if name not in ("layers", "hidden")}
+    assert kept == {
+        "heads.0": tuple(range(4)),
+        "experts.0": (1, 2),
+        "moe_ffn.0.1": (1, 2),
+        "moe_ffn.0.2": (0, 2),
+        "shared_ffn.0": tuple(range(14)),
+    }
     assert Plan.from_json(plan.to_json()) == plan
     assert kept_indices(plan, "moe_fc1", 0, 2).tolist() == [0, 2, 3, 5]
-    assert contradiction(replace(plan, moe_ffn={(0, 1): (1, 2)})) is not None
+    kept = dict(plan.kept)
+    del kept["moe_ffn.0.2"]
+    problem = contradiction(replace(plan, kept=kept))
+    assert problem == "moe_ffn names experts 0.1, kept are 0.1 0.2"
     with pytest.raises(UserError, match="--target-num-experts 1: the router sends a token to 2"):
         target_arch(arch, num_experts=1)
     with pytest.raises(UserError, match=r"--target-ffn-hidden-size 8: .* none"):

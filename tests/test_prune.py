@@ -206,36 +206,38 @@ def mask(model, plan):
         return torch.tensor([unit in units for unit in range(length)]).double()
 
     arch = plan.source
-    hidden = kept(plan.hidden, arch.hidden_size)
+    hidden = kept(plan.kept["hidden"], arch.hidden_size)
     norms = [model.decoder.final_layernorm]
     for table in model.embedding.parameters():
         table.data *= hidden
     if arch.is_bert:
         norms.append(model.lm_head.layer_norm)
     for number, layer in enumerate(model.decoder.layers):
-        heads = kept(plan.heads.get(number, ()), arch.num_attention_heads)
+        heads = kept(plan.kept.get(f"heads.{number}", ()), arch.num_attention_heads)
         outputs = [(layer.self_attention.linear_proj, heads.repeat_interleave(arch.kv_channels))]
         matrices = output_matrices(layer.mlp)
         if arch.num_experts is None:
-            outputs += [(matrices[0], kept(plan.ffn.get(number, ()), arch.ffn_hidden_size))]
+            outputs += [
+                (matrices[0], kept(plan.kept.get(f"ffn.{number}", ()), arch.ffn_hidden_size))
+            ]
         else:
             for expert in range(arch.num_experts):
-                neurons = plan.moe_ffn.get((number, expert), ())
+                neurons = plan.kept.get(f"moe_ffn.{number}.{expert}", ())
                 outputs += [(matrices[expert], kept(neurons, arch.moe_ffn_hidden_size))]
             shared = arch.moe_shared_expert_intermediate_size
-            outputs += [(matrices[-1], kept(plan.shared_ffn.get(number, ()), shared))]
-            if number in plan.layers:
+            outputs += [(matrices[-1], kept(plan.kept.get(f"shared_ffn.{number}", ()), shared))]
+            if number in plan.kept["layers"]:
                 router = layer.mlp.router
-                router.gating = without(plan.experts[number], router.gating)
+                router.gating = without(plan.kept[f"experts.{number}"], router.gating)
         for linear, inputs in outputs:
             linear.weight.data *= hidden.outer(inputs)
             if linear.bias is not None:
-                linear.bias.data *= hidden * (number in plan.layers)
+                linear.bias.data *= hidden * (number in plan.kept["layers"])
         norms += [layer.input_layernorm, layer.pre_mlp_layernorm]
-        if arch.apply_residual_connection_post_layernorm and number not in plan.layers:
+        if arch.apply_residual_connection_post_layernorm and number not in plan.kept["layers"]:
             layer.forward = hand_on
     for norm in norms:
-        norm.forward = norm_over(norm, list(plan.hidden))
+        norm.forward = norm_over(norm, list(plan.kept["hidden"]))
 
 
 def norm_over(norm, channels):

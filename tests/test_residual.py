@@ -59,7 +59,7 @@ def test_pairs_stay_within_query_groups_and_without_groups_within_the_layer():
     scores = with_vectors(GROUPED, heads__0=[9, 8, 7, 1, 3, 2])
     target = target_arch(GROUPED, num_attention_heads=4)
     plan = make_plan(scores, GROUPED, target, head_residual="paper")
-    assert plan.heads == {0: (0, 1, 4, 5)}
+    assert plan.kept["heads.0"] == (0, 1, 4, 5)
     assert plan.residual_pairs == {0: ((1, 2), (5, 3))}
     scores = with_vectors(SEPARATE, heads__0=[1, 9, 5])
     target = target_arch(SEPARATE, num_attention_heads=2)
@@ -164,7 +164,7 @@ def test_trimming_folds_the_rows_of_heads_and_nothing_else(arch, mode):
     per_group = arch.num_attention_heads // arch.num_query_groups
     for shard in share.values():
         weight = next(w for w in weights(arch) if w.key == shard.key)
-        layer = plan.layers[shard.global_offset[0]] if weight.per_layer else None
+        layer = plan.kept["layers"][shard.global_offset[0]] if weight.per_layer else None
         source = reader.tensors[shard.key]
         source = (source[layer] if weight.per_layer else source).clone()
         expected = trim_tensor(source, weight.dims, plan, layer)

@@ -17,7 +17,7 @@ from megatron_ext.arch import dim_sizes, shape, weights
 from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.checkpoint.slices import SliceReader, layer_key
 from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
-from megatron_ext.pruning.plan import Plan, layer_axes
+from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.targets import target_arch
 from megatron_ext.pruning.trim import (
@@ -77,22 +77,22 @@ def naive_cut(x, dim, plan, layer, expert):
     arch, rest = plan.source, x.shape[1:]
     heads, groups, width = arch.num_attention_heads, arch.num_query_groups, arch.kv_channels
     if dim == "hidden":
-        return x[list(plan.hidden)]
+        return x[list(plan.kept["hidden"])]
     if dim == "experts":
-        return x[list(plan.experts[layer])]
+        return x[list(plan.kept[f"experts.{layer}"])]
     if dim.endswith(("ffn", "fc1")):
-        neurons = {"ffn": plan.ffn, "fc1": plan.ffn}.get(dim, plan.shared_ffn)
-        kept = list(plan.moe_ffn[layer, expert] if dim.startswith("moe") else neurons[layer])
+        name = f"{dim.replace('fc1', 'ffn')}.{layer}"
+        kept = list(plan.kept[f"{name}.{expert}" if dim.startswith("moe") else name])
         halves = x.chunk(2) if dim.endswith("fc1") and arch.swiglu else [x]
         return torch.cat([half[kept] for half in halves])
     if dim == "heads":
-        return x.reshape(heads, width, *rest)[list(plan.heads[layer])].reshape(-1, *rest)
+        return x.reshape(heads, width, *rest)[list(plan.kept[f"heads.{layer}"])].reshape(-1, *rest)
     if dim == "qkv":
         x = x.reshape(groups, heads // groups + 2, width, *rest)
         per_group = x[:, :-2].flatten(0, 1), x[:, -2], x[:, -1]  # queries [heads], keys, values
         kept = []
         for group in range(groups):
-            mine = [h for h in plan.heads[layer] if h // (heads // groups) == group]
+            mine = [h for h in plan.kept[f"heads.{layer}"] if h // (heads // groups) == group]
             if mine:
                 kept += [per_group[0][h] for h in mine] + [per_group[1][group], per_group[2][group]]
         return torch.cat(kept)
@@ -123,10 +123,7 @@ def test_numbers_that_one_can_read():
     plan = Plan(
         source=arch,
         target=replace(arch, hidden_size=2, ffn_hidden_size=2, num_attention_heads=2),
-        layers=(0,),
-        hidden=(0, 2),
-        ffn={0: (1, 3)},
-        heads={0: (1, 2)},
+        kept={"layers": (0,), "hidden": (0, 2), "ffn.0": (1, 3), "heads.0": (1, 2)},
     )
 
     def trim(rows, columns, *dims):
@@ -197,7 +194,7 @@ def test_shares_cover_every_element_of_the_target_once(folders, style, world_siz
     for weight in weights(LLAMA):
         x = source[weight.key]
         if weight.per_layer:
-            cut = [naive_trim(x[layer], weight.dims, plan, layer) for layer in plan.layers]
+            cut = [naive_trim(x[layer], weight.dims, plan, layer) for layer in plan.kept["layers"]]
             expected[weight.key] = torch.stack(cut)
         else:
             expected[weight.key] = naive_trim(x, weight.dims, plan, None)
@@ -327,22 +324,22 @@ def mask(model, plan):
     arch = plan.source
     for number, layer in enumerate(model.decoder.layers):
         proj, outputs = layer.self_attention.linear_proj, output_matrices(layer.mlp)
-        if number not in plan.layers:
+        if number not in plan.kept["layers"]:
             if arch.apply_residual_connection_post_layernorm:  # what it adds to, it normalises
                 layer.forward = hand_on
             for linear in (proj, *outputs):
                 for parameter in linear.parameters():
                     parameter.data.zero_()
             continue
-        cut(proj.weight, 1, plan.heads[number], arch.kv_channels)
+        cut(proj.weight, 1, plan.kept[f"heads.{number}"], arch.kv_channels)
         if arch.num_experts is None:
-            cut(outputs[0].weight, 1, plan.ffn[number])
+            cut(outputs[0].weight, 1, plan.kept[f"ffn.{number}"])
             continue
-        for expert in plan.experts[number]:
-            cut(outputs[expert].weight, 1, plan.moe_ffn[number, expert])
+        for expert in plan.kept[f"experts.{number}"]:
+            cut(outputs[expert].weight, 1, plan.kept[f"moe_ffn.{number}.{expert}"])
         for shared in outputs[arch.num_experts :]:
-            cut(shared.weight, 1, plan.shared_ffn[number])
-        layer.mlp.router.gating = without(plan.experts[number], layer.mlp.router.gating)
+            cut(shared.weight, 1, plan.kept[f"shared_ffn.{number}"])
+        layer.mlp.router.gating = without(plan.kept[f"experts.{number}"], layer.mlp.router.gating)
 
 
 def hand_on(hidden_states, **inputs):
@@ -376,12 +373,12 @@ def mask_hidden(model, plan, correct_norms):
     The root mean square over d channels of which d' are kept is sqrt(d'/d) of that over the d'
     kept ones: with ``correct_norms``, gamma takes that factor and epsilon its square.
     """
-    cut(model.embedding.word_embeddings.weight, 1, plan.hidden)
+    cut(model.embedding.word_embeddings.weight, 1, plan.kept["hidden"])
     norms = [model.decoder.final_layernorm]
     for layer in model.decoder.layers:
         for linear in (layer.self_attention.linear_proj, *output_matrices(layer.mlp)):
             for parameter in linear.parameters():
-                cut(parameter, 0, plan.hidden)
+                cut(parameter, 0, plan.kept["hidden"])
         norms += [layer.input_layernorm, layer.pre_mlp_layernorm]
     if correct_norms:
         ratio = plan.target.hidden_size / plan.source.hidden_size
@@ -475,27 +472,13 @@ def permutation(arch):
     per_group = arch.num_attention_heads // arch.num_query_groups
     # Groups in their order, except where each head is a group of its own.
     groups = shuffled(arch.num_query_groups) if per_group == 1 else range(arch.num_query_groups)
-    layers = range(arch.num_layers)
-    return Plan(
-        source=arch,
-        target=arch,
-        layers=tuple(layers),
-        hidden=shuffled(arch.hidden_size),
-        heads={
-            layer: tuple(g * per_group + h for g in groups for h in shuffled(per_group))
-            for layer in layers
-        },
-        **{
-            axis: {layer: shuffled(length) for layer in layers}
-            for axis, length in layer_axes(arch).items()
-            if axis != "heads"
-        },
-        moe_ffn={
-            (layer, expert): shuffled(arch.moe_ffn_hidden_size)
-            for layer in layers
-            for expert in range(arch.num_experts or 0)
-        },
-    )
+    everything = make_plan(None, arch, arch).kept
+    kept = {name: shuffled(len(units)) for name, units in everything.items()}
+    kept |= {
+        f"heads.{layer}": tuple(g * per_group + h for g in groups for h in shuffled(per_group))
+        for layer in range(arch.num_layers)
+    }
+    return Plan(source=arch, target=arch, kept={**kept, "layers": everything["layers"]})
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -79,7 +79,7 @@ def describe(source: Checkpoint, reader: "SliceReader", plan: Plan | None) -> It
         for size in sizes_of(plan.source):
             before, after = getattr(plan.source, size), getattr(plan.target, size)
             yield f"  {size:38} {before} -> {after}"
-        yield f"  {'layers kept, from 0':38} {' '.join(map(str, plan.layers))}"
+        yield f"  {'layers kept, from 0':38} {' '.join(map(str, plan.kept['layers']))}"
         yield f"  {'head_residual':38} {plan.head_residual}"
         for name, value in plan.made.items():
             yield f"  {name:38} {value}"

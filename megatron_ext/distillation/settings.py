@@ -145,4 +145,4 @@ def kept_channels(
         return None
     plan = load_plan(path)
     sizes = plan.source.hidden_size, plan.target.hidden_size
-    return plan.hidden if sizes == (teacher.hidden_size, student.hidden_size) else None
+    return plan.kept["hidden"] if sizes == (teacher.hidden_size, student.hidden_size) else None

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from megatron_ext.arch import Arch
 from megatron_ext.axes import sizes_of
-from megatron_ext.pruning.plan import LAYER_AXES, Plan
+from megatron_ext.pruning.plan import Plan
 
 # Sizes in between are multiples of this, as far as source and target are: 2, 4, ... or 64
 # tensor-parallel ranks that fit both fit them too, and no plan depends on the layout.
@@ -66,26 +66,24 @@ def compose(first: Plan, second: Plan) -> Plan:
     def through(indices: tuple[int, ...], kept: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(kept[index] for index in indices)
 
-    def of_layers(name: str) -> dict[int, tuple[int, ...]]:
-        kept, kept_before = getattr(second, name), getattr(first, name)
-        origin = {i: first.layers[i] for i in kept}  # layer in between -> layer in the source
-        return {origin[i]: through(kept[i], kept_before[origin[i]]) for i in kept}
+    def before(name: str) -> str:
+        """Return the name in the source of ``first`` of a vector of the model in between."""
+        axis, *numbers = name.split(".")
+        if not numbers:
+            return axis
+        layer, *experts = map(int, numbers)
+        layer = first.kept["layers"][layer]
+        experts = [first.kept[f"experts.{layer}"][expert] for expert in experts]
+        return ".".join(map(str, (axis, layer, *experts)))
 
-    def of_experts() -> dict[tuple[int, int], tuple[int, ...]]:
-        places = {}
-        for (i, j), kept in second.moe_ffn.items():
-            layer = first.layers[i]
-            expert = first.experts[layer][j]
-            places[layer, expert] = through(kept, first.moe_ffn[layer, expert])
-        return places
-
+    origins = {name: before(name) for name in second.kept}
     iterations = first.made.get("iterations", 1) + second.made.get("iterations", 1)
     return Plan(
         source=first.source,
         target=second.target,
-        layers=through(second.layers, first.layers),
-        hidden=through(second.hidden, first.hidden),
-        **{axis: of_layers(axis) for axis in LAYER_AXES},
-        moe_ffn=of_experts(),
+        kept={
+            origin: through(second.kept[name], first.kept[origin])
+            for name, origin in origins.items()
+        },
         made={**first.made, **second.made, "iterations": iterations},
     )

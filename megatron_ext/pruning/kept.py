@@ -24,7 +24,7 @@ def kept_indices(
         expert: the expert's number in the source, of a weight of one expert.
     """
     places = [
-        _places(axis, sections, units, _kept(plan, axis, layer, expert), plan.source)
+        _places(axis, sections, units, plan.kept[axis.vector(layer, expert)], plan.source)
         for axis, sections, units in units_on(dim, plan.source)
     ]
     if not places:
@@ -36,13 +36,6 @@ def kept_indices(
     stays = torch.stack(places).isfinite().all(dim=0)
     order = order[stays[order]]
     return None if torch.equal(order, torch.arange(len(stays))) else order
-
-
-def _kept(plan: Plan, axis: Axis, layer: int | None, expert: int | None) -> Sequence[int]:
-    kept = getattr(plan, axis.name)
-    return (
-        kept if axis.scope == "model" else kept[layer if axis.scope == "layer" else (layer, expert)]
-    )
 
 
 @lru_cache

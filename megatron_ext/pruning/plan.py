@@ -1,8 +1,8 @@
 """Plans: which units of a model are kept. Data only; a plan does not know how many ranks made it.
 
-Indices are global, count from 0 and ascend. ``heads``, ``ffn``, ``experts`` and ``shared_ffn`` have
-one tuple per kept layer, under the layer's number in the *source* model, as far as its layers have
-such units; ``moe_ffn`` has one per kept (layer, expert).
+Kept units go by the names of the scores, ``layers``, ``hidden``, ``ffn.3``, ``moe_ffn.3.7``, with
+the numbers of layers and experts in the *source* model. Indices are global, count from 0 and
+ascend. The file has them by axis, then by layer, or layer and expert.
 
 ``planner.py`` makes plans, ``kept.py`` knows how a unit spreads over the axes of tensors.
 """
@@ -12,12 +12,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import AXES, SIZES, axes_of
+from megatron_ext.axes import AXES, SIZES, Axis
 from megatron_ext.pruning.residual import MODES, NONE, Pairs, bad_pairs
 from megatron_ext.pruning.scores import arch_from_json
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
@@ -25,8 +25,6 @@ from megatron_ext.runtime.files import written_aside
 
 FORMAT = "minitron-plan-1"
 
-# Axes with units of their own in each layer, and the size that says how many.
-LAYER_AXES = {axis.name: axis.size.name for axis in AXES if axis.scope == "layer"}
 # What two models of one shape may differ in and still share a plan.
 NOT_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
 
@@ -37,20 +35,8 @@ class Plan:
 
     source: Arch
     target: Arch
-    layers: tuple[int, ...]
-    """Kept layers, in the source's numbering."""
-    hidden: tuple[int, ...]
-    """Kept channels of the residual stream, one set for the whole model."""
-    heads: Mapping[int, tuple[int, ...]]
-    """Kept query heads of each kept layer, as many of each query group of which any is kept."""
-    ffn: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    """Kept neurons of each kept layer; empty in a mixture of experts."""
-    experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    """Kept experts of each kept layer."""
-    moe_ffn: Mapping[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
-    """Kept neurons of each kept (layer, expert)."""
-    shared_ffn: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    """Kept neurons of the shared experts of each kept layer."""
+    kept: Mapping[str, tuple[int, ...]]
+    """Name -> kept units: of the model, of each kept layer, of each kept expert of a kept layer."""
     head_residual: str = NONE
     """How pruned heads are folded into kept ones, see ``pruning.residual``."""
     residual_pairs: Mapping[int, Pairs] = field(default_factory=dict)
@@ -60,12 +46,14 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as JSON with one line per vector."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values |= {"source": asdict(self.source), "target": asdict(self.target)}
+        values: dict[str, Any] = {"source": asdict(self.source), "target": asdict(self.target)}
+        values |= _by_axis(self.kept)
+        names = ("head_residual", "residual_pairs", "made")
+        values |= {name: getattr(self, name) for name in names}
         lines = [f'"format": {json.dumps(FORMAT)}']
         for name, value in values.items():
             if isinstance(value, Mapping) and value:
-                entries = [f"  {json.dumps(_name(k))}: {json.dumps(v)}" for k, v in value.items()]
+                entries = [f"  {json.dumps(str(k))}: {json.dumps(v)}" for k, v in value.items()]
                 lines.append(f'"{name}": {{\n' + ",\n".join(entries) + "\n }")
             else:
                 lines.append(f'"{name}": {json.dumps(value)}')
@@ -85,13 +73,7 @@ class Plan:
             plan = cls(
                 source=arch_from_json(values.pop("source")),
                 target=arch_from_json(values.pop("target")),
-                layers=_indices(values.pop("layers")),
-                hidden=_indices(values.pop("hidden")),
-                **{axis: _of_layers(values.pop(axis, {})) for axis in LAYER_AXES},
-                moe_ffn={
-                    _layer_and_expert(name): _indices(kept)
-                    for name, kept in values.pop("moe_ffn", {}).items()
-                },
+                kept=_kept(values),
                 head_residual=values.pop("head_residual", NONE),
                 residual_pairs={
                     int(layer): tuple(_pair(pair) for pair in pairs)
@@ -116,50 +98,49 @@ def contradiction(plan: Plan) -> str | None:
     for name, value in asdict(source).items():
         if name not in SIZES and getattr(target, name) != value:
             return f"{name} is {value} in the source and {getattr(target, name)} in the target"
-    if problem := _bad_indices("layers", plan.layers, source.num_layers, target.num_layers):
-        return problem
-    if problem := _bad_indices("hidden", plan.hidden, source.hidden_size, target.hidden_size):
-        return problem
-    for axis in LAYER_AXES:
-        has_axis, kept = axis in layer_axes(source), getattr(plan, axis)
-        if tuple(sorted(kept)) != (plan.layers if has_axis else ()):
-            return f"{axis} names layers {sorted(kept)}, kept are {list(plan.layers)}"
-        for layer, indices in kept.items():
-            sizes = (getattr(arch, LAYER_AXES[axis]) for arch in (source, target))
-            if problem := _bad_indices(f"{axis}.{layer}", indices, *sizes):
-                return problem
-    expected = sorted((layer, expert) for layer in plan.experts for expert in plan.experts[layer])
-    if sorted(plan.moe_ffn) != expected:
-        return "moe_ffn does not name the kept experts of each layer"
-    for (layer, expert), indices in plan.moe_ffn.items():
-        sizes = source.moe_ffn_hidden_size, target.moe_ffn_hidden_size
-        if problem := _bad_indices(f"moe_ffn.{layer}.{expert}", indices, *sizes):
+    for axis in AXES:
+        if problem := _bad_axis(plan, axis):
             return problem
-    per_group = source.num_attention_heads // source.num_query_groups
-    for layer, indices in plan.heads.items():
-        counts = Counter(head // per_group for head in indices)
-        if len(counts) != target.num_query_groups or len(set(counts.values())) != 1:
-            in_groups = [counts[group] for group in range(max(counts) + 1)]
-            return (
-                f"heads.{layer} keeps {in_groups} heads of its query groups, the target "
-                f"has {target.num_query_groups} groups"
-            )
     return _bad_residual(plan)
 
 
-def layer_axes(arch: Arch) -> dict[str, int]:
-    """Return the axes of ``LAYER_AXES`` that the layers of ``arch`` have, with their lengths."""
-    return {axis.name: axis.length(arch) for axis in axes_of(arch) if axis.scope == "layer"}
+def _bad_axis(plan: Plan, axis: Axis) -> str | None:
+    kept = {name: units for name, units in plan.kept.items() if name.split(".")[0] == axis.name}
+    # Layers and experts are rows before the others, and were checked.
+    expected = list(axis.vectors(plan.kept)) if axis.exists(plan.source) else []
+    if kept.keys() != set(expected):
+        places = (" ".join(name.partition(".")[2] for name in names) for names in (kept, expected))
+        return f"{axis.name} names {axis.scope}s {next(places)}, kept are {next(places)}"
+    for name in expected:
+        lengths = axis.length(plan.source), axis.length(plan.target)
+        problem = _bad_indices(name, kept[name], *lengths) or _bad_groups(plan, axis, name)
+        if problem:
+            return problem
+    return None
+
+
+def _bad_groups(plan: Plan, axis: Axis, name: str) -> str | None:
+    """Return what is wrong with a vector of an axis whose units come in groups, or None."""
+    if axis.within is None:
+        return None
+    groups, left = (getattr(arch, axis.within.name) for arch in (plan.source, plan.target))
+    counts = Counter(unit * groups // axis.length(plan.source) for unit in plan.kept[name])
+    if len(counts) == left and len(set(counts.values())) == 1:
+        return None
+    noun, in_groups = axis.within.name.removeprefix("num_").replace("_", " "), [0] * groups
+    for group, count in counts.items():
+        in_groups[group] = count
+    return f"{name} keeps {in_groups} units of its {noun}, the target has {left} groups"
 
 
 def _bad_residual(plan: Plan) -> str | None:
     if plan.head_residual not in MODES:
         return f"head_residual is {plan.head_residual!r}, not one of {', '.join(MODES)}"
-    expected = () if plan.head_residual == NONE else plan.layers
+    expected = () if plan.head_residual == NONE else plan.kept["layers"]
     if tuple(sorted(plan.residual_pairs)) != expected:
         return f"residual_pairs names layers {sorted(plan.residual_pairs)}, not {list(expected)}"
     for layer, pairs in plan.residual_pairs.items():
-        if problem := bad_pairs(pairs, plan.heads[layer], plan.source):
+        if problem := bad_pairs(pairs, plan.kept[f"heads.{layer}"], plan.source):
             return f"residual_pairs.{layer}: {problem}"
     return None
 
@@ -180,18 +161,28 @@ def _indices(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _of_layers(values: Mapping[str, Any]) -> dict[int, tuple[int, ...]]:
-    return {int(layer): _indices(kept) for layer, kept in values.items()}
+def _by_axis(kept: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return kept units as the file has them: {"hidden": [...], "ffn": {"3": [...]}}."""
+    values: dict[str, Any] = {axis.name: {} for axis in AXES}
+    for name, units in kept.items():
+        axis, _, place = name.partition(".")
+        if place:
+            values[axis][place] = units
+        else:
+            values[axis] = units
+    return values
 
 
-def _name(key: Any) -> str:
-    """Return the JSON name of a layer, ``3``, or of a layer's expert, ``3.7``."""
-    return ".".join(map(str, key)) if isinstance(key, tuple) else str(key)
-
-
-def _layer_and_expert(name: str) -> tuple[int, int]:
-    layer, expert = name.split(".")
-    return int(layer), int(expert)
+def _kept(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Take what ``_by_axis`` returned out of ``values``; older files may lack an axis."""
+    kept = {}
+    for axis in AXES:
+        if axis.scope == "model":
+            kept[axis.name] = _indices(values.pop(axis.name))
+            continue
+        for place, units in values.pop(axis.name, {}).items():
+            kept[f"{axis.name}.{place}"] = _indices(units)
+    return kept
 
 
 def _pair(values: Any) -> tuple[int, int]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.axes import sizes_of
-from megatron_ext.pruning.plan import LAYER_AXES, Plan, contradiction, layer_axes
+from megatron_ext.axes import HEADS, Axis, axes_of, sizes_of
+from megatron_ext.pruning.plan import Plan, contradiction
 from megatron_ext.pruning.residual import NONE, Pairs, mirrored_pairs
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
@@ -38,36 +38,19 @@ def make_plan(
             than half of the heads would have to be folded, or heads of a query group that goes.
     """
     vectors = {} if scores is None else scores.vectors
-
-    def keep(name: str, size: str) -> tuple[int, ...]:
-        length, count = getattr(source, size), getattr(target, size)
-        if count == length:
-            return tuple(range(length))
-        return highest(_needed(vectors, name), count)
-
+    kept: dict[str, tuple[int, ...]] = {}
     if scores is not None and scores.removal_order and target.num_layers < source.num_layers:
-        layers = _not_removed(scores, source, target)
-    else:
-        layers = keep("layers", "num_layers")
+        kept["layers"] = _not_removed(scores, source, target)
+    for axis in axes_of(source):
+        for name in axis.vectors(kept):
+            if name not in kept:
+                kept[name] = _keep(axis, name, vectors, source, target)
+    layers = kept["layers"]
     folds = head_residual != NONE and target.num_attention_heads < source.num_attention_heads
-    kept = {
-        axis: {layer: keep(f"{axis}.{layer}", LAYER_AXES[axis]) for layer in layers}
-        for axis in layer_axes(source)
-        if axis != "heads"
-    }
-    experts = kept.get("experts", {})
     plan = Plan(
         source=source,
         target=target,
-        layers=layers,
-        hidden=keep("hidden", "hidden_size"),
-        heads={layer: _keep_heads(vectors, layer, source, target) for layer in layers},
-        moe_ffn={
-            (layer, expert): keep(f"moe_ffn.{layer}.{expert}", "moe_ffn_hidden_size")
-            for layer in experts
-            for expert in experts[layer]
-        },
-        **kept,
+        kept=kept,
         head_residual=head_residual if folds else NONE,
         residual_pairs={
             layer: _pair_heads(vectors, layer, source, target, head_residual) for layer in layers
@@ -81,32 +64,34 @@ def make_plan(
     return plan
 
 
-def _rank_heads(
-    vectors: Mapping[str, Tensor], layer: int, source: Arch, target: Arch
+def _rank(
+    axis: Axis, name: str, vectors: Mapping[str, Tensor], source: Arch, target: Arch
 ) -> list[list[int]]:
-    """Return the heads that compete with each other, the highest scores first.
+    """Return the units of a vector that compete with each other, the highest scores first.
 
-    Under grouped queries those of each query group that is kept. A group's score is the L2 norm of
-    its heads' scores: that of all their outputs together. Without groups, all heads of a layer.
+    All of them, or those of each group that is kept. A group's score is the L2 norm of its units'
+    scores: for heads, that of all their outputs together. A group of one unit is that unit.
     """
-    groups, per_group = source.num_query_groups, _heads_per_group(source)
-    scores = _needed(vectors, f"heads.{layer}")
-    if per_group == 1:
+    scores = _needed(vectors, name)
+    groups = 1 if axis.within is None else getattr(source, axis.within.name)
+    if groups in (1, len(scores)):
         return [_descending(scores).tolist()]
-    rows = scores.view(groups, per_group)
-    first = per_group * torch.arange(groups).unsqueeze(1)
+    rows = scores.view(groups, -1)
+    first = rows.size(1) * torch.arange(groups).unsqueeze(1)
     rankings = (_descending(rows) + first).tolist()
-    return [rankings[group] for group in highest(rows.norm(dim=1), target.num_query_groups)]
+    left = highest(rows.norm(dim=1), getattr(target, axis.within.name))
+    return [rankings[group] for group in left]
 
 
-def _keep_heads(
-    vectors: Mapping[str, Tensor], layer: int, source: Arch, target: Arch
+def _keep(
+    axis: Axis, name: str, vectors: Mapping[str, Tensor], source: Arch, target: Arch
 ) -> tuple[int, ...]:
-    if target.num_attention_heads == source.num_attention_heads:
-        return tuple(range(source.num_attention_heads))
-    rankings = _rank_heads(vectors, layer, source, target)
-    count = target.num_attention_heads // len(rankings)
-    return tuple(sorted(itertools.chain(*(ranking[:count] for ranking in rankings))))
+    length, count = axis.length(source), axis.length(target)
+    if count == length:
+        return tuple(range(length))
+    rankings = _rank(axis, name, vectors, source, target)
+    each = count // len(rankings)
+    return tuple(sorted(itertools.chain(*(ranking[:each] for ranking in rankings))))
 
 
 def _pair_heads(
@@ -118,7 +103,7 @@ def _pair_heads(
             "--target-num-query-groups removes whole groups: use one of them.",
             USAGE,
         )
-    rankings = _rank_heads(vectors, layer, source, target)
+    rankings = _rank(HEADS, f"heads.{layer}", vectors, source, target)
     count = target.num_attention_heads // len(rankings)
     return tuple(sorted(itertools.chain(*(mirrored_pairs(each, count) for each in rankings))))
 

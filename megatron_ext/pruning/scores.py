@@ -56,12 +56,11 @@ def depth_method(importance: str, block: int, *, rescore: bool) -> str:
 
 def lengths(arch: Arch) -> dict[str, int]:
     """Return the name and length of every score vector of ``arch``."""
-    layers, experts = range(arch.num_layers), range(arch.num_experts or 0)
-    return {
-        name: axis.length(arch)
-        for axis in axes_of(arch)
-        for name in axis.vectors(layers, lambda _: experts)
-    }
+    units: dict[str, range] = {}
+    for axis in axes_of(arch):
+        for name in axis.vectors(units):
+            units[name] = range(axis.length(arch))
+    return {name: len(each) for name, each in units.items()}
 
 
 def arch_from_json(values: Any) -> Arch:

@@ -187,11 +187,11 @@ def pieces(plan: Plan) -> Iterator[Piece]:
         if not weight.per_layer:
             yield Piece(weight, None, None)
             continue
-        for new_layer, layer in enumerate(plan.layers):
+        for new_layer, layer in enumerate(plan.kept["layers"]):
             if not is_of_experts(weight):
                 yield Piece(weight, layer, new_layer)
                 continue
-            for new_expert, expert in enumerate(plan.experts[layer]):
+            for new_expert, expert in enumerate(plan.kept[f"experts.{layer}"]):
                 yield Piece(weight, layer, new_layer, expert, new_expert)
 
 
