@@ -48,6 +48,8 @@ class Axis:
     """What has units of its own: the model, each layer, each expert of each layer."""
     dims: Mapping[str, Sections]
     """On which dims the units lie, and how."""
+    tp_split: bool = False
+    """A tensor-parallel rank holds a share of the units, and of their groups."""
     exists: Callable[[Arch], bool] = lambda arch: True
 
     @property
@@ -127,6 +129,7 @@ HEADS = Axis(
     size=Size(name="num_attention_heads", letter="A"),
     within=Size(name="num_query_groups", letter="G"),
     dims={"heads": head_outputs, "qkv": queries_keys_values},
+    tp_split=True,
 )
 # An axis within layers or experts comes behind theirs.
 AXES = (
@@ -142,6 +145,7 @@ AXES = (
         name="ffn",
         size=Size(name="ffn_hidden_size", letter="F"),
         dims={"ffn": one_each("ffn_hidden_size"), "fc1": gate_and_up("ffn_hidden_size")},
+        tp_split=True,
         exists=lambda arch: not is_moe(arch),
     ),
     Axis(
@@ -158,6 +162,7 @@ AXES = (
             "moe_ffn": one_each("moe_ffn_hidden_size"),
             "moe_fc1": gate_and_up("moe_ffn_hidden_size"),
         },
+        tp_split=True,
         exists=is_moe,
     ),
     Axis(
@@ -167,6 +172,7 @@ AXES = (
             "shared_ffn": one_each("moe_shared_expert_intermediate_size"),
             "shared_fc1": gate_and_up("moe_shared_expert_intermediate_size"),
         },
+        tp_split=True,
         exists=has_shared_experts,
     ),
 )

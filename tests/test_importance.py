@@ -390,7 +390,7 @@ def score_fused_norm(normalization, x, weight, bias):
     taps.expect(torch.ones(x.shape[1::-1]))
     with taps.attached():
         linear(layer.input_layernorm(x))
-    return next(t.samples.sums[1].float() for t in taps.taps if t.axis == "hidden")
+    return next(t.samples.sums[1].float() for t in taps.listeners if t.axis.name == "hidden")
 
 
 # Real models.

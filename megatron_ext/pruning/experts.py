@@ -15,7 +15,7 @@ been multiplied by the router's probability: scores see what reaches the residua
 the activation function there is no such factor.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,56 +23,58 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_ext.pruning.aggregation import OverSamples
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExpertTap:
-    """The experts of one layer that are listened to, and where that belongs."""
+    """The experts of one layer that are listened to, and what is taken from them."""
 
-    axis: str
-    """experts: the L2 norm of an expert's output, c = 1. moe_ffn: its neurons."""
-    row: tuple[int, int]
-    """(layer, 0), global numbers from 0."""
     mlp: nn.Module
     """megatron-core's MoELayer, with the all-gather token dispatcher."""
-    is_pre: bool
-    """Neurons before the activation function."""
-    samples: OverSamples
+    linear: str
+    """The module of each expert whose forward pass is tapped."""
+    values: Callable[[Tensor, Any, ProcessGroupCollection], Tensor]
+    """(first input [n, .], output, groups) of that module -> [n, c on this rank]."""
+    is_split: bool
+    """Each rank of expt_tp has values of its own; otherwise all have the same."""
 
     def modules(self) -> Iterator[tuple[int, nn.Module]]:
-        """Yield the module of each expert of this rank whose forward pass is tapped."""
+        """Yield the tapped module of each expert of this rank."""
         for expert, mlp in enumerate(self.mlp.experts.local_experts):
-            yield expert, mlp.linear_fc1 if self.is_pre else mlp.linear_fc2
+            yield expert, getattr(mlp, self.linear)
 
-    def values(self, before: Tensor, output: Any, groups: ProcessGroupCollection) -> Tensor:
-        """Return [n, c on this rank] of a tapped module's input [n, .] and output.
 
-        One collective over expt_tp for the axis ``experts``, whose ranks hold partial sums.
-        """
-        if self.axis == "moe_ffn" and not self.is_pre:
-            return before
-        x = output[0] if isinstance(output, tuple) else output
-        if self.axis == "moe_ffn":
-            return x.chunk(2, dim=-1)[0] if self.mlp.config.gated_linear_unit else x
-        if groups.expt_tp.size() > 1:
-            x = x.clone()
-            torch.distributed.all_reduce(x, group=groups.expt_tp)
-        return torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
+def expert_input(before: Tensor, _: Any, groups: ProcessGroupCollection) -> Tensor:
+    """Return the module's input alone."""
+    return before
+
+
+def expert_norm(_: Tensor, output: Any, groups: ProcessGroupCollection) -> Tensor:
+    """Return the L2 norm of an expert's output, [n, 1] float32.
+
+    One collective over expt_tp, whose ranks hold partial sums.
+    """
+    x = output[0] if isinstance(output, tuple) else output
+    if groups.expt_tp.size() > 1:
+        x = x.clone()
+        torch.distributed.all_reduce(x, group=groups.expt_tp)
+    return torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
 
 
 class DispatchedSums:
     """Sums over positions of the tokens that reached this rank's experts in one micro-batch."""
 
-    def __init__(self, tap: ExpertTap, groups: ProcessGroupCollection, left_out: Tensor):
+    def __init__(
+        self, tap: ExpertTap, sequence: str, groups: ProcessGroupCollection, left_out: Tensor
+    ):
         """Begin at 0.
 
         Args:
             tap: what is listened to.
+            sequence: aggregation over positions.
             groups: megatron-core's tp_ep, ep and expt_tp.
             left_out: [R, s, B] bool, true at positions that take no part.
         """
-        self.tap, self.groups, self.left_out = tap, groups, left_out
+        self.tap, self.sequence, self.groups, self.left_out = tap, sequence, groups, left_out
         self.parts: dict[int, Tensor] = {}
 
     def add(self, expert: int, x: Tensor) -> None:
@@ -82,7 +84,7 @@ class DispatchedSums:
         rank, position, sample = routed.nonzero(as_tuple=True)  # [n]
         x = x.masked_fill(self.left_out[rank, position, sample].unsqueeze(-1), 0).double()
         kinds = {"mean": (x.abs(),), "l2": (x.square(),), "var": (x, x.square())}
-        powers = torch.stack(kinds[self.tap.samples.sequence])  # [K, n, c]
+        powers = torch.stack(kinds[self.sequence])  # [K, n, c]
         sums = powers.new_zeros(len(powers), ranks * batch, x.size(-1))
         self.parts[expert] = sums.index_add_(1, rank * batch + sample, powers)
 
@@ -99,7 +101,7 @@ class DispatchedSums:
         # Ranks that exchange tokens: expert parallel ranks, of tensor-parallel ranks each.
         split = self.groups.expt_tp.size()
         parts = parts.view(-1, split, num_sums, batch, num_experts, width)
-        if self.tap.axis == "experts":
+        if not self.tap.is_split:
             parts = parts[:, :1]  # all of expt_tp hold the same
         return parts.permute(2, 3, 0, 4, 1, 5).reshape(num_sums, batch, -1)
 

@@ -31,7 +31,7 @@ see each other is the model's attention mask (--reset-attention-mask), which act
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_ext.arch import Arch
-from megatron_ext.pruning import native
+from megatron_ext.axes import Axis, axes_of
 from megatron_ext.pruning.aggregation import (
     DEFAULT,
     Aggregation,
@@ -51,21 +51,24 @@ from megatron_ext.pruning.aggregation import (
     sums_over_positions,
 )
 from megatron_ext.pruning.experts import DispatchedSums, ExpertTap, gather_left_out
-from megatron_ext.pruning.taps import (
-    Tap,
-    first_input,
-    input_and_output,
-    itself,
-    norm_output,
-    one_minus_cosine,
-)
+from megatron_ext.pruning.scores import lengths
+from megatron_ext.pruning.taps import MEASURES, Tap
 from megatron_ext.runtime.errors import UserError
-
-TP_SPLIT_AXES = ("ffn", "heads", "shared_ffn")
 
 # Elements that a hook works on at a time in torch. On a CPU their float32 copies stay in the cache
 # of a core (tools/bench/calibration.py); a GPU needs more to be busy.
 BLOCK_NUMEL = {"cpu": 2**18, "cuda": 2**22}
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A tap of one layer, and where what it hears belongs."""
+
+    axis: Axis
+    row: tuple[int, int]
+    """(layer, tap of this axis in the layer), global numbers from 0."""
+    tap: Tap | ExpertTap
+    samples: OverSamples
 
 
 class Importance:
@@ -97,20 +100,21 @@ class Importance:
         self.arch, self.groups, self.aggregation = arch, groups, aggregation
         self.sequence_parallel = sequence_parallel
         self.device = next(model_chunks[0].parameters()).device
-        self.taps = [
-            tap
+        self.axes = axes_of(arch)
+        self.listeners = [
+            listener
             for chunk in model_chunks
             for layer in unwrap_model(chunk).decoder.layers
-            for tap in self._taps_of(layer)
+            for listener in self._listeners(layer)
         ]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Attach all taps and detach them on exit, also after an error."""
         handles = []
-        for tap in self.taps:
-            attach = self._attach_experts if isinstance(tap, ExpertTap) else self._attach
-            handles += attach(tap)
+        for listener in self.listeners:
+            is_of_experts = isinstance(listener.tap, ExpertTap)
+            handles += (self._attach_experts if is_of_experts else self._attach)(listener)
         try:
             yield
         finally:
@@ -135,24 +139,32 @@ class Importance:
         self.left_out = left_out.T.contiguous() if some else None  # [s, B]
         self.num_positions = counts.clamp_min(1).unsqueeze(-1)  # [B, 1]
         # A layer's score is a mean over positions, the others' over samples that have any.
-        self.weights = {axis: (counts > 0).double() for axis in self._widths()} | {"layers": counts}
+        self.weights = {
+            axis.name: counts if MEASURES[axis.name].of_layer else (counts > 0).double()
+            for axis in self.axes
+        }
         if self.arch.num_experts is not None:
             split = self.groups.tp.size() if self.sequence_parallel else 1
             self.left_out_everywhere = gather_left_out(loss_mask, self.groups, split)
 
-    def _attach(self, tap: Tap) -> list[RemovableHandle]:
+    def _attach(self, listener: Listener) -> list[RemovableHandle]:
+        tap = listener.tap
+
         def hook(_: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
-            self._add(tap, tap.tensors(before, output))
+            self._add(listener, tap.tensors(before, output))
 
         return [tap.module.register_forward_hook(hook, with_kwargs=True)]
 
-    def _attach_experts(self, tap: ExpertTap) -> list[RemovableHandle]:
+    def _attach_experts(self, listener: Listener) -> list[RemovableHandle]:
         """Sum what the experts see while their layer runs; count its samples when it has run."""
+        tap, samples = listener.tap, listener.samples
         running: list[DispatchedSums] = []
 
         def begin(_: nn.Module, args: Any) -> None:
-            running.append(DispatchedSums(tap, self.groups, self.left_out_everywhere))
+            running.append(
+                DispatchedSums(tap, samples.sequence, self.groups, self.left_out_everywhere)
+            )
 
         def add_of(expert: int) -> Callable:
             @torch.no_grad()
@@ -164,7 +176,7 @@ class Importance:
         @torch.no_grad()
         def finish(_: nn.Module, args: Any, output: Any) -> None:
             sums = running.pop().sent_home()
-            tap.samples.add(sums, self.num_positions, self.weights[tap.axis])
+            samples.add(sums, self.num_positions, self.weights[listener.axis.name])
 
         return [
             tap.mlp.register_forward_pre_hook(begin),
@@ -172,92 +184,43 @@ class Importance:
             tap.mlp.register_forward_hook(finish),
         ]
 
-    def _add(self, tap: Tap, tensors: Sequence[Tensor]) -> None:
-        """Sum the values of ``tap`` over this rank's positions."""
-        left_out = self.left_out
-        if left_out is not None and self.sequence_parallel and tap.axis not in TP_SPLIT_AXES:
+    def _add(self, listener: Listener, tensors: Sequence[Tensor]) -> None:
+        """Sum the values of a tap over this rank's positions."""
+        tap, samples, left_out = listener.tap, listener.samples, self.left_out
+        if left_out is not None and self.sequence_parallel and not _is_split(listener.axis):
             left_out = left_out.chunk(self.groups.tp.size())[self.groups.tp.rank()]
-        sums = tap.sums(tap.samples.sequence, tensors, left_out)
+        sums = tap.sums(samples.sequence, tensors, left_out)
         if sums is None:
-            sums = _sums_in_blocks(tap, tensors, left_out)
-        tap.samples.add(sums, self.num_positions, self.weights[tap.axis])
+            sums = _sums_in_blocks(tap, samples.sequence, tensors, left_out)
+        samples.add(sums, self.num_positions, self.weights[listener.axis.name])
 
-    def _taps_of(self, layer: nn.Module) -> list[Tap | ExpertTap]:
-        attention, number = layer.self_attention, layer.layer_number - 1
-        units, changes = (itself, native.unit_sums), (one_minus_cosine, native.change_sums)
-        heads = self._head_norms, partial(native.head_sums, channels=self.arch.kv_channels)
-        if self.aggregation.heads == "aggregate-first":
-            heads = units
-        rows = [
-            *self._neurons(layer.mlp),
-            ("heads", 0, attention.linear_proj, first_input, *heads),
-            ("hidden", 0, *norm_output(layer.input_layernorm, attention.linear_qkv), *units),
-            ("hidden", 1, *norm_output(layer.pre_mlp_layernorm, layer.mlp), *units),
-            ("layers", 0, layer, input_and_output, *changes),
-        ]
-        taps: list[Tap | ExpertTap] = [
-            Tap(axis, (number, index), *rest, self._samples(axis)) for axis, index, *rest in rows
-        ]
-        if self.arch.num_experts is None:
-            return taps
-        pre = self.aggregation.neurons == "pre"
-        taps += [
-            ExpertTap("experts", (number, 0), layer.mlp, False, self._samples("experts")),
-            ExpertTap("moe_ffn", (number, 0), layer.mlp, pre, self._samples("moe_ffn")),
-        ]
-        return taps
+    def _listeners(self, layer: nn.Module) -> list[Listener]:
+        listeners = []
+        for axis in self.axes:
+            taps = MEASURES[axis.name].taps(layer, self.arch, self.aggregation)
+            assert len(taps) == MEASURES[axis.name].count, axis.name
+            for index, tap in enumerate(taps):
+                row = layer.layer_number - 1, index
+                listeners.append(Listener(axis, row, tap, self._samples(axis)))
+        return listeners
 
-    def _neurons(self, mlp: nn.Module) -> list[tuple]:
-        """Return the row of the neurons that every token passes, if there are any."""
-        axis = "ffn"
-        if self.arch.num_experts is not None:
-            if self.arch.moe_shared_expert_intermediate_size is None:
-                return []
-            axis, mlp = "shared_ffn", mlp.shared_experts
-        if self.aggregation.neurons == "pre":
-            return [(axis, 0, mlp.linear_fc1, self._gate, itself, native.unit_sums)]
-        return [(axis, 0, mlp.linear_fc2, first_input, itself, native.unit_sums)]
-
-    def _samples(self, axis: str) -> OverSamples:
-        split_units = axis in TP_SPLIT_AXES
+    def _samples(self, axis: Axis) -> OverSamples:
         position_groups = [self.groups.cp]
-        if self.sequence_parallel and not split_units:
+        if self.sequence_parallel and not _is_split(axis):
             position_groups.append(self.groups.tp)
         return OverSamples(
-            num_units=self._widths()[axis] // (self.groups.tp.size() if split_units else 1),
-            sequence="mean" if axis == "layers" else self.aggregation.sequence,
+            num_units=self._width(axis) // (self.groups.tp.size() if _is_split(axis) else 1),
+            sequence="mean" if MEASURES[axis.name].of_layer else self.aggregation.sequence,
             position_groups=[group for group in position_groups if group.size() > 1],
             device=self.device,
         )
 
-    def _widths(self) -> dict[str, int]:
-        """Return how many numbers per layer and tap every axis aggregates."""
-        arch, by_channel = self.arch, self.aggregation.heads == "aggregate-first"
-        widths = {
-            "heads": arch.num_attention_heads * (arch.kv_channels if by_channel else 1),
-            "hidden": arch.hidden_size,
-            "layers": 1,
-        }
-        if arch.num_experts is None:
-            return {"ffn": arch.ffn_hidden_size, **widths}
-        widths |= {"experts": arch.num_experts}
-        widths |= {"moe_ffn": arch.num_experts * arch.moe_ffn_hidden_size}
-        if arch.moe_shared_expert_intermediate_size is not None:
-            widths |= {"shared_ffn": arch.moe_shared_expert_intermediate_size}
-        return widths
-
-    def _gate(self, _: Tensor, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor]:
-        """Return what goes into the activation function; of fc1 [gate ; up] the gate."""
-        x, bias = output
-        x = x if bias is None else x + bias
-        return (x.chunk(2, dim=-1)[0] if self.arch.swiglu else x,)
-
-    def _head_norms(self, x: Tensor) -> Tensor:
-        """Return the L2 norm of each head, [s, B, c] float32, of [s, B, c * D]."""
-        # .float() and not dtype=: twice as fast from bfloat16 on CPUs.
-        return torch.linalg.vector_norm(
-            x.float().unflatten(-1, (-1, self.arch.kv_channels)), dim=-1
-        )
+    def _width(self, axis: Axis) -> int:
+        """Return how many numbers per layer and tap an axis aggregates."""
+        measure = MEASURES[axis.name]
+        units = 1 if measure.of_layer else axis.length(self.arch)
+        experts = self.arch.num_experts if axis.scope == "expert" else 1
+        return experts * units * measure.numbers(self.arch, self.aggregation)
 
     def collect(self) -> dict[str, Tensor]:
         """Return the scores of the whole model, the same on every rank. Three collectives.
@@ -273,8 +236,8 @@ class Importance:
         """
         # Per axis [layers, taps, 3, c]: the two sums of ``OverSamples`` and its count.
         shapes = {
-            axis: (self.arch.num_layers, 2 if axis == "hidden" else 1, 3, width)
-            for axis, width in self._widths().items()
+            axis.name: (self.arch.num_layers, MEASURES[axis.name].count, 3, self._width(axis))
+            for axis in self.axes
         }
         sizes = [torch.Size(shape).numel() for shape in shapes.values()]
         flat = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
@@ -293,43 +256,48 @@ class Importance:
     def _fill(self, totals: Mapping[str, Tensor]) -> None:
         """Write this rank's sums into ``totals``; what all of tp hold, its first rank writes."""
         tp_rank = self.groups.tp.rank()
-        for tap in self.taps:
-            cell, mine = totals[tap.axis][tap.row], tap.samples.sums
-            if tap.axis in TP_SPLIT_AXES:
-                cell = cell[:, tp_rank * mine.size(1) : (tp_rank + 1) * mine.size(1)]
+        for listener in self.listeners:
+            cell, samples = totals[listener.axis.name][listener.row], listener.samples
+            if _is_split(listener.axis):
+                width = samples.sums.size(1)
+                cell = cell[:, tp_rank * width : (tp_rank + 1) * width]
             elif tp_rank != 0:
                 continue
-            cell[:2], cell[2] = mine, tap.samples.count
+            cell[:2], cell[2] = samples.sums, samples.count
 
     def _scores(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        finished = {}  # per axis [layers, taps, c]
-        for axis, total in totals.items():
-            *sums, count = total.unbind(dim=2)
-            batch = "mean" if axis == "layers" else self.aggregation.batch
-            finished[axis] = aggregate(batch, sums, count)
-        heads = finished["heads"].unflatten(-1, (self.arch.num_attention_heads, -1))
-        finished["heads"] = torch.linalg.vector_norm(heads, dim=-1)  # of one number: itself
-        vectors = {
-            "hidden": finished["hidden"].sum(dim=(0, 1)),
-            "layers": finished["layers"].flatten(),
-        }
-        for axis in (*TP_SPLIT_AXES, "experts"):
-            for layer, (row,) in enumerate(finished.get(axis, ())):
-                vectors[f"{axis}.{layer}"] = row
-        for layer, (row,) in enumerate(finished.get("moe_ffn", ())):
-            for expert, neurons in enumerate(row.view(self.arch.num_experts, -1)):
-                vectors[f"moe_ffn.{layer}.{expert}"] = neurons
-        return {name: vector.float() for name, vector in vectors.items()}
+        rows = [row for axis in self.axes for row in self._rows(axis, totals[axis.name])]
+        return dict(zip(lengths(self.arch), rows, strict=True))
+
+    def _rows(self, axis: Axis, total: Tensor) -> Tensor:
+        """Return the scores of an axis, [vectors, units] float32, of its totals."""
+        measure = MEASURES[axis.name]
+        *sums, count = total.unbind(dim=2)
+        batch = "mean" if measure.of_layer else self.aggregation.batch
+        scores = aggregate(batch, sums, count)  # [layers, taps, c]
+        numbers = measure.numbers(self.arch, self.aggregation)
+        if numbers > 1:
+            scores = torch.linalg.vector_norm(scores.unflatten(-1, (-1, numbers)), dim=-1)
+        shared_by_layers = axis.scope == "model" and not measure.of_layer
+        scores = scores.sum(dim=(0, 1) if shared_by_layers else 1)
+        return scores.reshape(-1, axis.length(self.arch)).float()
+
+
+def _is_split(axis: Axis) -> bool:
+    """Whether a tap sees a tensor-parallel rank's units only: experts send theirs home whole."""
+    return axis.tp_split and axis.scope != "expert"
 
 
 @torch.no_grad()
-def _sums_in_blocks(tap: Tap, tensors: Sequence[Tensor], left_out: Tensor | None) -> Tensor:
+def _sums_in_blocks(
+    tap: Tap, sequence: str, tensors: Sequence[Tensor], left_out: Tensor | None
+) -> Tensor:
     """Return ``sums_over_positions`` of the values of ``tap``, made of some positions at a time."""
     at_once = max(1, BLOCK_NUMEL[tensors[0].device.type] // tensors[0][0].numel())
     blocks = list(zip(*(x.split(at_once) for x in tensors), strict=True))
     masks = [None] * len(blocks) if left_out is None else left_out.split(at_once)
     return sum(
-        sums_over_positions(tap.samples.sequence, tap.values(*block), mask)
+        sums_over_positions(sequence, tap.values(*block), mask)
         for block, mask in zip(blocks, masks, strict=True)
     )
 

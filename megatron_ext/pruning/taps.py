@@ -1,10 +1,11 @@
-"""Where importance listens in a layer, and what it makes of the tensors there.
+"""Where importance listens in a layer, and what it makes of the tensors there: a row per axis.
 
 Shape letters are those of ``importance``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,25 +13,29 @@ import torch.nn.functional as F
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 
-from megatron_ext.pruning.aggregation import OverSamples
+from megatron_ext.arch import Arch
+from megatron_ext.pruning import native
+from megatron_ext.pruning.aggregation import Aggregation
+from megatron_ext.pruning.experts import ExpertTap, expert_input, expert_norm
 
 
-@dataclass(frozen=True)
+def itself(x: Tensor) -> Tensor:
+    """Return ``x``, which is aggregated as it is."""
+    return x
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tap:
-    """A module that is listened to, what is taken from it, and where that belongs."""
+    """A module that is listened to, and what is taken from it."""
 
-    axis: str
-    row: tuple[int, int]
-    """(layer, tap of this axis in the layer), global numbers from 0."""
     module: nn.Module
     tensors: Callable[[Tensor, Any], tuple[Tensor, ...]]
     """(first input, output) of the module -> tensors [s, B, ...]."""
-    values: Callable[..., Tensor]
+    values: Callable[..., Tensor] = itself
     """Some positions of these tensors -> what is aggregated, [s, B, c]."""
-    sums: Callable[..., Tensor | None]
+    sums: Callable[..., Tensor | None] = native.unit_sums
     """(aggregation over positions, the tensors, left_out) -> what ``sums_over_positions`` makes of
     the values of all of them, [K, B, c]; None without a kernel. A function of ``native``."""
-    samples: OverSamples
 
 
 def first_input(before: Tensor, _: Any) -> tuple[Tensor]:
@@ -41,11 +46,6 @@ def first_input(before: Tensor, _: Any) -> tuple[Tensor]:
 def input_and_output(before: Tensor, output: Any) -> tuple[Tensor, Tensor]:
     """Return the module's input and the first of its outputs."""
     return before, output[0] if isinstance(output, tuple) else output
-
-
-def itself(x: Tensor) -> Tensor:
-    """Return ``x``, which is aggregated as it is."""
-    return x
 
 
 def norm_output(norm: nn.Module, block: nn.Module) -> tuple[nn.Module, Callable]:
@@ -75,3 +75,102 @@ def one_minus_cosine(x: Tensor, y: Tensor) -> Tensor:
     cosine = (x * y).sum(dim=-1) / lengths.clamp_min_(1e-12)
     # A layer that changes nothing must not score below 0 by rounding.
     return (1 - cosine).clamp_(0, 2).unsqueeze(-1)
+
+
+def gate(arch: Arch, _: Tensor, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor]:
+    """Return what goes into the activation function; of fc1 [gate ; up] the gate."""
+    x, bias = output
+    x = x if bias is None else x + bias
+    return (x.chunk(2, dim=-1)[0] if arch.swiglu else x,)
+
+
+def head_norms(x: Tensor, channels: int) -> Tensor:
+    """Return the L2 norm of each head, [s, B, c] float32, of [s, B, c * D]; D is ``channels``."""
+    # .float() and not dtype=: twice as fast from bfloat16 on CPUs.
+    return torch.linalg.vector_norm(x.float().unflatten(-1, (-1, channels)), dim=-1)
+
+
+# The rows. Each function gets a layer, the sizes of the model and the choices of aggregation.
+
+
+def layer_changes(layer: nn.Module, arch: Arch, how: Aggregation) -> list[Tap]:
+    """Compare what enters a layer with what leaves it."""
+    return [
+        Tap(
+            module=layer,
+            tensors=input_and_output,
+            values=one_minus_cosine,
+            sums=native.change_sums,
+        )
+    ]
+
+
+def both_norms(layer: nn.Module, arch: Arch, how: Aggregation) -> list[Tap]:
+    """Listen to the outputs of a layer's two norms."""
+    norms = (
+        (layer.input_layernorm, layer.self_attention.linear_qkv),
+        (layer.pre_mlp_layernorm, layer.mlp),
+    )
+    places = [norm_output(norm, block) for norm, block in norms]
+    return [Tap(module=module, tensors=tensors) for module, tensors in places]
+
+
+def head_outputs(layer: nn.Module, arch: Arch, how: Aggregation) -> list[Tap]:
+    """Listen to what heads hand to the output matrix."""
+    tap = partial(Tap, module=layer.self_attention.linear_proj, tensors=first_input)
+    if how.heads == "aggregate-first":
+        return [tap()]
+    channels = {"channels": arch.kv_channels}
+    return [tap(values=partial(head_norms, **channels), sums=partial(native.head_sums, **channels))]
+
+
+def neurons(mlp: nn.Module, arch: Arch, how: Aggregation) -> list[Tap]:
+    """Listen to the neurons of an MLP behind its activation function, or before it."""
+    if how.neurons == "pre":
+        return [Tap(module=mlp.linear_fc1, tensors=partial(gate, arch))]
+    return [Tap(module=mlp.linear_fc2, tensors=first_input)]
+
+
+def expert_outputs(layer: nn.Module, arch: Arch, how: Aggregation) -> list[ExpertTap]:
+    """Listen to what each expert returns."""
+    return [ExpertTap(mlp=layer.mlp, linear="linear_fc2", values=expert_norm, is_split=False)]
+
+
+def expert_neurons(layer: nn.Module, arch: Arch, how: Aggregation) -> list[ExpertTap]:
+    """Listen to the neurons of each expert, as ``neurons``."""
+    if how.neurons == "pre":
+
+        def values(before: Tensor, output: Any, _: Any) -> Tensor:
+            return gate(arch, before, output)[0]
+
+        return [ExpertTap(mlp=layer.mlp, linear="linear_fc1", values=values, is_split=True)]
+    return [ExpertTap(mlp=layer.mlp, linear="linear_fc2", values=expert_input, is_split=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """How the units of an axis are measured."""
+
+    taps: Callable[[nn.Module, Arch, Aggregation], Sequence[Tap | ExpertTap]]
+    """Of one layer."""
+    count: int = 1
+    """How many taps a layer has; a unit's score is the sum of theirs."""
+    of_layer: bool = False
+    """The unit is the layer: one mean over positions and samples, whatever the aggregation."""
+    numbers: Callable[[Arch, Aggregation], int] = lambda arch, how: 1
+    """How many numbers are aggregated of a unit; its score is their L2 norm."""
+
+
+MEASURES = {
+    "layers": Measure(taps=layer_changes, of_layer=True),
+    "hidden": Measure(taps=both_norms, count=2),
+    "heads": Measure(
+        taps=head_outputs,
+        numbers=lambda arch, how: arch.kv_channels if how.heads == "aggregate-first" else 1,
+    ),
+    "ffn": Measure(taps=lambda layer, arch, how: neurons(layer.mlp, arch, how)),
+    "experts": Measure(taps=expert_outputs),
+    "moe_ffn": Measure(taps=expert_neurons),
+    "shared_ffn": Measure(taps=lambda layer, *rest: neurons(layer.mlp.shared_experts, *rest)),
+}
+"""By the names of ``axes``."""
