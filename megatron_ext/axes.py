@@ -31,6 +31,10 @@ class Size:
     """Megatron's, a field of ``Arch``."""
     letter: str
     """In the name of a candidate of a search."""
+    help: str
+    """What is counted, in the help of its --target- flag."""
+    rows: Callable[[Arch], int] | None = None
+    """How many rows of a matrix product each of them is; None where no product grows with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,11 @@ class Axis:
                 yield from (self.vector(layer, expert) for expert in kept[f"experts.{layer}"])
 
 
+def one_row(arch: Arch) -> int:
+    """Each is one row of a matrix product."""
+    return 1
+
+
 def one_each(size: str) -> Sections:
     """Position i belongs to unit i."""
     return lambda arch: [range(getattr(arch, size))]
@@ -126,38 +135,57 @@ def has_shared_experts(arch: Arch) -> bool:
 
 HEADS = Axis(
     name="heads",
-    size=Size(name="num_attention_heads", letter="A"),
-    within=Size(name="num_query_groups", letter="G"),
+    size=Size(
+        name="num_attention_heads",
+        letter="A",
+        help="query heads, the same number of each query group",
+        rows=lambda arch: arch.kv_channels,
+    ),
+    within=Size(
+        name="num_query_groups",
+        letter="G",
+        help="key/value heads, removed as groups; keep a multiple of every TP size to be used",
+        rows=lambda arch: 2 * arch.kv_channels,
+    ),
     dims={"heads": head_outputs, "qkv": queries_keys_values},
     tp_split=True,
 )
 # An axis within layers or experts comes behind theirs.
 AXES = (
-    Axis(name="layers", scope="model", size=Size(name="num_layers", letter="L"), dims={}),
+    Axis(
+        name="layers",
+        scope="model",
+        size=Size(name="num_layers", letter="L", help="transformer layers"),
+        dims={},
+    ),
     Axis(
         name="hidden",
         scope="model",
-        size=Size(name="hidden_size", letter="H"),
+        size=Size(
+            name="hidden_size", letter="H", help="channels of the residual stream", rows=one_row
+        ),
         dims={"hidden": one_each("hidden_size")},
     ),
     HEADS,
     Axis(
         name="ffn",
-        size=Size(name="ffn_hidden_size", letter="F"),
+        size=Size(name="ffn_hidden_size", letter="F", help="neurons of each MLP", rows=one_row),
         dims={"ffn": one_each("ffn_hidden_size"), "fc1": gate_and_up("ffn_hidden_size")},
         tp_split=True,
         exists=lambda arch: not is_moe(arch),
     ),
     Axis(
         name="experts",
-        size=Size(name="num_experts", letter="E"),
+        size=Size(name="num_experts", letter="E", help="experts of each layer"),
         dims={"experts": one_each("num_experts")},
         exists=is_moe,
     ),
     Axis(
         name="moe_ffn",
         scope="expert",
-        size=Size(name="moe_ffn_hidden_size", letter="EF"),
+        size=Size(
+            name="moe_ffn_hidden_size", letter="EF", help="neurons of each expert", rows=one_row
+        ),
         dims={
             "moe_ffn": one_each("moe_ffn_hidden_size"),
             "moe_fc1": gate_and_up("moe_ffn_hidden_size"),
@@ -167,7 +195,12 @@ AXES = (
     ),
     Axis(
         name="shared_ffn",
-        size=Size(name="moe_shared_expert_intermediate_size", letter="SF"),
+        size=Size(
+            name="moe_shared_expert_intermediate_size",
+            letter="SF",
+            help="neurons of the shared experts",
+            rows=one_row,
+        ),
         dims={
             "shared_ffn": one_each("moe_shared_expert_intermediate_size"),
             "shared_fc1": gate_and_up("moe_shared_expert_intermediate_size"),

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import SIZES
 from megatron_ext.cli.flag_checks import stages
 from megatron_ext.cli.megatron_flags import TrainParallel
 from megatron_ext.cli.method_flags import Prune
@@ -238,8 +237,7 @@ def test_layout_strings_mean_what_they_mean_to_megatron(layout):
 
 def checked_targets(prune):
     """Prune's flags -> the targets that pruning ARCH would have, checked."""
-    sizes = {size: getattr(prune, f"target_{size}") for size in SIZES}
-    target = target_arch(ARCH, **sizes)
+    target = target_arch(ARCH, **prune.target_sizes())
     check_targets(ARCH, [target], prune)
     return target
 

@@ -141,7 +141,7 @@ def test_units_of_two_axes_on_one_dim(monkeypatch):
     """The first axis orders, then the second: heads, and of each kept head the kept channels."""
     channels = Axis(
         name="channels",
-        size=Size(name="kv_channels", letter="C"),
+        size=Size(name="kv_channels", letter="C", help="channels of a head"),
         dims={
             "heads": lambda arch: [range(arch.kv_channels)] * arch.num_attention_heads,
             "qkv": lambda arch: [range(arch.kv_channels)] * (dim_sizes(arch)["qkv"] // 2),

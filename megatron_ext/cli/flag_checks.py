@@ -370,9 +370,7 @@ def prune_problems(checkpoint: group.Checkpoint, prune: own.Prune) -> Iterator[s
         if prune.importance != "activation" and value != getattr(default, name):
             yield f"{dashed(name)} {value} needs --importance activation."
     yield from _search_problems(prune)
-    searched = {"target_params", "target_tolerance"}
-    typed = [f.name for f in fields(prune) if f.name.startswith("target_")]
-    typed = [name for name in typed if getattr(prune, name) is not None and name not in searched]
+    typed = [f"target_{name}" for name, n in prune.target_sizes().items() if n is not None]
     file = f"--targets {prune.targets}"
     if prune.targets is None:
         file = f"--search-space {prune.search_space}"

@@ -1,7 +1,8 @@
 """Flags that Megatron-LM does not have, in groups: the method's, dry runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 
+from megatron_ext.axes import SIZES
 from megatron_ext.cli.parser import flag
 from megatron_ext.rehearsal.cost import GPUS
 
@@ -73,29 +74,30 @@ class Distill:
     )
 
 
+# --target-hidden-size N, ...: a flag for each size that pruning changes, None as in the source.
+Targets = make_dataclass(
+    "Targets",
+    [
+        (
+            f"target_{size.name}",
+            int | None,
+            flag(None, f"{size.help}; default as the source", at_least=1),
+        )
+        for size in SIZES.values()
+    ],
+    frozen=True,
+    kw_only=True,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Prune:
+class Prune(Targets):
     """Pruning (not in Megatron-LM)."""
 
-    target_hidden_size: int | None = flag(None, "default as the source", at_least=1)
-    target_ffn_hidden_size: int | None = flag(None, "default as the source", at_least=1)
-    target_num_attention_heads: int | None = flag(
-        None, "default as the source; the same number of each query group", at_least=1
-    )
-    target_num_query_groups: int | None = flag(
-        None,
-        "whole groups are removed; keep a multiple of every TP size to be used; default as the "
-        "source",
-        at_least=1,
-    )
-    target_num_experts: int | None = flag(None, "default as the source", at_least=1)
-    target_moe_ffn_hidden_size: int | None = flag(
-        None, "neurons of each expert; default as the source", at_least=1
-    )
-    target_moe_shared_expert_intermediate_size: int | None = flag(
-        None, "neurons of the shared experts; default as the source", at_least=1
-    )
-    target_num_layers: int | None = flag(None, "default as the source", at_least=1)
+    def target_sizes(self) -> dict[str, int | None]:
+        """Return what the --target- flags say, by the names of the sizes."""
+        return {name: getattr(self, f"target_{name}") for name in SIZES}
+
     targets: str | None = flag(
         None,
         "YAML file with several targets for one set of scores, name: {hidden_size: N, ...}; each "

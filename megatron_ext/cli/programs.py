@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_ext.arch import Arch
+from megatron_ext.axes import axes_of
 from megatron_ext.cli import flag_checks as check
 from megatron_ext.cli import megatron_flags as group
 from megatron_ext.cli import method_flags as own
@@ -288,17 +289,16 @@ def _bert_problems(parallel: group.Parallel, seq_length: int) -> Iterator[str]:
 
 def _tensor_parallel_problems(arch: Arch, tp: int) -> Iterator[str]:
     sizes = {
-        "--num-attention-heads": arch.num_attention_heads,
-        "--num-query-groups": arch.num_query_groups,
-        "the padded vocabulary (--make-vocab-size-divisible-by)": arch.padded_vocab_size,
+        dashed(size.name): getattr(arch, size.name)
+        for axis in axes_of(arch)
+        if axis.tp_split
+        for size in axis.sizes
     }
-    neurons = ("ffn_hidden_size",)
-    if arch.num_experts is not None:
-        neurons = ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
-    sizes |= {dashed(name): size for name in neurons if (size := getattr(arch, name))}
+    padded = "the padded vocabulary (--make-vocab-size-divisible-by)"
+    sizes[padded] = arch.padded_vocab_size
     allowed = [
         str(ranks)
-        for ranks in range(1, arch.num_query_groups + 1)
+        for ranks in range(1, min(sizes.values()) + 1)
         if not any(size % ranks for size in sizes.values())
     ]
     for name, size in sizes.items():

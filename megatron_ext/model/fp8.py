@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron_ext.arch import Arch
+from megatron_ext.axes import axes_of
 from megatron_ext.cli.parser import dashed, flag, option
 from megatron_ext.runtime.errors import USAGE, UserError
 
@@ -166,19 +167,12 @@ def _model_problems(
 
 def _steps(arch: Arch, tp: int, align: int, wide: int) -> Iterator[tuple[str, int, int]]:
     """Yield (name of a size, its value, what it must be a multiple of)."""
-    yield "hidden_size", arch.hidden_size, wide
-    # Rows of linear_proj's input, and with them the keys' and values' of linear_qkv's output.
-    for name, channels in (
-        ("num_attention_heads", arch.kv_channels),
-        ("num_query_groups", 2 * arch.kv_channels),
-    ):
-        yield name, getattr(arch, name), align * tp // math.gcd(align * tp, channels)
-    names = ["ffn_hidden_size"]
-    if arch.num_experts is not None:
-        names = ["moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"]
-    for name in names:
-        if getattr(arch, name) is not None:
-            yield name, getattr(arch, name), align * tp
+    for axis in axes_of(arch):
+        step = align * tp if axis.tp_split else wide
+        for size in axis.sizes:
+            if size.rows is not None:
+                multiple = step // math.gcd(step, size.rows(arch))
+                yield size.name, getattr(arch, size.name), multiple
 
 
 def keep_exact_weights(named_parameters: Iterator[tuple[str, Any]], loaded: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import SIZES
 from megatron_ext.checkpoint.folder import find
 from megatron_ext.cli.programs import (
     PruneFlags,
@@ -95,8 +94,7 @@ def find_jobs(flags: PruneFlags, source: Arch, found: Found | None) -> list[Job]
     elif options.targets is not None:
         targets = read_targets(options.targets, source)
     else:
-        sizes = {size: getattr(options, f"target_{size}") for size in SIZES}
-        return [Job(target_arch(source, **sizes), save, options.plan)]
+        return [Job(target_arch(source, **options.target_sizes()), save, options.plan)]
     return [
         Job(
             target,

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from megatron_ext.arch import Arch, dim_sizes, forward_flops, is_of_experts, shape, weights
+from megatron_ext.axes import AXES
 
 WIDE = 4
 """Bytes of float32."""
 # Output layers and losses of --kd-fused-output: fused.CHUNK_TOKENS on a GPU.
 FUSED_TOKENS = 1024
 # Dims of which a tensor-parallel rank holds a share.
-SPLIT_DIMS = {"vocab", "fc1", "ffn", "heads", "qkv", "shared_fc1", "shared_ffn"}
+SPLIT_DIMS = {"vocab", *(dim for axis in AXES if axis.tp_split for dim in axis.dims)}
 
 
 @dataclass(frozen=True)
