@@ -52,7 +52,7 @@ from megatron_ext.pruning.aggregation import (
 )
 from megatron_ext.pruning.experts import DispatchedSums, ExpertTap, gather_left_out
 from megatron_ext.pruning.scores import lengths
-from megatron_ext.pruning.taps import MEASURES, Tap
+from megatron_ext.pruning.taps import MEASURES, Measure, Tap
 from megatron_ext.runtime.errors import UserError
 
 # Elements that a hook works on at a time in torch. On a CPU their float32 copies stay in the cache
@@ -65,6 +65,7 @@ class Listener:
     """A tap of one layer, and where what it hears belongs."""
 
     axis: Axis
+    measure: Measure
     row: tuple[int, int]
     """(layer, tap of this axis in the layer), global numbers from 0."""
     tap: Tap | ExpertTap
@@ -187,7 +188,7 @@ class Importance:
     def _add(self, listener: Listener, tensors: Sequence[Tensor]) -> None:
         """Sum the values of a tap over this rank's positions."""
         tap, samples, left_out = listener.tap, listener.samples, self.left_out
-        if left_out is not None and self.sequence_parallel and not _is_split(listener.axis):
+        if left_out is not None and self.sequence_parallel and not listener.measure.tp_split:
             left_out = left_out.chunk(self.groups.tp.size())[self.groups.tp.rank()]
         sums = tap.sums(samples.sequence, tensors, left_out)
         if sums is None:
@@ -197,20 +198,22 @@ class Importance:
     def _listeners(self, layer: nn.Module) -> list[Listener]:
         listeners = []
         for axis in self.axes:
-            taps = MEASURES[axis.name].taps(layer, self.arch, self.aggregation)
-            assert len(taps) == MEASURES[axis.name].count, axis.name
+            measure = MEASURES[axis.name]
+            taps = measure.taps(layer, self.arch, self.aggregation)
+            assert len(taps) == measure.count, axis.name
             for index, tap in enumerate(taps):
                 row = layer.layer_number - 1, index
-                listeners.append(Listener(axis, row, tap, self._samples(axis)))
+                listeners.append(Listener(axis, measure, row, tap, self._samples(axis)))
         return listeners
 
     def _samples(self, axis: Axis) -> OverSamples:
+        measure, tp = MEASURES[axis.name], self.groups.tp
         position_groups = [self.groups.cp]
-        if self.sequence_parallel and not _is_split(axis):
-            position_groups.append(self.groups.tp)
+        if self.sequence_parallel and not measure.tp_split:
+            position_groups.append(tp)
         return OverSamples(
-            num_units=self._width(axis) // (self.groups.tp.size() if _is_split(axis) else 1),
-            sequence="mean" if MEASURES[axis.name].of_layer else self.aggregation.sequence,
+            num_units=self._width(axis) // (tp.size() if measure.tp_split else 1),
+            sequence="mean" if measure.of_layer else self.aggregation.sequence,
             position_groups=[group for group in position_groups if group.size() > 1],
             device=self.device,
         )
@@ -258,7 +261,7 @@ class Importance:
         tp_rank = self.groups.tp.rank()
         for listener in self.listeners:
             cell, samples = totals[listener.axis.name][listener.row], listener.samples
-            if _is_split(listener.axis):
+            if listener.measure.tp_split:
                 width = samples.sums.size(1)
                 cell = cell[:, tp_rank * width : (tp_rank + 1) * width]
             elif tp_rank != 0:
@@ -281,11 +284,6 @@ class Importance:
         shared_by_layers = axis.scope == "model" and not measure.of_layer
         scores = scores.sum(dim=(0, 1) if shared_by_layers else 1)
         return scores.reshape(-1, axis.length(self.arch)).float()
-
-
-def _is_split(axis: Axis) -> bool:
-    """Whether a tap sees a tensor-parallel rank's units only: experts send theirs home whole."""
-    return axis.tp_split and axis.scope != "expert"
 
 
 @torch.no_grad()

@@ -155,6 +155,9 @@ class Measure:
     """Of one layer."""
     count: int = 1
     """How many taps a layer has; a unit's score is the sum of theirs."""
+    tp_split: bool = False
+    """A tensor-parallel rank sees its own share of the units, at all positions; otherwise it sees
+    all units, under sequence parallelism at its own positions."""
     of_layer: bool = False
     """The unit is the layer: one mean over positions and samples, whatever the aggregation."""
     numbers: Callable[[Arch, Aggregation], int] = lambda arch, how: 1
@@ -166,11 +169,15 @@ MEASURES = {
     "hidden": Measure(taps=both_norms, count=2),
     "heads": Measure(
         taps=head_outputs,
+        tp_split=True,
         numbers=lambda arch, how: arch.kv_channels if how.heads == "aggregate-first" else 1,
     ),
-    "ffn": Measure(taps=lambda layer, arch, how: neurons(layer.mlp, arch, how)),
+    "ffn": Measure(taps=lambda layer, *rest: neurons(layer.mlp, *rest), tp_split=True),
+    # What experts sum goes home: it is of all units and a rank's own positions there.
     "experts": Measure(taps=expert_outputs),
     "moe_ffn": Measure(taps=expert_neurons),
-    "shared_ffn": Measure(taps=lambda layer, *rest: neurons(layer.mlp.shared_experts, *rest)),
+    "shared_ffn": Measure(
+        taps=lambda layer, *rest: neurons(layer.mlp.shared_experts, *rest), tp_split=True
+    ),
 }
 """By the names of ``axes``."""
