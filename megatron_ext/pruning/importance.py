@@ -277,10 +277,7 @@ class Importance:
         measure = MEASURES[axis.name]
         *sums, count = total.unbind(dim=2)
         batch = "mean" if measure.of_layer else self.aggregation.batch
-        scores = aggregate(batch, sums, count)  # [layers, taps, c]
-        numbers = measure.numbers(self.arch, self.aggregation)
-        if numbers > 1:
-            scores = torch.linalg.vector_norm(scores.unflatten(-1, (-1, numbers)), dim=-1)
+        scores = measure.scores(aggregate(batch, sums, count), self.arch)  # [layers, taps, units]
         shared_by_layers = axis.scope == "model" and not measure.of_layer
         scores = scores.sum(dim=(0, 1) if shared_by_layers else 1)
         return scores.reshape(-1, axis.length(self.arch)).float()

@@ -124,6 +124,11 @@ def head_outputs(layer: nn.Module, arch: Arch, how: Aggregation) -> list[Tap]:
     return [tap(values=partial(head_norms, **channels), sums=partial(native.head_sums, **channels))]
 
 
+def norms_of_heads(x: Tensor, arch: Arch) -> Tensor:
+    """Return the L2 norm of what was aggregated of each head: its channels, or one number."""
+    return torch.linalg.vector_norm(x.unflatten(-1, (arch.num_attention_heads, -1)), dim=-1)
+
+
 def neurons(mlp: nn.Module, arch: Arch, how: Aggregation) -> list[Tap]:
     """Listen to the neurons of an MLP behind its activation function, or before it."""
     if how.neurons == "pre":
@@ -161,7 +166,10 @@ class Measure:
     of_layer: bool = False
     """The unit is the layer: one mean over positions and samples, whatever the aggregation."""
     numbers: Callable[[Arch, Aggregation], int] = lambda arch, how: 1
-    """How many numbers are aggregated of a unit; its score is their L2 norm."""
+    """How many numbers are aggregated of a unit."""
+    scores: Callable[[Tensor, Arch], Tensor] = lambda x, arch: x
+    """What the aggregation made of the numbers, [layers, taps, c] -> scores [layers, taps, units].
+    """
 
 
 MEASURES = {
@@ -171,6 +179,7 @@ MEASURES = {
         taps=head_outputs,
         tp_split=True,
         numbers=lambda arch, how: arch.kv_channels if how.heads == "aggregate-first" else 1,
+        scores=norms_of_heads,
     ),
     "ffn": Measure(taps=lambda layer, *rest: neurons(layer.mlp, *rest), tp_split=True),
     # What experts sum goes home: it is of all units and a rank's own positions there.
