@@ -1,6 +1,8 @@
 """The axes that pruning cuts: one row says all that is known of an axis.
 
-Scores, plans, trimming, baselines and the search loop over ``AXES`` and name no axis.
+Scores, plans, trimming, baselines, the search, --target- flags and what a layout must divide loop
+over ``AXES`` and name no axis. A new axis is a row here and one of ``pruning.taps``: what of a
+layer measures it.
 
 A row says how units lie on the dims of the table of weights (``arch``): a dim is a list of
 sections, one behind the other, each with the unit of every position. Two query groups of two heads,

@@ -223,6 +223,17 @@ def test_folded_heads_make_the_round_trip_and_older_plans_fold_none(tmp_path):
     assert Plan.from_json(json.dumps(values)) == pruned_plan()
 
 
+def test_an_axis_that_a_file_lacks_is_kept():
+    target = target_arch(MOE, num_layers=2, num_experts=3)
+    plan = make_plan(random_scores(MOE), MOE, target)
+    values = json.loads(plan.to_json())
+    del values["heads"], values["ffn"], values["moe_ffn"]
+    assert Plan.from_json(json.dumps(values)) == plan
+    del values["experts"]  # of which the target has fewer
+    with pytest.raises(UserError, match="keeps 4 units, the target has 3"):
+        Plan.from_json(json.dumps(values))
+
+
 def edited(change):
     values = json.loads(pruned_plan().to_json())
     change(values)

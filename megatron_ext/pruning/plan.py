@@ -70,10 +70,11 @@ class Plan:
             values = json.loads(text)
             if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
+            source = arch_from_json(values.pop("source"))
             plan = cls(
-                source=arch_from_json(values.pop("source")),
+                source=source,
                 target=arch_from_json(values.pop("target")),
-                kept=_kept(values),
+                kept=_kept(values, source),
                 head_residual=values.pop("head_residual", NONE),
                 residual_pairs={
                     int(layer): tuple(_pair(pair) for pair in pairs)
@@ -173,15 +174,18 @@ def _by_axis(kept: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return values
 
 
-def _kept(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Take what ``_by_axis`` returned out of ``values``; older files may lack an axis."""
-    kept = {}
+def _kept(values: dict[str, Any], source: Arch) -> dict[str, tuple[int, ...]]:
+    """Take what ``_by_axis`` returned out of ``values``. An axis that older files lack is kept."""
+    kept: dict[str, tuple[int, ...]] = {}
     for axis in AXES:
         if axis.scope == "model":
             kept[axis.name] = _indices(values.pop(axis.name))
-            continue
-        for place, units in values.pop(axis.name, {}).items():
-            kept[f"{axis.name}.{place}"] = _indices(units)
+        elif axis.name in values:
+            for place, units in values.pop(axis.name).items():
+                kept[f"{axis.name}.{place}"] = _indices(units)
+        elif axis.exists(source):
+            everything = tuple(range(axis.length(source)))
+            kept |= dict.fromkeys(axis.vectors(kept), everything)
     return kept
 
 
