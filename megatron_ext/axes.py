@@ -57,6 +57,7 @@ class Axis:
     tp_split: bool = False
     """A tensor-parallel rank holds a share of the units, and of their groups."""
     exists: Callable[[Arch], bool] = lambda arch: True
+    """Whether a model has such units."""
 
     @property
     def sizes(self) -> tuple[Size, ...]:
