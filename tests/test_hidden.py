@@ -69,7 +69,14 @@ def models(case, groups, options, dtype=torch.float64):
 
 
 def trained(
-    case, layout, options, micro_batch_size=1, dtype=torch.float64, distributed=False, overlap=False
+    case,
+    layout,
+    options,
+    micro_batch_size=1,
+    dtype=torch.float64,
+    distributed=False,
+    overlap=False,
+    late=False,
 ):
     """Return the losses of each step and this rank's {(key, offset): trained tensor}."""
     groups = platform.initialize(**layout).groups
@@ -77,7 +84,9 @@ def trained(
     parts = [module.hidden for module in modules if module.hidden is not None]
     hidden = HiddenLosses(parts, groups, None) if parts else None
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=distributed, overlap_grad_reduce=overlap
+        use_distributed_optimizer=distributed,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=late,
     )
     model = wrap(modules, ddp, groups, hidden)
     config = OptimizerConfig(
@@ -86,6 +95,7 @@ def trained(
         params_dtype=dtype,
         clip_grad=0.0,
         use_distributed_optimizer=distributed,
+        overlap_param_gather=late,
     )
     optimizer = get_megatron_optimizer(
         config, model, use_gloo_process_groups=False, pg_collection=groups
@@ -113,6 +123,8 @@ def trained(
             ALPHA,
         )
         history.append({**losses, "grad norm": apply()[1]})
+    for chunk in model if late else ():
+        chunk.disable_forward_pre_hook()  # waits for the parameters
     tensors, maps = {}, hidden.sharded_state() if hidden else {}
     for shard in sharded_tensors({**model_state_dict(students), "maps": maps}):
         tensors[shard.key, tuple(shard.global_offset)] = shard.data.detach().clone()
@@ -206,6 +218,17 @@ def test_the_distributed_optimizer_changes_nothing():
     )
     for ours, theirs in zip(split, plain, strict=True):
         assert_same(ours, theirs, case, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["cosine, one map", "mse, a map for each"])
+def test_parameters_that_arrive_late_change_nothing(case):
+    """Regression: nothing waited for the maps, and the second step ended in an assertion."""
+    for ours, theirs in zip(
+        run_ranks(2, trained, case, {}, {}, 1, torch.float32, True, True, True),
+        run_ranks(2, trained, case, {}, {}, 1, torch.float32, True, True),
+        strict=True,
+    ):
+        assert_same(ours, theirs, case, rtol=0, atol=0)
 
 
 # Naive reference.

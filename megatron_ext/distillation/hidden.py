@@ -62,6 +62,21 @@ class _WithLoss(torch.autograd.Function):
         return grad, ctx.scale.to(ctx.dtype), None
 
 
+class Maps(nn.ParameterDict):
+    """Maps from the student's width to the teacher's, [T, H] by name.
+
+    Called as a module is: under --overlap-param-gather megatron-core waits for a module's
+    parameters before its forward pass, and for those of a module that is never called not at all.
+    """
+
+    __call__ = nn.Module.__call__  # a ParameterDict refuses
+
+    def forward(self, name: str, x: Tensor) -> Tensor:
+        """Return [s, b, T] of [s, b, H], in the dtype of the maps."""
+        weight = self[name]
+        return F.linear(x.to(weight.dtype), weight)
+
+
 class HiddenLoss(nn.Module):
     """The losses of the pairs that lie on one pipeline stage, or one virtual stage of it."""
 
@@ -80,7 +95,7 @@ class HiddenLoss(nn.Module):
         super().__init__()
         self.states, self.config, self.tp_group = states, student.config, tp_group
         self.pairs = [pair for pair in states.pairs if _is_here(pair, student, teacher)]
-        self.maps = nn.ParameterDict()
+        self.maps = Maps()
         self.widths = teacher.config.hidden_size, student.config.hidden_size
         if self.widths[0] != self.widths[1]:
             for name in dict.fromkeys(map(self._map_of, self.pairs)):
@@ -117,8 +132,7 @@ class HiddenLoss(nn.Module):
             teacher = normalised(teacher, normalization, epsilon)
             student = normalised(x, normalization, epsilon)
             if self.maps:
-                weight = self.maps[self._map_of(pair)]
-                student = F.linear(student.to(weight.dtype), weight).to(teacher.dtype)
+                student = self.maps(self._map_of(pair), student).to(teacher.dtype)
             loss = distance(self.states.loss, student, teacher)
             loss = (loss * mask).sum()
             self.total += loss.detach()
