@@ -39,7 +39,7 @@ def test_a_failing_rank_is_named():
 
 
 def test_a_dying_rank_is_noticed():
-    with pytest.raises(AssertionError, match=r"rank 1 died|rank 0 of 2 failed"):
+    with pytest.raises(AssertionError, match=r"rank 1 of 2 died|rank 0 of 2 failed"):
         run_ranks(2, _one_dies)
 
 
