@@ -21,6 +21,7 @@ PROGRAMS = {
     "generate": ("tools/generate.py", "text that a checkpoint writes after a prompt"),
     "preprocess-data": ("tools/preprocess_data.py", "JSON lines as indexed data"),
     "inspect": ("tools/inspect_checkpoint.py", "what a checkpoint holds"),
+    "certify": ("tools/certify.py", "a layout against one rank, in small, on a CPU"),
     "estimate": ("tools/estimate.py", "memory and time of a run, by arithmetic"),
     "store-teacher": ("tools/store_teacher.py", "a teacher's likeliest tokens on disk"),
     "rank-candidates": ("tools/rank_candidates.py", "retrain a search's candidates and rank them"),

@@ -26,6 +26,17 @@ MAY_IMPORT = {
     "inference": {"cli", "checkpoint", "data", "model", "pruning", "distillation", "training"},
     "convert": {"cli", "checkpoint", "data", "pruning"},
     "rehearsal": {"cli", "checkpoint", "data", "model", "pruning", "distillation", "convert"},
+    # data: the samples of a masked language model.
+    "certify": {
+        "cli",
+        "checkpoint",
+        "data",
+        "distillation",
+        "model",
+        "pruning",
+        "rehearsal",
+        "training",
+    },
     "report": {"pruning"},
     "__main__": {"__version__"},
 }

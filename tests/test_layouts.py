@@ -14,6 +14,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+from megatron_ext.certify.compare import region, whole
 from megatron_ext.checkpoint.checkpoints import sharded_tensors
 from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.distillation.model import Distillation, DistillationModel
@@ -124,40 +125,19 @@ def _share_of_batch(batch, groups):
 
 def assert_gradients_equal(reference, shards, tolerance):
     """Compare each rank's shards with the slices of the serial gradients that they stand for."""
-    whole = _whole(reference)
-    seen = {key: torch.zeros(gradient.shape) for key, gradient in whole.items()}
+    serial = whole(reference)
+    seen = {key: torch.zeros(gradient.shape) for key, gradient in serial.items()}
     for (key, offset), gradient in shards:
-        place = _place(offset, gradient)
+        place = region(offset, gradient)
         torch.testing.assert_close(
             gradient,
-            whole[key][place],
+            serial[key][place],
             rtol=1e-6,
             atol=tolerance,
             msg=lambda m, key=key: f"{key}: {m}",
         )
         seen[key][place] = 1
     assert all(mask.all() for mask in seen.values())
-
-
-def _place(offset, gradient):
-    """Return the index of a shard in the whole tensor; layers and experts come first, one each."""
-    axes = len(offset) - gradient.ndim
-    starts = zip(offset[axes:], gradient.shape, strict=True)
-    return (*offset[:axes], *(slice(start, start + n) for start, n in starts))
-
-
-def _whole(reference):
-    """Put a serial run's shards together: one tensor per key."""
-    whole = {}
-    for key in {key for key, _ in reference}:
-        shards = [(offset, gradient) for (k, offset), gradient in reference.items() if k == key]
-        last, gradient = max(shards, key=lambda shard: shard[0])
-        ones = (1,) * (len(last) - gradient.ndim)
-        size = [o + n for o, n in zip(last, (*ones, *gradient.shape), strict=True)]
-        whole[key] = gradient.new_zeros(size)
-        for offset, gradient in shards:
-            whole[key][_place(offset, gradient)] = gradient
-    return whole
 
 
 MODELS = {

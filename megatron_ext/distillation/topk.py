@@ -84,7 +84,7 @@ def _whole(logits: Tensor, vocab_size: int | None, tp_group: ProcessGroup | None
 
 def _sortable(x: Tensor, first: int) -> Tensor:
     """Return int64 that sort as (logit ascending, token descending), of [n, B, c]."""
-    bits = (x.float() + 0.0).view(torch.int32).to(torch.int64)  # + 0.0: -0 equals 0
+    bits = (x.to(torch.float32) + 0.0).view(torch.int32).to(torch.int64)  # + 0.0: -0 equals 0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     tokens = torch.arange(first, first + x.size(-1), device=x.device)
     return (ordered << 32) | (0xFFFFFFFF - tokens)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import fast_gelu, squared_relu
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
@@ -330,13 +330,21 @@ def initialize_weights(chunks: list[LanguageModel], arch: Arch, seed: int) -> No
         if init in ("ones", "zeros"):
             shard.data.fill_(float(init == "ones"))
             continue
-        axes = shard.prepend_axis_num
-        which = " ".join(map(str, shard.global_offset[:axes])) or "0"
-        digest = hashlib.sha256(f"{seed} {shard.key} {which}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        whole = torch.empty(shard.global_shape[axes:]).normal_(std=stds[init], generator=generator)
-        place = tuple(
-            slice(start, start + length)
-            for start, length in zip(shard.global_offset[axes:], shard.local_shape, strict=True)
-        )
-        shard.data.copy_(whole[place])
+        shard.data.copy_(draw(shard, seed, stds[init]))
+
+
+def draw(shard: ShardedTensor, seed: int, std: float) -> Tensor:
+    """Return this rank's share of a tensor of normal numbers, which is drawn whole. No collectives.
+
+    The numbers follow from the seed and the shard's name, layer and expert.
+    """
+    axes = shard.prepend_axis_num
+    which = " ".join(map(str, shard.global_offset[:axes])) or "0"
+    digest = hashlib.sha256(f"{seed} {shard.key} {which}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    whole = torch.empty(shard.global_shape[axes:]).normal_(std=std, generator=generator)
+    place = tuple(
+        slice(start, start + length)
+        for start, length in zip(shard.global_offset[axes:], shard.local_shape, strict=True)
+    )
+    return whole[place]

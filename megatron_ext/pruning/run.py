@@ -145,7 +145,7 @@ def get_scores(flags: PruneFlags, source: Checkpoint, place: Platform, num_layer
         return scores
     order: tuple[tuple[int, ...], ...] = ()
     if flags.prune.importance == "activation":
-        vectors, order = measure(flags, source, place, num_layers)
+        vectors, order = measure(flags, passes_over(flags, source, place), num_layers)
     elif flags.prune.importance == "magnitude":
         reader = on_all_ranks(lambda: SliceReader(source.folder))
         vectors = magnitude_scores(reader, source.arch, place.device)
@@ -187,15 +187,14 @@ def aggregation(flags: PruneFlags) -> Aggregation:
 
 
 def measure(
-    flags: PruneFlags, source: Checkpoint, place: Platform, num_layers: int
+    flags: PruneFlags, passes: Passes, num_layers: int
 ) -> tuple[dict[str, torch.Tensor], tuple[tuple[int, ...], ...]]:
     """Return the scores of every axis and the order in which layers go, from forward passes."""
     options = flags.prune
-    passes = passes_over(flags, source, place)
     vectors = calibrate(passes, aggregation(flags))
     if scoring(flags)["depth"] == "block":
         return vectors, ()  # measured in the same passes
-    remove = source.arch.num_layers - num_layers
+    remove = passes.arch.num_layers - num_layers
     layers, order = score_depth(
         passes,
         options.depth_importance,

@@ -3,7 +3,8 @@
 Exit codes:
     0  done                         3   bad or missing checkpoint, plan or scores file
     1  runtime error                4   bad data
-    2  bad or contradictory flags   75  interrupted after a good save: start again to go on
+    2  bad or contradictory flags   5   certify: the layout computes something else than one rank
+                                    75  interrupted after a good save: start again to go on
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from megatron_ext.runtime.slurm import rank_variables
 
-RUNTIME, USAGE, CHECKPOINT, DATA, INTERRUPTED = 1, 2, 3, 4, 75
+RUNTIME, USAGE, CHECKPOINT, DATA, DIFFERS, INTERRUPTED = 1, 2, 3, 4, 5, 75
 
 
 class UserError(Exception):

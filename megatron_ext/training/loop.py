@@ -50,7 +50,7 @@ def train(
     saved_at = first
     batches = [train_batches(counters.consumed_data_samples) for _ in run.model]
     if run.hidden is not None and run.hidden.constant is None and counters.alpha is None:
-        counters.alpha = _first_alpha(run, train_batches)
+        counters.alpha = first_alpha(run, train_batches)
 
     def save_unless_saved() -> None:
         nonlocal saved_at
@@ -127,7 +127,7 @@ def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
     )
 
 
-def _first_alpha(run: Run, train_batches: MakeBatches) -> float:
+def first_alpha(run: Run, train_batches: MakeBatches) -> float:
     """Return alpha of the first global batch, from a forward pass of its own. Collective."""
     batches = [train_batches(run.counters.consumed_data_samples) for _ in run.model]
     return alpha_of(_evaluate(run, batches))

@@ -1,6 +1,6 @@
 """The run of pretrain_distill.py: models, data and training; its flags are checked."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from megatron_ext.arch import Arch, forward_flops, num_parameters
@@ -17,7 +17,7 @@ from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
 from megatron_ext.distillation.stored import StoredDistillationModel, WithStoredTeacher
 from megatron_ext.model import cuda_graphs, fp8, tp_overlap
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import LanguageModel, ModelOptions, build_model
 from megatron_ext.model.options import batches_of_rank, check_fp8, join_ranks, model_options
 from megatron_ext.rehearsal.early import Start
 from megatron_ext.runtime import platform
@@ -87,7 +87,30 @@ def build(
     place: Platform,
 ) -> state.Run:
     """Build the models, load them and return the run where it begins. Collective."""
-    options = model_options(
+    options = options_of_both(flags, arch, place)
+    check_fp8(flags.fp8, options)
+    seed = flags.batch.seed if start.source is None else None
+    own_options = student_options(flags, arch, options, place)
+    chunks, teachers = build_model(arch, own_options, place.groups, seed=seed), []
+    if teacher is not None:
+        layout = teacher_parallel.pipeline_model_parallel_layout
+        teacher_options = replace(
+            options, pipeline_model_parallel_layout=layout, fp8=fp8.of_teacher(flags.fp8)
+        )
+        teachers = build_model(padded_alike(teacher.arch, arch), teacher_options, place.groups)
+        state.restore_weights(teachers, teacher, repad=True)
+    if start.source is not None and not start.resume:
+        state.restore_weights(chunks, start.source)
+    teacher_arch = teacher and teacher.arch
+    run = assemble(flags, arch, chunks, place, teacher_arch, teachers, start.source)
+    if start.resume:
+        state.restore(run, start.source)
+    return run
+
+
+def options_of_both(flags: TrainFlags, arch: Arch, place: Platform) -> ModelOptions:
+    """Return how this run holds models, the trained one and its teacher alike."""
+    return model_options(
         flags,
         place,
         arch.num_layers,
@@ -96,10 +119,28 @@ def build(
         recompute_num_layers=flags.batch.recompute_num_layers,
         recompute_modules=list(flags.batch.recompute_modules) or None,
     )
-    check_fp8(flags.fp8, options)
-    seed = flags.batch.seed if start.source is None else None
-    own_options = student_options(flags, arch, options, place)
-    chunks = build_model(arch, own_options, place.groups, seed=seed)
+
+
+def assemble(
+    flags: TrainFlags,
+    arch: Arch,
+    chunks: list[LanguageModel],
+    place: Platform,
+    teacher: Arch | None = None,
+    teachers: Sequence[LanguageModel] = (),
+    source: Checkpoint | None = None,
+) -> state.Run:
+    """Return the run at iteration 0 of models that are there. Collective.
+
+    Args:
+        flags: of the run.
+        arch: sizes of the model that is trained.
+        chunks: this rank's part of it.
+        place: this rank.
+        teacher: sizes of the other, if there is one.
+        teachers: this rank's part of it, a chunk beside each of ``chunks``.
+        source: where the weights of ``chunks`` come from; None for random ones.
+    """
     modules, objective, eval_losses, hidden = chunks, {LM_LOSS: 1.0}, (LM_LOSS,), None
     flops = 3 * forward_flops(arch, flags.batch.seq_length)
     distillation = Distillation(
@@ -113,15 +154,8 @@ def build(
         modules = [StoredDistillationModel(s, distillation, place.groups.tp) for s in chunks]
         objective = distillation.objective
     if teacher is not None:
-        states = settings.hidden_states(flags, arch, teacher.arch, start.source)
+        states = settings.hidden_states(flags, arch, teacher, source)
         distillation = replace(distillation, hidden_states=states)
-        layout = teacher_parallel.pipeline_model_parallel_layout
-        teacher_options = replace(
-            options, pipeline_model_parallel_layout=layout, fp8=fp8.of_teacher(flags.fp8)
-        )
-        teacher_arch = padded_alike(teacher.arch, arch)
-        teachers = build_model(teacher_arch, teacher_options, place.groups)
-        state.restore_weights(teachers, teacher, repad=True)
         modules = on_all_ranks(
             lambda: [
                 DistillationModel(student, frozen, distillation, place.groups.tp)
@@ -133,10 +167,8 @@ def build(
             constant = None if alpha == "dynamic" else float(alpha)
             hidden = HiddenLosses([m.hidden for m in modules], place.groups, constant)
         objective, eval_losses = distillation.objective, (KD_LOSS, LM_LOSS)
-        flops += forward_flops(teacher.arch, flags.batch.seq_length)
-    if start.source is not None and not start.resume:
-        state.restore_weights(chunks, start.source)
-    run = state.make_run(
+        flops += forward_flops(teacher, flags.batch.seq_length)
+    return state.make_run(
         flags,
         arch,
         place.groups,
@@ -146,11 +178,8 @@ def build(
         eval_losses=eval_losses,
         flops_per_token=flops,
         hidden=hidden,
-        source=start.source,
+        source=source,
     )
-    if start.resume:
-        state.restore(run, start.source)
-    return run
 
 
 def student_options(
