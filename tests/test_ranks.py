@@ -1,14 +1,13 @@
 """The harness itself: results come by rank, and a failing or dying rank fails the test."""
 
-import importlib.util
 import os
 import sys
-import time
 
 import pytest
 import torch
 
-from tests.ranks import PRELOAD, run_ranks
+from tests.programs import NEW_MODEL, _run_main
+from tests.ranks import run_ranks
 
 
 def _sum_of_ranks():
@@ -43,17 +42,19 @@ def test_a_dying_rank_is_noticed():
         run_ranks(2, _one_dies)
 
 
-def _imported_and_seconds():
-    return [name in sys.modules for name in HEAVY], time.process_time()
+def _preloaded_and_late(argv):
+    """Return whether the server has imported all it should, and what a program imports here."""
+    before = set(sys.modules)
+    assert _run_main("pretrain_distill", argv, None).code == 0
+    return "tests.preload" in before, set(sys.modules) - before
 
 
-HEAVY = ("megatron.core.models.gpt", "megatron_ext.training.run", "megatron_ext.pruning.run")
+def test_ranks_are_forked_with_what_they_need(tmp_path):
+    """Regression: ranks imported transformers' tokenizers each on its own, for most of their time.
 
-
-def test_ranks_are_forked_with_what_they_need():
-    """Regression: programs that import late left each rank to import torch and megatron-core."""
-    for name in PRELOAD:  # the server is silent about what it cannot import
-        assert importlib.util.find_spec(name), name
-    imported, seconds = run_ranks(1, _imported_and_seconds)[0]
-    assert all(imported)
-    assert seconds < 2
+    The server is silent about what it cannot import.
+    """
+    argv = [*NEW_MODEL.split(), "--save", str(tmp_path), "--save-interval", "1"]
+    ((is_preloaded, late),) = run_ranks(1, _preloaded_and_late, argv)
+    assert is_preloaded
+    assert len(late) < 10, late
