@@ -1,5 +1,6 @@
 """The losses against float64 autograd: values, gradients, layouts, padding, memory, collectives."""
 
+import functools
 import math
 from dataclasses import replace
 from functools import partial
@@ -193,23 +194,29 @@ def _on_ranks(temperature, name="forward-kl"):
     return results
 
 
+@functools.cache
+def _serial_and_reference(name, temperature, vocab, padded, dtype):
+    """Return value and gradient of the loss on one rank, and of its reference."""
+    loss, reference = LOSSES[name]
+    student, teacher, weights = _layout_inputs(vocab, padded, dtype)
+    kwargs = {"temperature": temperature, "vocab_size": vocab}
+    serial = _value_and_grad(loss, student, teacher, weights, **kwargs)
+    student[..., vocab:] = teacher[..., vocab:] = 0  # the reference's 0 * nan is nan
+    return serial, _value_and_grad(reference, student, teacher, weights, **kwargs)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("name", LOSSES)
 def test_any_tp_size_equals_serial(name, tp_size, temperature):
-    loss, reference = LOSSES[name]
     ranks = run_ranks(tp_size, _on_ranks, temperature, name)
     for layout, vocab, padded in LAYOUTS:
         for dtype, way in WAYS:
             values, grads = zip(*(rank[layout, dtype, way] for rank in ranks), strict=True)
             assert all(torch.equal(value, values[0]) for value in values), (layout, dtype)
-            student, teacher, weights = _layout_inputs(vocab, padded, dtype)
-            args = (student, teacher, weights)
             got = values[0], torch.cat(grads, -1)
-            kwargs = {"temperature": temperature, "vocab_size": vocab}
-            _check(got, _value_and_grad(loss, *args, **kwargs), dtype, name=name)
-            student[..., vocab:] = teacher[..., vocab:] = 0  # the reference's 0 * nan is nan
-            _check(got, _value_and_grad(reference, *args, **kwargs), dtype, name=name)
+            for expected in _serial_and_reference(name, temperature, vocab, padded, dtype):
+                _check(got, expected, dtype, name=name)
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])
