@@ -84,7 +84,9 @@ def latest(save):
     return 0
 
 
-# The layout law.
+# The layout law, in what is logged: a checkpoint at the end will do.
+
+SAVE_LAST = "--save-interval 6"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def serial(place, tmp_path_factory):
 
     def run(name):
         save = str(tmp_path_factory.mktemp("serial") / "save")
-        succeed(NAME, [*place.flags(save, arch=KINDS[name][0]), *kind_flags(name, place)])
+        succeed(NAME, [*place.flags(save, SAVE_LAST, KINDS[name][0]), *kind_flags(name, place)])
         return read_metrics(save)
 
     return {name: run(name) for name in KINDS}
@@ -138,7 +140,7 @@ def kind_flags(name, place):
 )
 def test_no_layout_changes_a_loss(name, layout, place, serial, tmp_path):
     world_size, flags = LAYOUTS[layout]
-    argv = place.flags(tmp_path, flags, arch=KINDS[name][0])
+    argv = place.flags(tmp_path, f"{flags} {SAVE_LAST}", KINDS[name][0])
     succeed(NAME, [*argv, *kind_flags(name, place)], world_size)
     metrics = read_metrics(tmp_path)
     assert len(metrics) == 6 + 4 + 1, "6 steps, an evaluation after every other one, a test"
@@ -189,6 +191,7 @@ SHARDED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gat
 def test_a_killed_run_goes_on_bit_for_bit(layout, extra, deaths, place, tmp_path):
     world_size, flags = LAYOUTS[layout]
     extra = f"{flags} {extra.format(pruned=place.pruned, teacher=place.teacher)} {DROPOUT}"
+    extra += " --global-batch-size 2"
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     succeed(NAME, place.flags(whole, extra), world_size)
     for death in deaths:
