@@ -1,8 +1,12 @@
 """What holds for every test."""
 
+import os
 import sys
 
 import pytest
+
+# Tensors of tests are small: threads of two workers on two cores wait for each other, busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
