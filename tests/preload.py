@@ -10,6 +10,7 @@ MODULES = (
     # The programs, and what they import behind their boundary (``runtime.heavy``).
     "prune",
     "pretrain_distill",
+    "megatron_ext.certify.ranks",
     "megatron_ext.convert.families",
     "megatron_ext.distillation.hidden",
     "megatron_ext.pruning.run",

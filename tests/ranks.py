@@ -11,11 +11,12 @@ from typing import Any
 
 from megatron_ext.runtime import local_ranks
 
+PRELOAD = ["tests.preload"]
+
 
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 120) -> list[Any]:
     """Return ``function(*args)`` of every rank, by rank; raise with the first traceback of any."""
-    preload = ["tests.preload"]
     try:
-        return local_ranks.run_ranks(world_size, function, *args, preload=preload, timeout=timeout)
+        return local_ranks.run_ranks(world_size, function, *args, preload=PRELOAD, timeout=timeout)
     except local_ranks.RankError as error:
         raise AssertionError(str(error)) from None
