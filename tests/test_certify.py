@@ -198,7 +198,7 @@ def test_wrong_scores_are_found(monkeypatch):
     line = f"prune.py {PRUNE} {TP2} --sequence-parallel"
     code, stdout, _ = certify_with("sums of one rank", line, monkeypatch)
     assert code == DIFFERS
-    assert "  DIFFERS: scores first hidden" in stdout
+    assert "  DIFFERS: scores first layers" in stdout
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron_ext.arch import Arch
+from megatron_ext.axes import SIZES
 from megatron_ext.certify.layouts import Ranks, envelope, ranks_of, small_layouts
 from megatron_ext.certify.shrink import (
     KEPT_TOP_K,
@@ -27,7 +28,6 @@ from megatron_ext.cli.megatron_flags import Optimizer, Parallel
 from megatron_ext.cli.parser import dashed, option
 from megatron_ext.cli.programs import PruneFlags, TrainFlags, check_layout, virtual_pipeline_size
 from megatron_ext.distillation import settings
-from megatron_ext.pruning.plan import PRUNABLE
 
 # Adam with an epsilon far above every gradient: a step of lr = epsilon takes off the gradient.
 EPSILON = 1e6
@@ -294,6 +294,6 @@ def left_out(flags: Any, batch: Any) -> tuple[str, ...]:
 
 def sizes_in_words(before: Arch, after: Arch) -> str:
     """Return what became smaller: ``num_layers 32 -> 2, ...``."""
-    names = ("num_layers", "hidden_size", "kv_channels", *PRUNABLE[2:], "num_query_groups")
+    names = (*SIZES, "kv_channels")
     sizes = {name: (getattr(before, name), getattr(after, name)) for name in names}
     return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in sizes.items() if old != new)
