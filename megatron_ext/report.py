@@ -4,10 +4,15 @@ Nothing here knows where a run ran: files in, Markdown and matplotlib Axes out. 
 argument, so that a caller decides what stands beside what.
 """
 
+import importlib
 import json
 import math
 import os
+import platform
+import subprocess
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,3 +174,46 @@ def plot_layer_scores(axes: "Axes", scores: Scores) -> None:
     axes.set(title=title, xlabel="layer", ylabel=unit)
     axes.set_xticks(range(0, len(values), -(-len(values) // 16)))
     axes.grid(alpha=0.3, axis="y")
+
+
+def times_table(folder: Path) -> str:
+    """Return the seconds of every step, of ``folder``/times.tsv: all starts of a step."""
+    seconds: dict[str, int] = {}
+    for line in (folder / "times.tsv").read_text().splitlines():
+        name, value = line.split("\t")
+        seconds[name] = seconds.get(name, 0) + int(value)
+    rows = [*seconds.items(), ("all", sum(seconds.values()))]
+    return markdown_table(["step", "seconds"], rows)
+
+
+def machine_lines(root: Path, settings: Mapping[str, str]) -> str:
+    """Return machine, date, commit of ``root``, versions and settings as a list."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
+    versions += f", megatron-minitron {importlib.import_module('megatron_ext').__version__}"
+    rows = [
+        ["CPU", f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores"],
+        ["date", f"{datetime.now():%F %R}"],
+        ["commit", commit(root)],
+        ["versions", f"Python {platform.python_version()}, {versions}"],
+        ["settings", " ".join(f"{key}={value}" for key, value in settings.items())],
+    ]
+    return "\n".join(f"* {name}: {value}" for name, value in rows)
+
+
+def cpu_model() -> str:
+    """Return the processor's name as Linux gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def commit(root: Path) -> str:
+    """Return the commit of the repository around ``root``, and if files differ from it."""
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.decode().strip() + " with changes" * bool(changes.stdout.strip())

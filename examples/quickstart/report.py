@@ -3,16 +3,10 @@
 python examples/quickstart/report.py --output runs/quickstart
 """
 
-import os
-import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
-from megatron_ext import __version__
 from megatron_ext.arch import num_parameters
 from megatron_ext.cli.parser import REQUIRED, flag, parse
 from megatron_ext.pruning.plan import Plan, load_plan
@@ -22,12 +16,14 @@ from megatron_ext.report import (
     Curve,
     Metrics,
     curve,
+    machine_lines,
     markdown_table,
     new_figure,
     plot_curves,
     plot_layer_scores,
     plot_ranked_scores,
     read_metrics,
+    times_table,
 )
 from megatron_ext.runtime.errors import run_main
 
@@ -38,7 +34,6 @@ ARMS = {
     "control-random": "random weights, KL to the teacher",
     "control-ce": "pruned, cross entropy",
 }
-PACKAGES = ("torch", "megatron-core")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "## What they write",
             texts(results.folder),
             "## Wall time, seconds",
-            times(results.folder),
+            times_table(results.folder),
             "## Where",
-            machine(results),
+            machine_lines(Path(__file__).parent, results.settings),
         ]
     )
     (results.folder / "report.md").write_text(text + "\n")
@@ -200,49 +195,6 @@ def texts(folder: Path) -> str:
         text = (folder / "texts" / f"{model}.txt").read_text().rstrip()
         blocks.append(f"### {model}\n\n````text\n{text}\n````")
     return "\n\n".join(blocks)
-
-
-def times(folder: Path) -> str:
-    """Return the seconds of every step; a step that was started again counts all its starts."""
-    seconds: dict[str, int] = {}
-    for line in (folder / "times.tsv").read_text().splitlines():
-        name, value = line.split("\t")
-        seconds[name] = seconds.get(name, 0) + int(value)
-    rows = [*seconds.items(), ("all", sum(seconds.values()))]
-    return markdown_table(["step", "seconds"], rows)
-
-
-def machine(results: Results) -> str:
-    """Return machine, date, commit, versions and settings."""
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    versions += f", megatron-minitron {__version__}"
-    rows = [
-        ["CPU", f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores"],
-        ["date", f"{datetime.now():%F %R}"],
-        ["commit", commit()],
-        ["versions", f"Python {platform.python_version()}, {versions}"],
-        ["settings", " ".join(f"{key}={value}" for key, value in results.settings.items())],
-    ]
-    return "\n".join(f"* {name}: {value}" for name, value in rows)
-
-
-def cpu_model() -> str:
-    """Return the processor's name as Linux gives it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def commit() -> str:
-    """Return the commit of this file's repository, and if files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.decode().strip() + " with changes" * bool(changes.stdout.strip())
 
 
 if __name__ == "__main__":
