@@ -1,5 +1,6 @@
-"""Text to datasets and back, bad text, and the quickstart's corpus on a small library."""
+"""Text to datasets and back, bad text, and from-scratch's corpus on a small library."""
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -9,11 +10,12 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from examples.quickstart import corpus
 from megatron_ext.data import preprocessing
 from megatron_ext.data.datasets import build_tokenizer
 from megatron_ext.runtime.errors import DATA, USAGE, UserError
 from tools import preprocess_data
+
+corpus = importlib.import_module("examples.from-scratch.corpus")
 
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
 
@@ -45,7 +47,7 @@ def numbers(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
+def corpora(tmp_path_factory):
     """Run corpus.py on a library of two real packages and files that must be left out."""
     root = tmp_path_factory.mktemp("library")
     for module in (json, Path("")):
@@ -167,15 +169,15 @@ def test_bad_flags(typed, message, code):
 # ---------------------------------------------------------------------------- corpus
 
 
-def test_the_corpus_is_the_same_on_every_run(quickstart):
-    first, second = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in quickstart)
+def test_the_corpus_is_the_same_on_every_run(corpora):
+    first, second = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in corpora)
     assert first == second
     assert set(first) == {"tokenizer.model", "train.jsonl", "valid.jsonl"}
 
 
-def test_the_corpus_has_code_and_topics_and_no_tables(quickstart):
+def test_the_corpus_has_code_and_topics_and_no_tables(corpora):
     parts = {
-        name: [json.loads(line) for line in (quickstart[0] / f"{name}.jsonl").open()]
+        name: [json.loads(line) for line in (corpora[0] / f"{name}.jsonl").open()]
         for name in ("train", "valid")
     }
     names = {name: {record["source"] for record in part} for name, part in parts.items()}
@@ -188,8 +190,8 @@ def test_the_corpus_has_code_and_topics_and_no_tables(quickstart):
     assert "é" in texts["latin.py"]
 
 
-def test_the_tokenizer_gives_back_every_text(quickstart, tmp_path):
-    model = str(quickstart[0] / "tokenizer.model")
+def test_the_tokenizer_gives_back_every_text(corpora, tmp_path):
+    model = str(corpora[0] / "tokenizer.model")
     data = SimpleNamespace(
         tokenizer_type="SentencePieceTokenizer",
         tokenizer_model=model,
@@ -200,7 +202,7 @@ def test_the_tokenizer_gives_back_every_text(quickstart, tmp_path):
     )
     tokenizer = build_tokenizer(data)
     assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.unk, tokenizer.bos) == (512, 2, 0, 1)
-    records = [json.loads(line) for line in (quickstart[0] / "valid.jsonl").open()]
+    records = [json.loads(line) for line in (corpora[0] / "valid.jsonl").open()]
     texts = [record["text"] for record in records]
     texts += [
         "",
@@ -214,6 +216,6 @@ def test_the_tokenizer_gives_back_every_text(quickstart, tmp_path):
         assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
 
     typed = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
-    encoded = run(tmp_path, [quickstart[0] / "valid.jsonl"], "--append-eod", tokenizer=typed)
+    encoded = run(tmp_path, [corpora[0] / "valid.jsonl"], "--append-eod", tokenizer=typed)
     assert [tokenizer.detokenize(ids[:-1]) for ids in encoded] == texts[: len(records)]
     assert {ids[-1] for ids in encoded} == {tokenizer.eod}

@@ -1,5 +1,6 @@
-"""Tables, curves, score plots; the quickstart's report on made-up runs, whichever way they end."""
+"""Tables, curves, score plots; from-scratch's report on made-up runs, whichever way they end."""
 
+import importlib
 import json
 import math
 import subprocess
@@ -9,7 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from examples.quickstart import report as quickstart
 from megatron_ext.arch import num_parameters
 from megatron_ext.pruning.plan import save_plan
 from megatron_ext.pruning.planner import make_plan
@@ -29,6 +29,8 @@ from megatron_ext.runtime.errors import RUNTIME, USAGE, UserError
 from tests.models import LLAMA, MOE
 from tests.test_scores import random_scores
 from tools import plot_scores
+
+from_scratch = importlib.import_module("examples.from-scratch.report")
 
 
 def test_needs_neither_megatron_nor_matplotlib():
@@ -110,7 +112,7 @@ def test_scores_are_drawn_in_order():
     assert [bar.get_height() for bar in axes[3].patches] == scores.vectors["layers"].tolist()
 
 
-# ---------------------------------------------------------------------------- the quickstart's
+# ---------------------------------------------------------------------------- from-scratch's
 
 
 def write_runs(folder, ce_loss):
@@ -132,8 +134,8 @@ def write_runs(folder, ce_loss):
         (folder / run).mkdir()
         lines = []
         for i, (kl, loss) in enumerate(points):
-            row = {"iteration": 5 * i, quickstart.LM: loss}
-            lines.append(json.dumps(row | ({} if kl is None else {quickstart.KL: kl})))
+            row = {"iteration": 5 * i, from_scratch.LM: loss}
+            lines.append(json.dumps(row | ({} if kl is None else {from_scratch.KL: kl})))
         (folder / run / "metrics.jsonl").write_text("\n".join(lines))
     (folder / "texts").mkdir()
     for model in ("teacher", "pruned", "distilled"):
@@ -145,7 +147,7 @@ def write_runs(folder, ce_loss):
 )
 def test_the_report_says_how_it_came_out(tmp_path, capsys, ce_loss, verdict):
     write_runs(tmp_path, ce_loss)
-    quickstart.main(["--output", str(tmp_path)])
+    from_scratch.main(["--output", str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     assert text in capsys.readouterr().out + "\n"
     assert f"its loss is {verdict} (3.200 against {ce_loss:.3f})" in text
@@ -168,12 +170,12 @@ def test_the_report_says_how_it_came_out(tmp_path, capsys, ce_loss, verdict):
 
 def test_unfinished_runs_and_bad_flags_are_named(tmp_path):
     with pytest.raises(UserError, match="missing --output") as caught:
-        quickstart.main([])
+        from_scratch.main([])
     assert caught.value.code == USAGE
     write_runs(tmp_path, 3.0)
     (tmp_path / "control-ce-kl" / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match=r"control-ce-kl/metrics\.jsonl cannot be read"):
-        quickstart.main(["--output", str(tmp_path)])
+        from_scratch.main(["--output", str(tmp_path)])
 
 
 @pytest.mark.parametrize(("arch", "panels"), [(LLAMA, 3), (MOE, 5)])

@@ -33,7 +33,7 @@ EVALUATE = (
     f"--data-path {{out}}/data/valid_text_document {TOKENIZER}"
 )
 STEPS = {
-    "corpus": "examples/quickstart/corpus.py --output {out}/corpus",
+    "corpus": "examples/from-scratch/corpus.py --output {out}/corpus",
     "make": "examples/bert/make_bert.py --text {out}/corpus/train.jsonl --output {out}/hf-base",
     "data": f"{PREPROCESS}train.jsonl --output-prefix {{out}}/data/train",
     "valid": f"{PREPROCESS}valid.jsonl --output-prefix {{out}}/data/valid",

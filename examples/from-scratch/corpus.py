@@ -1,6 +1,6 @@
-"""The quickstart's corpus: the text that is on every machine with Python, and a tokenizer for it.
+"""From-scratch's corpus: the text that is on every machine with Python, and a tokenizer for it.
 
-    python examples/quickstart/corpus.py --output DIR [--vocab-size 2048]
+    python examples/from-scratch/corpus.py --output DIR [--vocab-size 2048]
 
 Source files of the standard library, and Python's own documentation topics, one document each:
 DIR/train.jsonl, DIR/valid.jsonl (about every twentieth document), and DIR/tokenizer.model
@@ -14,7 +14,7 @@ import io
 import json
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,11 +56,12 @@ class Corpus:
 
     output: str = flag(REQUIRED, "folder to write to")
     vocab_size: int = flag(2048, "pieces of the tokenizer", at_least=512)
+    texts_only: bool = flag(False, "train no tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFlags:
-    """Write the quickstart's text and tokenizer."""
+    """Write from-scratch's text and tokenizer."""
 
     corpus: Corpus
 
@@ -76,19 +77,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     for source, text in documents.items():
         parts["valid" if is_validation(source) else "train"][source] = text
 
-    print(f"training a tokenizer of {flags.vocab_size} pieces", flush=True)
-    model = train_tokenizer(parts["train"].values(), flags.vocab_size)
-    (folder / "tokenizer.model").write_bytes(model)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     for name, part in parts.items():
         path = folder / f"{name}.jsonl"
         lines = [json.dumps({"text": text, "source": source}) for source, text in part.items()]
         path.write_text("\n".join(lines) + "\n")
         size = sum(len(text.encode()) for text in part.values())
-        texts = tqdm(part.values(), f"counting the tokens of {path.name}", disable=None)
-        tokens = sum(len(processor.encode(text)) for text in texts)
-        print(f"{path}: {len(part)} documents, {size / 1e6:.1f} MB, {tokens:,} tokens")
-    print(f"{folder / 'tokenizer.model'}: {len(model) / 1e3:.0f} kB")
+        print(f"{path}: {len(part)} documents, {size / 1e6:.1f} MB")
+    if not flags.texts_only:
+        write_tokenizer(folder / "tokenizer.model", parts, flags.vocab_size)
+
+
+def write_tokenizer(path: Path, parts: Mapping[str, Mapping[str, str]], vocab_size: int) -> None:
+    """Train a tokenizer on the training part, write it, and count the tokens of both parts."""
+    print(f"training a tokenizer of {vocab_size} pieces", flush=True)
+    model = train_tokenizer(parts["train"].values(), vocab_size)
+    path.write_bytes(model)
+    print(f"{path}: {len(model) / 1e3:.0f} kB")
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for name, part in parts.items():
+        texts = tqdm(part.values(), f"counting the tokens of {name}", disable=None)
+        print(f"{name}: {sum(len(processor.encode(text)) for text in texts):,} tokens")
 
 
 def library_sources(root: Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""The quickstart's results as report.md and report.png, also printed.
+"""From-scratch's results as report.md and report.png, also printed.
 
-python examples/quickstart/report.py --output runs/quickstart
+python examples/from-scratch/report.py --output runs/from-scratch
 """
 
 from collections.abc import Sequence
@@ -40,19 +40,19 @@ ARMS = {
 class Report:
     """Report."""
 
-    output: str = flag(REQUIRED, "folder of the quickstart's runs")
+    output: str = flag(REQUIRED, "folder of from-scratch's runs")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFlags:
-    """Report on the quickstart."""
+    """Report on from-scratch."""
 
     report: Report
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What the quickstart left in its folder."""
+    """What from-scratch left in its folder."""
 
     folder: Path
     settings: dict[str, str]
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     draw(results)
     text = "\n\n".join(
         [
-            "# Quickstart: a teacher, its pruned half, and three ways to train that",
+            "# From scratch: a teacher, its pruned half, and three ways to train that",
             results_table(results),
             findings(results),
             "![curves and scores](report.png)",
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load(folder: Path) -> Results:
-    """Read the folder of a finished quickstart."""
+    """Read the folder of a finished run of examples/from-scratch."""
     lines = (folder / "settings.txt").read_text().splitlines()
     return Results(
         folder=folder,

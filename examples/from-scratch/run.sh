@@ -2,13 +2,13 @@
 # The whole method on two CPU cores in about nine minutes: a corpus and a tokenizer, a teacher from
 # random weights, its pruned half, distillation, two controls, generated text and a report.
 #
-#     bash examples/quickstart/run.sh [OUT]        default OUT: runs/quickstart
+#     bash examples/from-scratch/run.sh [OUT]        default OUT: runs/from-scratch
 #
 # Started again, it goes on after the last finished step, and training after its last checkpoint.
 # QUICK=1 makes everything tiny: the flow in about a minute, no result worth reading.
 set -euo pipefail
 ROOT=$(realpath "$(dirname "$0")/../..")
-OUT=$(realpath -m "${1:-${OUT:-$ROOT/runs/quickstart}}")
+OUT=$(realpath -m "${1:-${OUT:-$ROOT/runs/from-scratch}}")
 cd "$ROOT"
 source tools/venv.sh hf,plot
 
@@ -93,7 +93,7 @@ DATA=("${TRAIN_DATA[@]}" --valid-data-path "$OUT/data/valid_text_document")
 SHAPE=(--bf16 --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH")
 DISTILL_SCHEDULE=("$DISTILL_ITERS" "$DISTILL_LR" "$DISTILL_MIN_LR" "$DISTILL_WARMUP")
 
-step corpus python examples/quickstart/corpus.py --output "$OUT/corpus" --vocab-size "$VOCAB_SIZE"
+step corpus python examples/from-scratch/corpus.py --output "$OUT/corpus" --vocab-size "$VOCAB_SIZE"
 step preprocess-train preprocess train
 step preprocess-valid preprocess valid
 step teacher train teacher "$TEACHER_ITERS" "$TEACHER_LR" "$TEACHER_MIN_LR" "$TEACHER_WARMUP" \
@@ -110,4 +110,4 @@ step control-random from_scratch
 step control-ce train control-ce "${DISTILL_SCHEDULE[@]}" --load "$OUT/pruned"
 step control-ce-kl evaluate control-ce
 for model in teacher pruned distilled; do step "generate-$model" generate "$model"; done
-python examples/quickstart/report.py --output "$OUT"
+python examples/from-scratch/report.py --output "$OUT"

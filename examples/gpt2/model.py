@@ -22,7 +22,7 @@ END = "<|endoftext|>"
 class Model:
     """Model."""
 
-    corpus: str = flag(REQUIRED, "folder of examples/quickstart/corpus.py")
+    corpus: str = flag(REQUIRED, "folder of examples/from-scratch/corpus.py")
     hf: str = flag(REQUIRED, "folder to write")
     vocab_size: int = flag(50257, "tokens; GPT-2 has 50257", at_least=300)
 

@@ -55,7 +55,7 @@ def commands(at: Paths) -> dict[str, Sequence[str]]:
     shape = ["--seq-length", str(SEQ_LENGTH), "--micro-batch-size", "2"]
     data = ["--train-data-path", at.train_text_document, "--num-workers", "0", *tokenizer]
     targets = [f"--target-{k.replace('_', '-')}={v}" for k, v in PRUNED.items()]
-    corpus = ["examples/quickstart/corpus.py", "--output", at.corpus]
+    corpus = ["examples/from-scratch/corpus.py", "--output", at.corpus]
 
     def preprocess(name: str) -> list[str]:
         source = str(at.root / f"corpus/{name}.jsonl")

@@ -1,10 +1,10 @@
 """Prune one teacher by eleven kinds of scores, and leave its layers out one by one; no training.
 
-    bash examples/quickstart/run.sh                     # makes the teacher, the data and .venv
-    .venv/bin/python examples/importance/run.py [--quickstart runs/quickstart] [--jobs 2]
+    bash examples/from-scratch/run.sh                     # makes the teacher, the data and .venv
+    .venv/bin/python examples/importance/run.py [--from-scratch runs/from-scratch] [--jobs 2]
 
 The nine aggregations of Table 11 (arXiv 2407.14679), weight magnitude and random scores (three
-seeds), all cut to the shape of the quickstart's student, and the loss right after; then the score
+seeds), all cut to the shape of from-scratch's student, and the loss right after; then the score
 of each layer by each depth metric. Writes results.md and results.png.
 """
 
@@ -48,7 +48,7 @@ KL, LM = "kd loss validation", "lm loss validation"
 class Experiment:
     """Experiment."""
 
-    quickstart: str = flag("runs/quickstart", "folder of a finished quickstart")
+    from_scratch: str = flag("runs/from-scratch", "folder of a finished examples/from-scratch")
     output: str = flag("runs/importance", "folder of the pruned models and results")
     calibration_samples: int = flag(256, "samples that activations are measured on", at_least=1)
     depth_samples: int = flag(128, "samples that layers are left out on", at_least=1)
@@ -66,9 +66,9 @@ class ExperimentFlags:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run every setting that has no result yet and write the table and the plot."""
     options = parse(ExperimentFlags, argv).experiment
-    if not (Path(options.quickstart) / "done" / "teacher").exists():
+    if not (Path(options.from_scratch) / "done" / "teacher").exists():
         raise UserError(
-            f"--quickstart {options.quickstart}: no finished teacher; run the quickstart first.",
+            f"--from-scratch {options.from_scratch}: no finished teacher; run from-scratch first.",
             USAGE,
         )
     Path(options.output).mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ SHAPE = ["--bf16", "--seq-length", "128", "--micro-batch-size", "8", "--num-work
 
 
 def tokenizer(source: Path) -> list[str]:
-    """Return the flags of the quickstart's tokenizer."""
+    """Return the flags of from-scratch's tokenizer."""
     model = str(source / "corpus/tokenizer.model")
     return ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
 
@@ -96,7 +96,7 @@ def train_data(source: Path) -> list[str]:
 
 def depth_scores(kind: str, options: Experiment) -> list[float]:
     """Return the score of each layer of the teacher by one depth metric."""
-    source, folder = Path(options.quickstart), Path(options.output) / f"depth-{kind}"
+    source, folder = Path(options.from_scratch), Path(options.output) / f"depth-{kind}"
     scores = folder / "scores.safetensors"
     if not scores.exists():
         samples = ["--calibration-samples", str(options.depth_samples)]
@@ -108,7 +108,7 @@ def depth_scores(kind: str, options: Experiment) -> list[float]:
 
 def measure(name: str, options: Experiment) -> dict[str, float]:
     """Return KL to the teacher and validation loss of the model pruned by setting ``name``."""
-    source, top = Path(options.quickstart), Path(options.output)
+    source, top = Path(options.from_scratch), Path(options.output)
     folder = top / name.replace(", ", "-").replace(" ", "-")
     teacher = str(source / "teacher")
     needs_data = "--importance" not in SETTINGS[name]

@@ -1,6 +1,6 @@
-"""Data of the two tasks in tasks/, from the quickstart's validation text. No network.
+"""Data of the two tasks in tasks/, of from-scratch's validation text. No network.
 
-    python examples/lm_eval/tasks.py --corpus runs/quickstart/corpus --output DIR
+    python examples/lm_eval/tasks.py --corpus runs/from-scratch/corpus --output DIR
 
 next_line (DIR/next_line.yaml and .jsonl): ten lines of Python and four that may follow, one of
 which does; the others follow elsewhere in the text. python_text: the first lines of documents. The
@@ -23,7 +23,7 @@ NUM_LINES, NUM_CHOICES, MIN_CHARACTERS = 10, 4, 20
 class Tasks:
     """Tasks."""
 
-    corpus: str = flag(REQUIRED, "folder of examples/quickstart/corpus.py")
+    corpus: str = flag(REQUIRED, "folder of examples/from-scratch/corpus.py")
     output: str = flag(REQUIRED, "folder to write")
     samples: int = flag(60, "questions, and documents", at_least=4)
 

@@ -1,7 +1,7 @@
-"""Retrain the quickstart's pruned students with every loss, alone and with cross entropy.
+"""Retrain from-scratch's pruned students with every loss, alone and with cross entropy.
 
-    bash examples/quickstart/run.sh                     # makes the teacher, the data and .venv
-    .venv/bin/python examples/losses/run.py [--quickstart runs/quickstart] [--jobs 2]
+    bash examples/from-scratch/run.sh                     # makes the teacher, the data and .venv
+    .venv/bin/python examples/losses/run.py [--from-scratch runs/from-scratch] [--jobs 2]
 
 The questions of Tables 14 to 17 (arXiv 2407.14679) in small: two students, one cut in width and one
 to half of the layers, the same steps and data for every loss. All are judged by the validation loss
@@ -59,7 +59,7 @@ FLAGS = LOSSES | HIDDEN | {RUNS["width"][-1]: ["--kd-hidden-states", "2:2,embedd
 class Experiment:
     """Experiment."""
 
-    quickstart: str = flag("runs/quickstart", "folder of a finished quickstart")
+    from_scratch: str = flag("runs/from-scratch", "folder of a finished examples/from-scratch")
     output: str = flag("runs/losses", "folder of the students and results")
     train_iters: int = flag(150, "steps of 16 samples of 128 tokens", at_least=1)
     eval_iters: int = flag(50, "validation batches of 16 samples", at_least=1)
@@ -76,9 +76,9 @@ class ExperimentFlags:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run everything that has no result yet and write the table."""
     options = parse(ExperimentFlags, argv).experiment
-    if not (Path(options.quickstart) / "done" / "teacher").exists():
+    if not (Path(options.from_scratch) / "done" / "teacher").exists():
         raise UserError(
-            f"--quickstart {options.quickstart}: no finished teacher; run the quickstart first.",
+            f"--from-scratch {options.from_scratch}: no finished teacher; run from-scratch first.",
             USAGE,
         )
     for student in STUDENTS:
@@ -112,7 +112,7 @@ def table(student: str, results: Mapping[tuple[str, str, str], Mapping[str, floa
 
 def shared(options: Experiment) -> list[str]:
     """Return the flags of samples and tokenizer."""
-    model = str(Path(options.quickstart) / "corpus/tokenizer.model")
+    model = str(Path(options.from_scratch) / "corpus/tokenizer.model")
     tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
     shape = ["--bf16", "--seq-length", "128", "--micro-batch-size", "8", "--num-workers", "0"]
     return [*shape, *tokenizer]
@@ -120,14 +120,14 @@ def shared(options: Experiment) -> list[str]:
 
 def train_data(options: Experiment) -> list[str]:
     """Return the flags of the training data."""
-    return ["--train-data-path", str(Path(options.quickstart) / "data/train_text_document")]
+    return ["--train-data-path", str(Path(options.from_scratch) / "data/train_text_document")]
 
 
 def prune(student: str, options: Experiment) -> None:
-    """Make a student of the teacher, with the quickstart's calibration."""
+    """Make a student of the teacher, with from-scratch's calibration."""
     folder = Path(options.output) / student
     if not (folder / "pruned/release").exists():
-        teacher = str(Path(options.quickstart) / "teacher")
+        teacher = str(Path(options.from_scratch) / "teacher")
         where = ["--load", teacher, "--save", str(folder / "pruned")]
         samples = ["--calibration-samples", "256", *shared(options), *train_data(options)]
         call("prune.py", [*where, *samples, *STUDENTS[student]], folder)
@@ -138,7 +138,7 @@ def measure(student: str, name: str, seed: str, options: Experiment) -> dict[str
     pruned = Path(options.output) / student / "pruned"
     words = name if seed == SEEDS[0] else f"{name}, seed {seed}"
     folder = pruned.parent / words.replace(", ", "-").replace(" ", "-").replace(":", "")
-    teacher = ["--teacher-load", str(Path(options.quickstart) / "teacher")]
+    teacher = ["--teacher-load", str(Path(options.from_scratch) / "teacher")]
     steps, warmup = str(options.train_iters), str(max(1, options.train_iters // 8))
     if not (folder / "student/latest_checkpointed_iteration.txt").exists():
         schedule = ["--train-iters", steps, "--save-interval", steps, "--lr-warmup-iters", warmup]
@@ -151,7 +151,7 @@ def measure(student: str, name: str, seed: str, options: Experiment) -> dict[str
         argv = [*data, *schedule, *adam, *where, *loss]
         call("pretrain_distill.py", argv, folder)
     if not (folder / "evaluation/metrics.jsonl").exists():
-        valid = str(Path(options.quickstart) / "data/valid_text_document")
+        valid = str(Path(options.from_scratch) / "data/valid_text_document")
         where = ["--load", str(folder / "student"), "--save", str(folder / "evaluation")]
         evaluate = ["--skip-train", "--global-batch-size", "16", "--valid-data-path", valid]
         evaluate += ["--eval-iters", str(options.eval_iters), "--no-load-optim", "--no-load-rng"]

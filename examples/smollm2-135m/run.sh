@@ -38,7 +38,9 @@ fi
 : "${CALIBRATION_SAMPLES:=64}" "${EVAL_ITERS:=4}" "${EVAL_SAMPLES:=32}" "${NEW_TOKENS:=60}"
 : "${MEGABYTES:=8}" "${TARGETS:=$ROOT/examples/smollm2-135m/targets.yaml}" "${CONTROLS:=random}"
 SETTINGS="RANKS SEQ_LENGTH MICRO_BATCH BATCH ITERS RANK_ITERS LR MIN_LR WARMUP CORPUS
-    CALIBRATION_SAMPLES EVAL_ITERS EVAL_SAMPLES NEW_TOKENS MEGABYTES TARGETS CONTROLS HF DATA_FILES"
+    CALIBRATION_SAMPLES EVAL_ITERS EVAL_SAMPLES NEW_TOKENS MEGABYTES TARGETS CONTROLS HF TEXTS"
+# shellcheck disable=SC2034 # read by its name
+TEXTS=${DATA_FILES[*]-}
 PROMPTS=("The capital of France is" "Once upon a time, there was a" "In physics, energy is"
     "The following table shows" "To list the files of a folder, use the command")
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
