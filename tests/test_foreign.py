@@ -20,6 +20,7 @@ from megatron_ext.arch import LAYER_PREFIXES, LEFT_OUT, Arch, check_left_out
 from megatron_ext.checkpoint import checkpoints, safe_load, saved_args, writer
 from megatron_ext.checkpoint.foreign_args import FILES, args_of, read_args
 from megatron_ext.checkpoint.slices import layer_key
+from megatron_ext.cli.programs import megatron_command_line
 from megatron_ext.model.build import ModelOptions, build_model
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE
@@ -293,6 +294,24 @@ def test_sizes_of_bridge_and_nemo(tmp_path):
         (bridge / "iter_0000005/run_config.yaml").write_text(text)
         code, line = fail("tools.inspect_checkpoint", ["--load", str(bridge)])
         assert (code, "run_config.yaml cannot be read" in line) == (CHECKPOINT, True)
+
+
+def test_typed_sizes_of_a_checkpoint_that_says_none(tmp_path):
+    own, bare = str(tmp_path / "own"), tmp_path / "bare"
+    write_model(own, LLAMA)
+    run_ranks(1, rewrite, own, bare, "core 0.16", None)
+    keep_two = ["--target-num-layers", "2", *RANDOM]
+    code, line = fail("prune", ["--load", str(bare), "--save", str(tmp_path / "no"), *keep_two])
+    assert (code, "Type them: --num-layers" in line) == (CHECKPOINT, True)
+    typed = megatron_command_line(LLAMA).split()
+    for load, save, sizes in ((own, "a", []), (str(bare), "b", typed)):
+        succeed("prune", ["--load", load, "--save", str(tmp_path / save), *keep_two, *sizes])
+    assert_same_bytes(*(read_tensors(str(tmp_path / save)) for save in ("a", "b")))
+    pruned = checkpoints.read(str(tmp_path / "b")).with_tokens(LLAMA.vocab_size)
+    assert pruned.arch == replace(LLAMA, num_layers=2)
+    wrong = ["--load", str(bare), "--save", str(tmp_path / "c"), *keep_two, *typed]
+    code, line = fail("prune", [*wrong, "--ffn-hidden-size", str(LLAMA.ffn_hidden_size + 8)])
+    assert code == CHECKPOINT
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import yaml
 
 from megatron_ext.arch import Arch, shape, weights
 from megatron_ext.checkpoint import checkpoints
+from megatron_ext.cli.programs import megatron_command_line
 from megatron_ext.pruning.plan import load_plan
 from megatron_ext.pruning.scores_file import load_scores, save_scores
 from megatron_ext.runtime.errors import CHECKPOINT, DATA, RUNTIME, USAGE
@@ -484,6 +485,25 @@ def test_bad_flags(flags, code, words, llama, tmp_path):
     assert "\n" not in message
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert_same_bytes(read_tensors(llama.save), before)
+
+
+def test_model_flags_are_compared_with_the_checkpoint(llama, tmp_path):
+    """${MODEL_ARGS} of a launch script are typed at pruning as they are."""
+    same = [*megatron_command_line(llama.arch).split(), "--no-masked-softmax-fusion"]
+    argv = ["--load", llama.load, *llama.data, *llama.targets, "--save", str(tmp_path / "save")]
+    succeed("prune", [*argv, *same])
+    assert_same_bytes(read_tensors(str(tmp_path / "save")), read_tensors(llama.save))
+    shutil.rmtree(tmp_path / "save")
+    for extra in ([], ["--dry-run"]):
+        typed = [*same, "--hidden-size", "50", "--attention-dropout", "0.3", *extra]
+        code, message = fail("prune", [*argv, *typed])
+        lines = [line.split() for line in message.splitlines()[-2:]]
+        assert code == CHECKPOINT
+        assert lines == [
+            ["flag", "checkpoint", "command", "line"],
+            ["--hidden-size", str(llama.arch.hidden_size), "50"],
+        ]
+    assert not (tmp_path / "save").exists()
 
 
 @pytest.mark.parametrize("verify", [[], ["--no-verify-integrity"]], ids=["hashes", "no hashes"])

@@ -27,10 +27,9 @@ from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.axes import SIZES
 from megatron_ext.checkpoint.quick_read import glance
 from megatron_ext.checkpoint.unpickling import trust
-from megatron_ext.cli.ignored_flags import IGNORED_IN_TRAINING
 from megatron_ext.cli.megatron_flags import trust_flag
 from megatron_ext.cli.parser import REQUIRED, dashed, flag, parse, read
-from megatron_ext.cli.programs import TrainFlags
+from megatron_ext.cli.programs import OTHERS_IN_TRAINING, TrainFlags
 from megatron_ext.report import curve, markdown_table, new_figure, plot_curves, read_metrics
 from megatron_ext.runtime.errors import CHECKPOINT, INTERRUPTED, RUNTIME, USAGE, UserError, run_main
 from megatron_ext.runtime.extras import need
@@ -101,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_training_flags(rest: Sequence[str]) -> None:
     """Refuse flags without which there is nothing to rank, or that this program gives itself."""
-    typed = read(TrainFlags, rest, IGNORED_IN_TRAINING)
+    typed = read(TrainFlags, rest, OTHERS_IN_TRAINING)
     for name in ("load", "save", "teacher_load", "trust_checkpoint"):
         if name in typed:
             raise UserError(

@@ -14,7 +14,7 @@ unpickles plain data only. Checkpoints of Megatron-LM, Megatron Bridge and NeMo 
 import hashlib
 import json
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from megatron_ext.checkpoint.folder import (  # noqa: F401 (checkpoints.find sta
     locate,
 )
 from megatron_ext.checkpoint.slices import FIRST_WEIGHT, SliceReader
+from megatron_ext.cli.size_flags import args_of_sizes
 from megatron_ext.runtime.collective_errors import gather, on_all_ranks
 from megatron_ext.runtime.errors import CHECKPOINT, UserError, warn
 
@@ -57,10 +58,15 @@ NOT_WEIGHTS = (
 safe_load.install()
 
 
-def read(root: str, step: int | None = None) -> Checkpoint:
+def read(root: str, step: int | None = None, sizes: Mapping[str, Any] | None = None) -> Checkpoint:
     """Return the checkpoint under ``root``, its weights still on disk. No collectives.
 
     Only plain data is unpickled (``safe_load``).
+
+    Args:
+        root: a folder as of ``folder.find``.
+        step: its iteration; None for the latest.
+        sizes: typed sizes (``cli.size_flags``), which hold where nothing beside it says them.
 
     Raises:
         UserError: there is none, it is damaged, or nothing says the model's sizes.
@@ -75,7 +81,7 @@ def read(root: str, step: int | None = None) -> Checkpoint:
             f"{safe_load.place_of_common(folder)}: holds no table of settings.", CHECKPOINT
         )
     if not isinstance(common.get("args"), Namespace):
-        common = {**common, "args": Namespace(**_args_beside(folder))}
+        common = {**common, "args": Namespace(**_args_beside(folder, sizes or {}))}
     return Checkpoint(folder, common)
 
 
@@ -94,17 +100,19 @@ def _unread_common(folder: Path, error: Exception) -> UserError:
     return UserError(f"{place} cannot be read: {reason}.", CHECKPOINT)
 
 
-def _args_beside(folder: Path) -> dict[str, Any]:
-    """Return the args of a checkpoint that has none, from the files of those who write none."""
+def _args_beside(folder: Path, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the args of a checkpoint that has none, from other files or typed sizes."""
     size, dtype = SliceReader(folder).shapes.get(FIRST_WEIGHT, ((0,), torch.float32))
     try:
         args = foreign_args.read_args(folder, size[0])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: {error}.", CHECKPOINT) from error
+    if args is None and sizes:
+        args = args_of_sizes(sizes, size[0])
     if args is None:
         raise UserError(
             f"{folder}: no saved args and no {' or '.join(foreign_args.FILES)}: the model's sizes "
-            "are not known.",
+            "are not known. Type them: --num-layers and the others.",
             CHECKPOINT,
         )
     return {**args, "params_dtype": dtype}

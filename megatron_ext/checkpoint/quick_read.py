@@ -9,6 +9,7 @@ import pickle
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
+from collections.abc import Mapping
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +23,9 @@ PLAIN = {"argparse.Namespace": Namespace, "collections.OrderedDict": OrderedDict
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
 
 
-def glance(root: str, step: int | None = None) -> Checkpoint:
+def glance(
+    root: str, step: int | None = None, sizes: Mapping[str, Any] | None = None
+) -> Checkpoint:
     """Return what ``checkpoints.read`` does, with stand-ins for what is not plain in the args.
 
     Raises:
@@ -35,7 +38,7 @@ def glance(root: str, step: int | None = None) -> Checkpoint:
         return Checkpoint(folder, common)
     with heavy.imports():
         from megatron_ext.checkpoint import checkpoints
-    return checkpoints.read(str(folder))
+    return checkpoints.read(str(folder), sizes=sizes)
 
 
 def _common(folder: Path) -> Any:

@@ -59,6 +59,11 @@ def layout_problems(parallel: group.Parallel, seq_length: int, world_size: int) 
             f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} x "
             f"--context-parallel-size {cp} = {model_parallel_size(parallel)}."
         )
+    if parallel.expert_tensor_parallel_size not in (None, tp):
+        yield (
+            f"--expert-tensor-parallel-size {parallel.expert_tensor_parallel_size}: experts are "
+            f"split as the other layers are, over --tensor-model-parallel-size {tp}; leave it out."
+        )
     ep = parallel.expert_model_parallel_size
     pp = parallel.pipeline_model_parallel_size
     if world_size // (tp * pp) % ep:

@@ -65,6 +65,10 @@ class Parallel:
         1, "data and context parallel ranks that share the experts (EP); TP splits each", at_least=1
     )
 
+    expert_tensor_parallel_size: int | None = flag(
+        None, "ranks that share an expert's layers: the same as those of the others", at_least=1
+    )
+
     # What pruning does not offer: its hooks read the order in which this one gathers tokens.
     moe_token_dispatcher_type = "allgather"
     moe_grouped_gemm = False
@@ -217,6 +221,9 @@ class TrainPrecision(Precision):
         None, "fixed factor on the loss under fp16; default adapts it", above=0
     )
     initial_loss_scale: float = flag(2.0**32, "where the adapted factor begins", at_least=1)
+    min_loss_scale: float = flag(1.0, "lowest factor that it adapts to", above=0)
+    loss_scale_window: float = flag(1000, "steps without overflow before it grows", at_least=1)
+    hysteresis: int = flag(2, "steps with overflow before it shrinks", at_least=1)
     grad_reduce_in_bf16: bool = flag(
         False, "reduce gradients in bfloat16 instead of float32, under bf16"
     )

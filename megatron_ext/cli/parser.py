@@ -23,7 +23,8 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from megatron_ext.runtime.errors import USAGE, UserError, warn
+from megatron_ext.cli.option_rows import Option, judge
+from megatron_ext.runtime.errors import USAGE, UserError
 
 REQUIRED: Any = dataclasses.MISSING
 BOUNDS = {
@@ -33,6 +34,10 @@ BOUNDS = {
     "below": (operator.lt, "<"),
 }
 METAVARS = {int: "N", float: "X", str: "TEXT"}
+OTHERS = (
+    "Every other option of Megatron-LM is known: typed, it is refused, or named as one without "
+    "effect, with the reason."
+)
 
 
 def flag(
@@ -99,26 +104,23 @@ def all_options(program: type) -> list[str]:
     return sorted(names)
 
 
-def read(
-    program: type, argv: Sequence[str], ignored: Mapping[str, tuple[int, str]]
-) -> dict[str, Any]:
+def read(program: type, argv: Sequence[str], others: Mapping[str, Option]) -> dict[str, Any]:
     """Return what ``argv`` says, by field name; nothing that was not typed.
 
     Args:
         program: the dataclass of groups.
         argv: the command line without the program's name.
-        ignored: option -> (number of its values, why it has no effect). They are accepted with one
-            warning line on rank 0 that names all that were typed.
+        others: the options that are no fields; those that were typed are judged.
 
     Raises:
-        UserError: unknown flag, bad value, number out of bounds.
+        UserError: unknown or refused flag, bad value, number out of bounds.
     """
-    parser = _make_parser(program, ignored)
+    parser = _make_parser(program, others)
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        raise UserError(_unknown_flags(unknown, all_options(program)), USAGE)
+        raise UserError(_unknown_flags(unknown, [*all_options(program), *others]), USAGE)
     typed = vars(namespace)
-    _warn_of_ignored(typed.pop("ignored"), ignored)
+    judge(typed.pop("others"), others)
     for field in flag_fields(program):
         if field.name in typed:
             _check_bounds(field, typed[field.name])
@@ -154,6 +156,23 @@ def parse[Program](program: type[Program], argv: Sequence[str] | None) -> Progra
     return build(program, typed)
 
 
+def options_of(group: type, reason: str, *, refused: bool = False) -> dict[str, Option]:
+    """Return the options of a group of another program, which this one has not, by name."""
+    hints, found = typing.get_type_hints(group), {}
+    for field in dataclasses.fields(group):
+        is_switch, is_many = (
+            hints[field.name] is bool,
+            typing.get_origin(hints[field.name]) is tuple,
+        )
+        nargs = 0 if is_switch else "*" if is_many else None
+        neutral = () if is_switch or is_many else (str(field.default),)
+        for name in (option(field), *field.metadata["aliases"]):
+            found[name] = Option(nargs, neutral, reason, refused)
+        for name in field.metadata["shorthands"]:
+            found[name] = Option(0, (), reason, refused)
+    return found
+
+
 def flags_as_dict(flags: Any) -> dict[str, Any]:
     """Return every flag of a parsed program by name, in plain values that JSON can hold.
 
@@ -181,29 +200,29 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "), USAGE)
 
 
-class _Ignore(argparse.Action):
-    """Remember that an option without effect was typed."""
+class _Remember(argparse.Action):
+    """Remember that an option was typed which is no field."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, name: str | None = None) -> None:
-        namespace.ignored.append(name)
+        namespace.others.append((name, [values] if isinstance(values, str) else values))
 
 
-def _make_parser(program: type, ignored: Mapping[str, tuple[int, str]]) -> _Parser:
+def _make_parser(program: type, others: Mapping[str, Option]) -> _Parser:
     parser = _Parser(
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         usage="%(prog)s [flags]",
         description=program.__doc__,
-        epilog=f"Accepted without effect: {' '.join(ignored)}" if ignored else None,
+        epilog=OTHERS if others else None,
     )
-    parser.set_defaults(ignored=[])
+    parser.set_defaults(others=[])
     for group in groups(program).values():
         section = parser.add_argument_group((group.__doc__ or "").rstrip("."))
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
             _add(section, field, hints[field.name])
-    for name, (num_values, _) in ignored.items():
-        parser.add_argument(name, action=_Ignore, nargs=num_values, help=argparse.SUPPRESS)
+    for name, other in others.items():
+        parser.add_argument(name, action=_Remember, nargs=other.nargs, help=argparse.SUPPRESS)
     return parser
 
 
@@ -253,13 +272,3 @@ def _unknown_flags(unknown: Sequence[str], known: Sequence[str]) -> str:
     close = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.7) for name in names}
     hints = [f"{name} (did you mean {c[0]}?)" if c else name for name, c in close.items()]
     return f"unknown flag {', '.join(hints)}. --help lists all flags."
-
-
-def _warn_of_ignored(typed: Sequence[str], ignored: Mapping[str, tuple[int, str]]) -> None:
-    if not typed:
-        return
-    by_reason: dict[str, list[str]] = {}
-    for name in dict.fromkeys(typed):
-        by_reason.setdefault(ignored[name][1], []).append(name)
-    parts = [f"{' '.join(names)} ({reason})" for reason, names in by_reason.items()]
-    warn(f"flags without effect: {', '.join(parts)}.")

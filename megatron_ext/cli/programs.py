@@ -1,11 +1,6 @@
 """The command lines of the two programs, parsed and checked before any process group exists.
 
-flag_parser   dataclasses as flags: knows no flag
-flag_groups   Megatron-LM's flags, own_flags those it does not have: add one there
-ignored_flags those that have no effect here
-model_flags   the flags that describe a model, and how they meet a checkpoint
-flag_checks   what may not go together between flags
-flags         (here) what each program gets, and whether a model fits a layout
+Here is what each program gets, and whether a model fits a layout; README.md says where the rest is.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,9 +14,21 @@ from megatron_ext.cli import flag_checks as check
 from megatron_ext.cli import megatron_flags as group
 from megatron_ext.cli import method_flags as own
 from megatron_ext.cli.data_args import with_data_args
-from megatron_ext.cli.ignored_flags import IGNORED_IN_PRUNING, IGNORED_IN_TRAINING
+from megatron_ext.cli.flags_without_effect import WITHOUT_EFFECT
 from megatron_ext.cli.modelopt_yaml import read_kd_cfg
-from megatron_ext.cli.parser import build, dashed, flags_as_dict, format_flags, missing, read
+from megatron_ext.cli.option_rows import Option, options
+from megatron_ext.cli.parser import (
+    all_options,
+    build,
+    dashed,
+    flags_as_dict,
+    format_flags,
+    groups,
+    missing,
+    options_of,
+    read,
+)
+from megatron_ext.cli.refused_flags import REFUSED, REFUSED_IN_TRAINING
 from megatron_ext.cli.size_flags import (
     Sizes,
     check_against_checkpoint,
@@ -33,6 +40,8 @@ from megatron_ext.model import cuda_graphs, fp8, tp_overlap
 from megatron_ext.runtime.errors import USAGE, UserError
 
 __all__ = [
+    "OTHERS_IN_PRUNING",
+    "OTHERS_IN_TRAINING",
     "PruneFlags",
     "TrainFlags",
     "check_against_checkpoint",
@@ -74,6 +83,8 @@ class TrainFlags:
 class PruneFlags:
     """Prune a checkpoint: scores, plan, cut. The model's sizes come from the checkpoint."""
 
+    sizes: Annotated[dict[str, Any], Sizes]
+    """Typed sizes only, which the checkpoint must have too."""
     parallel: group.Parallel
     batch: group.Batch
     precision: group.Precision
@@ -81,6 +92,39 @@ class PruneFlags:
     checkpoint: group.Checkpoint
     prune: own.Prune
     dry: own.DryRun
+
+
+# Why a training flag is none of pruning, by group. What would change scores is refused.
+OF_TRAINING_ONLY = {
+    "parallel": "scores do not depend on it",
+    "batch": "nothing is trained",
+    "optimizer": "nothing is trained",
+    "precision": "nothing is trained",
+    "graphs": "scores are measured without it",
+    "overlap": "scores are measured without it",
+    "data": "scores are measured on the training split, over all of its tokens",
+    "checkpoint": "nothing is trained, and what is pruned is written once",
+    "log": "nothing is trained",
+}
+
+
+def _others_in_pruning() -> dict[str, Option]:
+    trained, pruned = groups(TrainFlags), set(all_options(PruneFlags))
+    found = {}
+    for name, reason in OF_TRAINING_ONLY.items():
+        found |= options_of(trained[name], reason)
+    found |= options_of(
+        trained["fp8"], "scores are measured in --bf16 or float32; leave it out", refused=True
+    )
+    untrained = [("nothing is trained", words) for _, words in REFUSED_IN_TRAINING]
+    found |= options([*WITHOUT_EFFECT, *untrained]) | options(REFUSED, refused=True)
+    return {name: option for name, option in found.items() if name not in pruned}
+
+
+OTHERS_IN_TRAINING = options(WITHOUT_EFFECT) | options(
+    [*REFUSED, *REFUSED_IN_TRAINING], refused=True
+)
+OTHERS_IN_PRUNING = _others_in_pruning()
 
 
 def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
@@ -92,7 +136,7 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
     Raises:
         UserError: with code ``USAGE``, for the first problem; missing flags all at once.
     """
-    typed = read(TrainFlags, argv, IGNORED_IN_TRAINING)
+    typed = read(TrainFlags, argv, OTHERS_IN_TRAINING)
     if "export_kd_cfg" in typed:
         typed = read_kd_cfg(typed["export_kd_cfg"]) | typed
     training = not typed.get("skip_train")
@@ -149,7 +193,7 @@ def parse_prune(argv: Sequence[str], world_size: int) -> PruneFlags:
     Raises:
         UserError: with code ``USAGE``, for the first problem; missing flags all at once.
     """
-    typed = read(PruneFlags, argv, IGNORED_IN_PRUNING)
+    typed = read(PruneFlags, argv, OTHERS_IN_PRUNING)
     check.refuse(_missing(missing(PruneFlags, typed) + ["--load"] * ("load" not in typed)))
     flags = build(PruneFlags, typed)
     check.refuse(check.dry_run_problems(flags.dry))

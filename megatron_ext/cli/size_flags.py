@@ -7,8 +7,8 @@ from dataclasses import Field, asdict, dataclass, fields, replace
 from typing import Any
 
 from megatron_ext.arch import LOAD_BALANCING, Arch, is_gelu
-from megatron_ext.cli.parser import flag, option
-from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
+from megatron_ext.cli.parser import dashed, flag, option
+from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError, warn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,13 @@ class Sizes:
         0.1, "share of layer outputs dropped in training", at_least=0, below=1
     )
     make_vocab_size_divisible_by: int = flag(
-        128, "pad a new vocabulary to a multiple of this (whatever the layout)", at_least=1
+        128,
+        "pad a new vocabulary to a multiple of this (whatever the layout)",
+        at_least=1,
+        shorthands={"--no-pad-vocab-size": 1, "--disable-pad-vocab-size": 1},
+    )
+    padded_vocab_size: int | None = flag(
+        None, "rows of a new vocabulary; default by --make-vocab-size-divisible-by", at_least=1
     )
 
 
@@ -104,6 +110,7 @@ REQUIRED_SIZES = (
 FREE = (
     "attention_dropout",
     "hidden_dropout",
+    "init_method_std",
     "moe_router_load_balancing_type",
     "moe_aux_loss_coeff",
 )
@@ -149,9 +156,11 @@ def new_arch(sizes: Mapping[str, Any], vocab_size: int) -> Arch:
         values["num_query_groups"] = heads
     # Megatron-LM pads to a multiple of this times TP. Sizes must not depend on the layout.
     multiple = values.pop("make_vocab_size_divisible_by")
-    padded = -(-vocab_size // multiple) * multiple
+    values["padded_vocab_size"] = (
+        values["padded_vocab_size"] or -(-vocab_size // multiple) * multiple
+    )
     with _refused():
-        return Arch(vocab_size=vocab_size, padded_vocab_size=padded, **values)
+        return Arch(vocab_size=vocab_size, **values)
 
 
 @contextlib.contextmanager
@@ -164,7 +173,7 @@ def _refused() -> Iterator[None]:
 
 
 def check_against_checkpoint(sizes: Mapping[str, Any], arch: Arch) -> Arch:
-    """Return the checkpoint's ``arch`` with the typed dropouts and load balancing.
+    """Return the checkpoint's ``arch`` with what is typed of training alone (``FREE``).
 
     Raises:
         UserError: a typed size contradicts the checkpoint, all of them in one table; or load
@@ -190,12 +199,46 @@ def check_against_checkpoint(sizes: Mapping[str, Any], arch: Arch) -> Arch:
         return replace(arch, **{name: sizes[name] for name in FREE if name in sizes})
 
 
+def check_source(sizes: Mapping[str, Any], arch: Arch) -> None:
+    """Check that the checkpoint to be pruned, ``arch``, has the typed sizes.
+
+    What is of training alone may differ: the checkpoint's stays, with a warning.
+
+    Raises:
+        UserError: as ``check_against_checkpoint``.
+    """
+    check_against_checkpoint(sizes, arch)
+    for name in FREE:
+        if sizes.get(name, getattr(arch, name)) != getattr(arch, name):
+            warn(
+                f"{dashed(name)} {sizes[name]}: pruning keeps the checkpoint's "
+                f"{getattr(arch, name)}, which matters in training only."
+            )
+
+
+def args_of_sizes(sizes: Mapping[str, Any], embedding_rows: int) -> dict[str, Any]:
+    """Return what a checkpoint without args would have saved: the typed sizes.
+
+    Args:
+        sizes: by the names of ``Sizes``.
+        embedding_rows: of its word embeddings, the padded vocabulary; how many stand for tokens is
+            not known.
+
+    Raises:
+        UserError: as ``new_arch``.
+    """
+    arch = new_arch({"padded_vocab_size": embedding_rows, **sizes}, embedding_rows)
+    return {**arch.to_args(), "tokenizer_type": None}
+
+
 def megatron_command_line(arch: Arch) -> str:
     """Return the flags that tell Megatron-LM this architecture, in one line."""
     values = arch.to_args() | {"make_vocab_size_divisible_by": vocab_multiple(arch)}
     words = []
     for field in fields(Sizes):
         value = values[field.name]
+        if field.name == "padded_vocab_size":
+            continue  # follows, and Megatron-LM before 0.19 has no such flag
         if value is None or (field.name.startswith("moe_") and arch.num_experts is None):
             continue
         if field.name == "bias_gelu_fusion" and not is_gelu(values):

@@ -41,6 +41,7 @@ class Graphs:
         "what is captured: whole steps (full_iteration), or of the student's layers the parts "
         "named; default these layers (full)",
         choices=SCOPES,
+        aliases=("--cuda-graph-modules",),
     )
     cuda_graph_warmup_steps: int = flag(3, "steps before the capture", at_least=0)
 

@@ -42,7 +42,12 @@ class Fp8:
     fp8_amax_compute_algo: str = flag(
         "most_recent", "of delayed: which of them counts", choices=("most_recent", "max")
     )
-    fp8_wgrad: bool = flag(True, "of delayed: weight gradients not in FP8", off="--no-fp8-wgrad")
+    fp8_wgrad: bool = flag(
+        True,
+        "of delayed: weight gradients not in FP8",
+        off="--no-fp8-wgrad",
+        aliases=("--disable-fp8-wgrad",),
+    )
     fp8_param_gather: bool = flag(
         False, "keep weights in FP8; needs the distributed optimizer and a checkpoint to begin with"
     )

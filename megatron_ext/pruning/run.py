@@ -47,7 +47,7 @@ from megatron_ext.training.state import restore_weights
 
 def prune(flags: PruneFlags, folder: Path) -> int:
     """Prune the checkpoint in ``folder``; returns the exit code."""
-    source = checkpoints.read(str(folder))
+    source = checkpoints.read(str(folder), sizes=flags.sizes)
     if flags.data.tokenizer_type and not source.knows_tokens:
         source = source.with_tokens(datasets.build_tokenizer(flags.data).vocab_size)
     jobs, found = check_jobs(flags, source.arch)

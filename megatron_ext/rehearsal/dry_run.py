@@ -22,6 +22,7 @@ from megatron_ext.cli.programs import (
     measures,
     new_arch,
 )
+from megatron_ext.cli.size_flags import check_source
 from megatron_ext.convert.config import arch_of, with_positions
 from megatron_ext.data import data_check
 from megatron_ext.data.vocabulary import vocab_size
@@ -41,15 +42,26 @@ NEW = "the flags"
 """Where the sizes of a new model stand."""
 
 
-def found_arch(folder: str | None, step: int | None = None) -> Arch | None:
-    """Return the sizes of the model in ``folder``, or None if no checkpoint is there yet."""
+def found_arch(
+    folder: str | None, step: int | None = None, sizes: Mapping[str, Any] | None = None
+) -> Arch | None:
+    """Return the sizes of the model in ``folder``, or None if no checkpoint is there yet.
+
+    ``sizes`` were typed, and hold where the checkpoint says none.
+    """
     if folder is None or not Path(folder).exists():
         return None
     found = find(folder, step)
-    return glance(str(found)).arch if found else None
+    return glance(str(found), sizes=sizes).arch if found else None
 
 
-def arch_at(flag: str, folder: str | None, step: int | None, config: str | None) -> Named:
+def arch_at(
+    flag: str,
+    folder: str | None,
+    step: int | None,
+    config: str | None,
+    sizes: Mapping[str, Any] | None = None,
+) -> Named:
     """Return the model that ``folder`` holds or will hold.
 
     Args:
@@ -57,11 +69,12 @@ def arch_at(flag: str, folder: str | None, step: int | None, config: str | None)
         folder: of a checkpoint.
         step: its iteration; None for the latest.
         config: a Hugging Face config.json, used where there is no checkpoint.
+        sizes: as of ``found_arch``.
 
     Raises:
         UserError: neither is there, or it cannot be read.
     """
-    arch = found_arch(folder, step)
+    arch = found_arch(folder, step, sizes)
     if arch is not None:
         return arch, str(folder)
     option = "--teacher-config" if flag == "--teacher-load" else "--load-config"
@@ -110,7 +123,7 @@ def student_of(flags: TrainFlags) -> Named:
         (options.load, options.ckpt_step),
         (options.pretrained_checkpoint, None),
     ):
-        arch = found_arch(folder, step)
+        arch = found_arch(folder, step, flags.sizes)
         if arch is not None:
             return check_against_checkpoint(flags.sizes, arch), str(folder)
     may_be_new = options.load in (None, options.save) and not options.pretrained_checkpoint
@@ -179,7 +192,10 @@ def check_layers_there(flags: TrainFlags) -> None:
 def prune(flags: PruneFlags, world_size: int) -> int:
     """Rehearse ``prune.py``; returns the exit code."""
     options, is_measured = flags.checkpoint, measures(flags.checkpoint, flags.prune)
-    source, where = arch_at("--load", options.load, options.ckpt_step, flags.dry.load_config)
+    source, where = arch_at(
+        "--load", options.load, options.ckpt_step, flags.dry.load_config, flags.sizes
+    )
+    check_source(flags.sizes, source)
     jobs, found = check_jobs(flags, source)
     check_outputs(flags, jobs, found)
     residual, scores = flags.prune.head_residual, flags.prune.scores

@@ -12,6 +12,7 @@ from megatron_ext.checkpoint.folder import Checkpoint, find
 from megatron_ext.checkpoint.quick_read import glance
 from megatron_ext.cli.flag_checks import model_parallel_size
 from megatron_ext.cli.programs import PruneFlags, TrainFlags, check_against_checkpoint, measures
+from megatron_ext.cli.size_flags import check_source
 from megatron_ext.data import data_check
 from megatron_ext.data.vocabulary import check_tokenizer_file
 from megatron_ext.distillation.settings import check_models
@@ -53,7 +54,7 @@ def _find_student(flags: TrainFlags) -> Start:
             return Start(glance(str(own)), resume=True)
     found = find(options.load, options.ckpt_step) if options.load else None
     if found:
-        source = glance(str(found))
+        source = glance(str(found), sizes=flags.sizes)
         is_own = options.load == options.save
         resume = source.iteration > 0 and (is_own or not options.finetune)
         return Start(source, resume)
@@ -85,7 +86,8 @@ def check_training(flags: TrainFlags, start: Start, world_size: int) -> None:
 
 def check_pruning(flags: PruneFlags, world_size: int) -> Path:
     """Refuse what ``prune.py`` cannot do with these files; return the checkpoint's folder."""
-    source = glance(flags.checkpoint.load, flags.checkpoint.ckpt_step)
+    source = glance(flags.checkpoint.load, flags.checkpoint.ckpt_step, flags.sizes)
+    check_source(flags.sizes, source.arch)
     if flags.data.tokenizer_type:
         check_tokenizer_file(flags.data)
     if flags.prune.target_params is None:  # a search takes its time, and is done once

@@ -32,7 +32,8 @@ from megatron_ext.training.step import Batch
 def pretrain(flags: TrainFlags, start: Start) -> int:
     """Train the model that begins at ``start``; returns the exit code."""
     source, teacher = (
-        found and checkpoints.read(str(found.folder)) for found in (start.source, start.teacher)
+        found and checkpoints.read(str(found.folder), sizes=sizes)
+        for found, sizes in ((start.source, flags.sizes), (start.teacher, None))
     )
     start = replace(start, source=source, teacher=None)
     if start.resume:
