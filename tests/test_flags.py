@@ -366,7 +366,8 @@ TRAIN_OPTIONS = """
     --apply-residual-connection-post-layernorm --attention-backend --attention-dropout
     --bert-no-binary-head --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size
     --cp-comm-type --cuda-graph-impl --cuda-graph-modules --cuda-graph-scope
-    --cuda-graph-warmup-steps --data-args-path --data-cache-path --data-path --device
+    --cuda-graph-warmup-steps --data-args-path --data-cache-path --data-path --decoupled-lr
+    --decoupled-min-lr --deterministic-mode --device --disable-bf16-reduced-precision-matmul
     --disable-bias-linear --disable-fp8-wgrad --disable-pad-vocab-size --disable-tp-comm-bulk-dgrad
     --disable-tp-comm-bulk-wgrad --disable-tp-comm-overlap-ag --disable-tp-comm-overlap-rs
     --distributed-backend --distributed-timeout-minutes --dry-run --enable-cuda-graph
@@ -379,54 +380,58 @@ TRAIN_OPTIONS = """
     --hidden-size --hysteresis --init-method-std --initial-loss-scale --kd-alpha --kd-fused-output
     --kd-hidden-loss --kd-hidden-states --kd-jsd-beta --kd-lm-loss-weight --kd-loss --kd-loss-weight
     --kd-projection --kd-teacher-store --kd-temperature --kd-temperature-squared --kd-top-k
-    --kd-top-k-rest --kv-channels --load --load-config --log-interval --loss-scale
+    --kd-top-k-rest --kv-channels --load --load-config --log-interval --log-num-zeros-in-grad
+    --log-params-norm --log-progress --log-timers-to-tensorboard --logging-level --loss-scale
     --loss-scale-window --lr --lr-decay-iters --lr-decay-samples --lr-decay-style
     --lr-warmup-fraction --lr-warmup-init --lr-warmup-iters --lr-warmup-samples --lr-wsd-decay-iters
-    --lr-wsd-decay-style --make-vocab-size-divisible-by --manual-gc --manual-gc-interval
-    --max-position-embeddings --merge-file --mfu --micro-batch-size --min-loss-scale --min-lr
-    --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-grouped-gemm
-    --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
-    --moe-shared-expert-intermediate-size --moe-token-dispatcher-type --no-bias-gelu-fusion
-    --no-fp8-wgrad --no-load-optim --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication
-    --no-pad-vocab-size --no-save-optim --no-save-rng --no-tp-comm-bulk-dgrad
-    --no-tp-comm-bulk-wgrad --no-tp-comm-overlap-ag --no-tp-comm-overlap-rs --no-verify-integrity
-    --norm-epsilon --normalization --num-attention-heads --num-experts --num-layers
-    --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16
-    --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --lr-wsd-decay-samples --lr-wsd-decay-style --make-vocab-size-divisible-by --manual-gc
+    --manual-gc-interval --max-position-embeddings --merge-file --mfu --micro-batch-size
+    --min-loss-scale --min-lr --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size
+    --moe-grouped-gemm --moe-router-dtype --moe-router-load-balancing-type --moe-router-pre-softmax
+    --moe-router-topk --moe-shared-expert-intermediate-size --moe-token-dispatcher-type
+    --no-barrier-with-level-1-timing --no-bias-gelu-fusion --no-fp8-wgrad --no-load-optim
+    --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication --no-pad-vocab-size
+    --no-save-optim --no-save-rng --no-tp-comm-bulk-dgrad --no-tp-comm-bulk-wgrad
+    --no-tp-comm-overlap-ag --no-tp-comm-overlap-rs --no-verify-integrity --norm-epsilon
+    --normalization --num-attention-heads --num-experts --num-layers --num-layers-at-end-in-bf16
+    --num-layers-at-start-in-bf16 --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --optimizer --overlap-grad-reduce
     --overlap-p2p-communication-warmup-flush --overlap-param-gather --override-opt-param-scheduler
     --override-opt_param-scheduler --padded-vocab-size --per-split-data-args-path
     --persistent-save-interval --pipeline-model-parallel-layout --pipeline-model-parallel-size
-    --position-embedding-type --pretrained-checkpoint --progress --qk-layernorm
-    --recompute-activations --recompute-granularity --recompute-method --recompute-modules
-    --recompute-num-layers --reset-attention-mask --reset-position-ids --rope-scaling-factor
-    --rotary-base --rotary-percent --save --save-interval --save-retain-interval --seed --seq-length
-    --sequence-parallel --sgd-momentum --skip-train --split --squared-relu --start-weight-decay
-    --swiglu --teacher-config --teacher-fp8-format --teacher-load --tensor-model-parallel-size
-    --tensorboard-dir --test-data-path --tokenizer-model --tokenizer-type
+    --position-embedding-type --pretrained-checkpoint --profile --profile-ranks --profile-step-end
+    --profile-step-start --progress --pytorch-profiler-collect-callstack
+    --pytorch-profiler-collect-shapes --qk-layernorm --recompute-activations --recompute-granularity
+    --recompute-method --recompute-modules --recompute-num-layers --reset-attention-mask
+    --reset-position-ids --rope-scaling-factor --rotary-base --rotary-percent --save --save-interval
+    --save-retain-interval --seed --seq-length --sequence-parallel --sgd-momentum --skip-train
+    --split --squared-relu --start-weight-decay --swiglu --teacher-config --teacher-fp8-format
+    --teacher-load --tensor-model-parallel-size --tensorboard-dir --tensorboard-queue-size
+    --test-data-path --timing-log-level --timing-log-option --tokenizer-model --tokenizer-type
     --tp-comm-bootstrap-backend --tp-comm-overlap --tp-comm-overlap-cfg --tp-comm-overlap-rs-dgrad
     --train-data-path --train-iters --train-samples --transformer-impl --trust-checkpoint
     --trust-remote-code --untie-embeddings-and-output-weights --use-checkpoint-opt-param-scheduler
-    --use-checkpoint-opt_param-scheduler --use-distributed-optimizer --use-rope-scaling
-    --use-rotary-position-embeddings --valid-data-path --vocab-file --vocab-size --wandb-entity
-    --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay --weight-decay-incr-style
-    --world-size
+    --use-checkpoint-opt_param-scheduler --use-distributed-optimizer --use-pytorch-profiler
+    --use-rope-scaling --use-rotary-position-embeddings --valid-data-path --vocab-file --vocab-size
+    --wandb-entity --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay
+    --weight-decay-incr-style --world-size
 """
 PRUNE_OPTIONS = """
     --add-qkv-bias --apply-layernorm-1p --apply-residual-connection-post-layernorm
     --attention-backend --attention-dropout --bert-no-binary-head --bf16 --calibration-samples
     --ckpt-step --context-parallel-size --cp-comm-type --data-args-path --data-cache-path
-    --data-path --depth-block --depth-importance --depth-rescore --device --disable-bias-linear
-    --disable-pad-vocab-size --distributed-backend --distributed-timeout-minutes --dry-run
-    --expert-model-parallel-size --expert-tensor-parallel-size --ffn-hidden-size --fp16 --gpu
-    --group-query-attention --head-residual --help --hidden-dropout --hidden-size --importance
-    --importance-batch --importance-heads --importance-neurons --importance-sequence
-    --init-method-std --kv-channels --load --load-config --make-vocab-size-divisible-by
-    --max-position-embeddings --merge-file --mfu --micro-batch-size --mock-data --moe-aux-loss-coeff
-    --moe-ffn-hidden-size --moe-router-load-balancing-type --moe-router-pre-softmax
-    --moe-router-topk --moe-shared-expert-intermediate-size --no-bias-gelu-fusion
-    --no-mmap-bin-files --no-overlap-p2p-communication --no-pad-vocab-size --no-verify-integrity
-    --norm-epsilon --normalization --num-attention-heads --num-experts --num-layers
+    --data-path --depth-block --depth-importance --depth-rescore --deterministic-mode --device
+    --disable-bf16-reduced-precision-matmul --disable-bias-linear --disable-pad-vocab-size
+    --distributed-backend --distributed-timeout-minutes --dry-run --expert-model-parallel-size
+    --expert-tensor-parallel-size --ffn-hidden-size --fp16 --gpu --group-query-attention
+    --head-residual --help --hidden-dropout --hidden-size --importance --importance-batch
+    --importance-heads --importance-neurons --importance-sequence --init-method-std --kv-channels
+    --load --load-config --make-vocab-size-divisible-by --max-position-embeddings --merge-file --mfu
+    --micro-batch-size --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-router-dtype
+    --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
+    --moe-shared-expert-intermediate-size --no-bias-gelu-fusion --no-mmap-bin-files
+    --no-overlap-p2p-communication --no-pad-vocab-size --no-verify-integrity --norm-epsilon
+    --normalization --num-attention-heads --num-experts --num-layers
     --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --overlap-p2p-communication-warmup-flush
     --padded-vocab-size --per-split-data-args-path --pipeline-model-parallel-layout

@@ -151,7 +151,7 @@ def test_defaults_and_choices_are_megatrons_or_explained():
         if theirs["takes"] != 0 and (ours is REQUIRED or plain(ours) != plain(theirs["default"])):
             defaults.add(name)
         allowed = theirs["choices"] and {plain(value) for value in theirs["choices"]}
-        mine = field.metadata["choices"]
+        mine = [str(value) for value in field.metadata["choices"] or ()] or None
         if (allowed and set(allowed)) != (mine and set(mine)):
             assert not allowed or set(mine) < allowed, name
             choices.add(name)

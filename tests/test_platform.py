@@ -127,7 +127,7 @@ def _optimizers():
     shape = StepShape(num_microbatches=1, micro_batch_size=2, seq_length=8)
     before = chunk.output_layer.weight.detach().clone()
     _, apply = train_step(model, adam, [iter([batch])], shape, {"lm loss": 1.0}, groups)
-    updated, norm = apply()
+    updated, norm, _ = apply()
     return updated, norm, (chunk.output_layer.weight - before).abs().max().item()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_ext.cli import megatron_flags as group
 from megatron_ext.cli import method_flags as own
+from megatron_ext.cli.log_flags import Log, Profile
 from megatron_ext.cli.parser import dashed
 from megatron_ext.runtime.errors import USAGE, UserError
 
@@ -168,10 +169,12 @@ def length_problems(batch: group.TrainBatch, optimizer: group.Optimizer) -> Iter
         "--train-iters": batch.train_iters is not None,
         "--lr-decay-iters": o.lr_decay_iters is not None,
         "--lr-warmup-iters": bool(o.lr_warmup_iters),
+        "--lr-wsd-decay-iters": o.lr_wsd_decay_iters is not None,
     }
     of_samples = {
         "--lr-decay-samples": o.lr_decay_samples is not None,
         "--lr-warmup-samples": bool(o.lr_warmup_samples),
+        "--lr-wsd-decay-samples": o.lr_wsd_decay_samples is not None,
     }
     for name, given in (of_steps if in_samples else of_samples).items():
         if given and in_samples:
@@ -193,6 +196,13 @@ def schedule_problems(optimizer: group.Optimizer, batch: group.TrainBatch) -> It
     for name, value in (("--min-lr", o.min_lr), ("--lr-warmup-init", o.lr_warmup_init)):
         if value > o.lr:
             yield f"{name} {value} is larger than --lr {o.lr}."
+    if o.decoupled_lr is None and o.decoupled_min_lr is not None:
+        yield "--decoupled-min-lr needs --decoupled-lr."
+    elif o.decoupled_lr is not None:
+        name = "--min-lr" if o.decoupled_min_lr is None else "--decoupled-min-lr"
+        lowest = o.min_lr if o.decoupled_min_lr is None else o.decoupled_min_lr
+        if lowest > o.decoupled_lr:
+            yield f"{name} {lowest} is larger than --decoupled-lr {o.decoupled_lr}."
     decay = o.lr_decay_iters or train_iters
     decay_flag = "--lr-decay-iters" if o.lr_decay_iters else "--train-iters"
     if o.lr_warmup_fraction is not None and (o.lr_warmup_iters or o.lr_warmup_samples):
@@ -203,7 +213,8 @@ def schedule_problems(optimizer: group.Optimizer, batch: group.TrainBatch) -> It
         yield f"--lr-warmup-samples {o.lr_warmup_samples} must be below {decay_name}."
     if o.lr_warmup_iters >= decay:
         yield f"--lr-warmup-iters {o.lr_warmup_iters} must be below {decay_flag} {decay}."
-    if (o.lr_decay_style == "WSD") != (o.lr_wsd_decay_iters is not None):
+    wsd = (o.lr_wsd_decay_iters, o.lr_wsd_decay_samples)
+    if (o.lr_decay_style == "WSD") != (wsd != (None, None)):
         yield "--lr-decay-style WSD and --lr-wsd-decay-iters need each other."
     if (o.lr_wsd_decay_iters or 0) > decay:
         yield f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters} is above {decay_flag} {decay}."
@@ -318,8 +329,19 @@ def data_args_problems(data: group.Data) -> Iterator[str]:
             yield f"{dashed(name)} and the paths on the command line: give one of them."
 
 
-def log_problems(log: group.Log) -> Iterator[str]:
-    """Flags of a logger that is not asked for."""
+def log_problems(log: Log, profile: Profile, checkpoint: group.TrainCheckpoint) -> Iterator[str]:
+    """Flags of a logger or profiler that is not asked for, or without what it writes to."""
+    if log.log_timers_to_tensorboard and not log.timing_log_level:
+        yield "--log-timers-to-tensorboard needs --timing-log-level 1 or 2: nothing is timed at 0."
+    if log.log_progress and not checkpoint.save:
+        yield "--log-progress needs --save."
+    if profile.use_pytorch_profiler and not log.tensorboard_dir:
+        yield "--use-pytorch-profiler needs --tensorboard-dir."
+    if profile.profile and profile.profile_step_end <= profile.profile_step_start:
+        yield (
+            f"--profile-step-end {profile.profile_step_end} must be above --profile-step-start "
+            f"{profile.profile_step_start}."
+        )
     for name in ("wandb_exp_name", "wandb_entity", "wandb_save_dir"):
         if getattr(log, name) is not None and log.wandb_project is None:
             yield f"{dashed(name)} {getattr(log, name)} needs --wandb-project."

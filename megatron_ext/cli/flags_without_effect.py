@@ -9,8 +9,8 @@ WITHOUT_EFFECT = (
     (
         "always the case",
         "--use-mcore-models --use-dist-ckpt --use-checkpoint-args --auto-detect-ckpt-format "
-        "--attention-softmax-in-fp32 --use-cpu-initialization --verify-integrity "
-        "--no-use-tokenizer-model-from-checkpoint-args "
+        "--attention-softmax-in-fp32 --apply-query-key-layer-scaling --use-cpu-initialization "
+        "--verify-integrity --no-use-tokenizer-model-from-checkpoint-args "
         "--disable-use-tokenizer-model-from-checkpoint-args "
         "--tokenizer-hf-no-include-special-tokens --disable-gloo-process-groups --disable-msc "
         "--exit-signal-handler --exit-signal-handler-for-training --log-throughput "
@@ -94,17 +94,13 @@ WITHOUT_EFFECT = (
     ),
     (
         "not logged here",
-        "--tensorboard-log-interval=1 --log-params-norm --log-progress --timing-log-level=0 "
-        "--timing-log-option=minmax --tensorboard-queue-size=1000 --log-timers-to-tensorboard "
-        "--log-num-zeros-in-grad --logging-level= --profile --profile-step-start=10 "
-        "--profile-step-end=12 --use-pytorch-profiler --pytorch-profiler-collect-shapes "
-        "--pytorch-profiler-collect-callstack --pytorch-profiler-collect-chakra "
-        "--profile-ranks=... --no-log-loss-scale-to-tensorboard --log-memory-interval= "
+        "--tensorboard-log-interval=1 --pytorch-profiler-collect-chakra "
+        "--no-log-loss-scale-to-tensorboard --log-memory-interval= "
         "--disable-log-loss-scale-to-tensorboard --log-device-memory-used --log-energy "
         "--log-max-attention-logit --log-world-size-to-tensorboard --log-straggler "
         "--straggler-ctrlr-port=65535 --straggler-minmax-count=1 --disable-straggler-on-startup "
-        "--no-barrier-with-level-1-timing --run-workload-inspector-server --config-logger-dir= "
-        "--moe-per-layer-logging --moe-routing-trace-path= --moe-routing-trace-capture-logits "
+        "--run-workload-inspector-server --config-logger-dir= --moe-per-layer-logging "
+        "--moe-routing-trace-path= --moe-routing-trace-capture-logits "
         "--moe-routing-trace-max-training-iters= --moe-routing-trace-capture-hidden-states "
         "--moe-routing-trace-dump-weights --save-params-interval= --save-activations-interval= "
         "--save-tokens-per-expert-interval= --save-wgrads-interval= --save-dgrads-interval= "

@@ -42,6 +42,10 @@ class Parallel:
         None, "default nccl on CUDA, gloo on CPU", choices=("nccl", "gloo")
     )
     distributed_timeout_minutes: int = flag(10, "of every collective, minutes", at_least=1)
+    deterministic_mode: bool = flag(False, "only kernels that give the same bits each time; slower")
+    disable_bf16_reduced_precision_matmul: bool = flag(
+        False, "add products of bfloat16 matrices in float32 throughout, on a GPU"
+    )
     device: str | None = flag(
         None, "not in Megatron-LM; default cuda where there is one", choices=("cpu", "cuda")
     )
@@ -67,6 +71,10 @@ class Parallel:
 
     expert_tensor_parallel_size: int | None = flag(
         None, "ranks that share an expert's layers: the same as those of the others", at_least=1
+    )
+
+    moe_router_dtype: str | None = flag(
+        None, "of a router's scores; default the weights'", choices=("fp32", "fp64")
     )
 
     # What pruning does not offer: its hooks read the order in which this one gathers tokens.
@@ -155,6 +163,12 @@ class Optimizer:
     optimizer: str = flag("adam", "update rule", choices=("adam", "sgd"))
     lr: float | None = flag(None, "highest learning rate; needed to train", above=0)
     min_lr: float = flag(0.0, "lowest learning rate", at_least=0)
+    decoupled_lr: float | None = flag(
+        None, "highest learning rate of embedding and output layer; default lr", above=0
+    )
+    decoupled_min_lr: float | None = flag(
+        None, "lowest learning rate of embedding and output layer; default min-lr", at_least=0
+    )
     lr_decay_style: str = flag(
         "linear",
         "shape of the decay",
@@ -178,6 +192,9 @@ class Optimizer:
         choices=("exponential", "linear", "cosine", "minus_sqrt"),
     )
     lr_wsd_decay_iters: int | None = flag(None, "steps of the final decay of WSD", at_least=1)
+    lr_wsd_decay_samples: int | None = flag(
+        None, "the same in samples, with --train-samples", at_least=1
+    )
     weight_decay: float = flag(0.01, "decoupled for adam; not on biases and norms", at_least=0)
     start_weight_decay: float | None = flag(
         None, "weight decay at step 0, where it is not constant", at_least=0
@@ -345,18 +362,3 @@ class TrainCheckpoint(Checkpoint):
         False, "fail where --load has no checkpoint, also if it is --save"
     )
     ckpt_format: str = flag("torch_dist", "format on disk", choices=("torch_dist",))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Log:
-    """Evaluation and logging."""
-
-    log_interval: int = flag(100, "steps between log lines", at_least=1)
-    eval_iters: int = flag(100, "batches of one evaluation; 0 = none", at_least=0)
-    eval_interval: int | None = flag(None, "steps between evaluations; default none", at_least=1)
-    tensorboard_dir: str | None = flag(None, "folder of TensorBoard events; default none")
-    wandb_project: str | None = flag(None, "Weights & Biases project; default none")
-    wandb_exp_name: str | None = flag(None, "name of the run there")
-    wandb_entity: str | None = flag(None, "user or team there")
-    wandb_save_dir: str | None = flag(None, "folder of its files; default --save")
-    progress: bool = flag(False, "not in Megatron-LM; a progress bar with the time left")

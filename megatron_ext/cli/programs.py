@@ -15,6 +15,7 @@ from megatron_ext.cli import megatron_flags as group
 from megatron_ext.cli import method_flags as own
 from megatron_ext.cli.data_args import with_data_args
 from megatron_ext.cli.flags_without_effect import WITHOUT_EFFECT
+from megatron_ext.cli.log_flags import Log, Profile
 from megatron_ext.cli.modelopt_yaml import read_kd_cfg
 from megatron_ext.cli.option_rows import Option, options
 from megatron_ext.cli.parser import (
@@ -74,7 +75,8 @@ class TrainFlags:
     overlap: tp_overlap.TpOverlap
     data: group.TrainData
     checkpoint: group.TrainCheckpoint
-    log: group.Log
+    log: Log
+    profile: Profile
     distill: own.Distill
     dry: own.TrainDryRun
 
@@ -105,6 +107,7 @@ OF_TRAINING_ONLY = {
     "data": "scores are measured on the training split, over all of its tokens",
     "checkpoint": "nothing is trained, and what is pruned is written once",
     "log": "nothing is trained",
+    "profile": "nothing is trained",
 }
 
 
@@ -180,7 +183,7 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
         check.model_problems(flags.sizes),
         check.checkpoint_problems(flags.checkpoint, training=training),
         check.distill_problems(flags.distill, flags.precision),
-        check.log_problems(flags.log),
+        check.log_problems(flags.log, flags.profile, flags.checkpoint),
         check.data_problems(data),
     )
     parallel = without_idle_sequence_parallel(parallel)
@@ -256,7 +259,8 @@ def check_experts(archs: Iterable[Arch], parallel: group.Parallel) -> None:
     """
     if any(arch.num_experts for arch in archs):
         return
-    for name in ("expert_model_parallel_size", "moe_token_dispatcher_type", "moe_grouped_gemm"):
+    names = ("expert_model_parallel_size", "moe_token_dispatcher_type", "moe_grouped_gemm")
+    for name in (*names, "moe_router_dtype"):
         if getattr(parallel, name) != getattr(group.TrainParallel, name):
             raise UserError(f"{dashed(name)}: no model of this run has experts.", USAGE)
 

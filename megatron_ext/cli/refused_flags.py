@@ -48,11 +48,10 @@ REFUSED = (
     ("all layers have experts here, or none", "--moe-layer-freq=1|[1]*N|[1]"),
     (
         "experts are chosen by a softmax over all of them here; leave it out",
-        "--moe-router-dtype= --moe-router-score-function=softmax --moe-router-num-groups= "
-        "--moe-router-group-topk= --moe-router-topk-scaling-factor= "
-        "--moe-router-enable-expert-bias --moe-router-quantile-balancing-ema=0.0 "
-        "--moe-router-force-load-balancing --moe-router-force-biased= --moe-input-jitter-eps= "
-        "--moe-enable-routing-replay",
+        "--moe-router-score-function=softmax --moe-router-num-groups= --moe-router-group-topk= "
+        "--moe-router-topk-scaling-factor= --moe-router-enable-expert-bias "
+        "--moe-router-quantile-balancing-ema=0.0 --moe-router-force-load-balancing "
+        "--moe-router-force-biased= --moe-input-jitter-eps= --moe-enable-routing-replay",
     ),
     (
         "every token reaches its experts here; leave it out",
@@ -73,11 +72,6 @@ REFUSED = (
     ),
     ("see --attention-backend for those that are here", "--use-kitchen-attention"),
     ("--deterministic-mode repeats a run bit for bit", "--batch-invariant-mode"),
-    (
-        "kernels are those that torch takes",
-        "--deterministic-mode --disable-bf16-reduced-precision-matmul "
-        "--apply-query-key-layer-scaling",
-    ),
     ("losses are computed in float32 here", "--fp16-lm-cross-entropy"),
     (
         "leave out --grad-reduce-in-bf16: gradients are then added in float32",
@@ -154,7 +148,6 @@ REFUSED_IN_TRAINING = (
         "--apply-wd-to-qk-layernorm --no-weight-decay-cond-type=",
     ),
     ("all weights but the vocabulary's have one learning rate here", "--head-lr-mult=1.0"),
-    ("one learning rate", "--decoupled-lr= --decoupled-min-lr= --lr-wsd-decay-samples="),
     (
         "float32 optimizer state",
         "--use-precision-aware-optimizer --main-grads-dtype=fp32 --main-params-dtype=fp32 "

@@ -54,6 +54,9 @@ class ModelOptions:
     """Let megatron-core fuse element-wise operations (torch.compile); for GPUs."""
     moe_token_dispatcher_type: str = "allgather"
     moe_grouped_gemm: bool = False
+    moe_router_dtype: str | None = None
+    """fp32 or fp64, of a router's scores; None for the weights' dtype."""
+    deterministic_mode: bool = False
     """One kernel for the experts of a rank; Transformer Engine's layers only."""
     recompute: dict[str, Any] = field(default_factory=dict)
     """megatron-core's recompute_granularity, recompute_method, recompute_num_layers and
@@ -180,6 +183,7 @@ def _transformer_config(
         batch_p2p_sync=False,
         variable_seq_lengths=False,
         transformer_impl=impl,
+        deterministic_mode=options.deterministic_mode,
         use_cpu_initialization=False,
         **(_expert_config(arch, options, groups) if arch.num_experts else {}),
         **options.recompute,
@@ -203,6 +207,7 @@ def _expert_config(
         "moe_aux_loss_coeff": arch.moe_aux_loss_coeff,
         "moe_token_dispatcher_type": options.moe_token_dispatcher_type,
         "moe_grouped_gemm": options.moe_grouped_gemm,
+        "moe_router_dtype": options.moe_router_dtype,
         "expert_model_parallel_size": groups.ep.size(),
         "expert_tensor_parallel_size": groups.expt_tp.size(),
     }

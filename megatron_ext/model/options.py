@@ -3,6 +3,7 @@
 ``flags`` are a program's, with the groups ``parallel``, ``batch`` and ``precision``.
 """
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ def join_ranks(flags: Any, num_layers: int) -> Platform:
     parallel, captured = flags.parallel, getattr(flags, "graphs", cuda_graphs.Graphs())
     device = platform.choose_device(parallel.device).type
     cuda_graphs.check_machine(captured, device=device, transformer_impl=None)
+    choose_kernels(parallel)
     return platform.initialize(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -38,6 +40,17 @@ def join_ranks(flags: Any, num_layers: int) -> Platform:
         graph_safe_rng=captured.cuda_graph_impl != "none",
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
+
+
+def choose_kernels(parallel: Any) -> None:
+    """Have torch and the libraries below it take the kernels that ``parallel`` asks for."""
+    if parallel.deterministic_mode:
+        # Read when the libraries start, which they do with the first operation on a GPU.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+        torch.use_deterministic_algorithms(True)
+    if parallel.disable_bf16_reduced_precision_matmul:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def model_options(flags: Any, place: Platform, num_layers: int, **recompute: Any) -> ModelOptions:
@@ -77,6 +90,8 @@ def model_options(flags: Any, place: Platform, num_layers: int, **recompute: Any
         cp_comm_type=parallel.cp_comm_type,
         moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
         moe_grouped_gemm=parallel.moe_grouped_gemm,
+        moe_router_dtype=parallel.moe_router_dtype,
+        deterministic_mode=parallel.deterministic_mode,
         # The compiler that fuses them is not on every machine without a GPU.
         fuse_kernels=place.device.type == "cuda",
         recompute=recompute,

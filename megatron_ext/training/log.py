@@ -5,6 +5,7 @@ All of it on rank 0, which knows the losses because a step broadcasts them.
 
 import contextlib
 import json
+import os
 import resource
 import sys
 import time
@@ -21,6 +22,8 @@ from megatron_ext.runtime.collective_errors import on_first_rank
 from megatron_ext.runtime.errors import UserError, warn
 from megatron_ext.runtime.extras import need
 
+# What may stand in a line beside losses: name, Megatron-LM's words and format.
+OTHERS = (("num-zeros", "num zeros", ".0f"), ("params-norm", "params norm", ".3f"))
 SINKS = {"metrics": "metrics.jsonl", "board": "--tensorboard-dir", "wandb": "--wandb-project"}
 
 
@@ -63,10 +66,13 @@ class Log:
             if flags.log.tensorboard_dir:
                 board = need("torch.utils.tensorboard", "log", "--tensorboard-dir")
                 folder = flags.log.tensorboard_dir
-                self.board = board.SummaryWriter(folder, purge_step=first_iteration)
+                self.board = board.SummaryWriter(
+                    folder, purge_step=first_iteration, max_queue=flags.log.tensorboard_queue_size
+                )
             self.wandb = _wandb_run(flags)
         except OSError as error:
             raise UserError(f"logs under --save or --tensorboard-dir: {error}.") from error
+        self.progress("Starting job")
         if flags.log.progress:
             self.bar = tqdm(
                 total=flags.batch.train_iters, initial=first_iteration, unit="step", mininterval=1.0
@@ -78,10 +84,23 @@ class Log:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def progress(self, text: str) -> None:
+        """Append a line to progress.txt, as Megatron-LM writes it, under --log-progress."""
+        if not self.is_writer or not self.flags.log.log_progress:
+            return
+        job = os.environ.get("SLURM_JOB_ID", "")
+        line = f"{datetime.now():%F %T}\tJob ID: {job}\t# GPUs: {self.world_size}\t{text}\n"
+        try:
+            with (Path(self.flags.checkpoint.save) / "progress.txt").open("a") as file:
+                file.write(line)
+        except OSError as error:
+            warn(f"progress.txt: {error}.")
+
     def step(
         self,
         iteration: int,
         losses: dict[str, float],
+        others: dict[str, float],
         *,
         consumed_samples: int,
         learning_rate: float,
@@ -89,7 +108,7 @@ class Log:
         loss_scale: float,
         skipped: bool,
     ) -> None:
-        """Count a step; every ``--log-interval`` steps, report it."""
+        """Count a step; every ``--log-interval`` steps, report it, and ``others`` beside losses."""
         self.steps_since += 1
         self.skipped += skipped
         if self.bar is not None:
@@ -109,6 +128,7 @@ class Log:
             "tokens/s": self.tokens_per_step / seconds,
             "throughput": self.flops_per_step / seconds / self.world_size / 1e12,
             "mem-GiB": memory_gib(),
+            **others,
         }
         self._write(iteration, metrics)
         self.say(self._line(iteration, losses, metrics))
@@ -174,6 +194,7 @@ class Log:
             *(f"{name}: {value:.6E}" for name, value in losses.items()),
             f"loss scale: {metrics['loss-scale']:.1f}",
             f"grad norm: {metrics['grad-norm']:.3f}",
+            *(f"{text}: {metrics[name]:{form}}" for name, text, form in OTHERS if name in metrics),
             f"number of skipped iterations: {self.skipped:3d}",
             f"tokens/s: {metrics['tokens/s']:.0f}",
             f"mem: {metrics['mem-GiB']:.2f} GiB",

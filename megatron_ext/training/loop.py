@@ -15,6 +15,7 @@ from megatron_ext.model import cuda_graphs
 from megatron_ext.runtime.errors import INTERRUPTED, RUNTIME, UserError
 from megatron_ext.runtime.signals import StopSignals
 from megatron_ext.training import state
+from megatron_ext.training.diagnostics import params_norm, profiling, read_timers, timed
 from megatron_ext.training.log import Log
 from megatron_ext.training.state import Run
 from megatron_ext.training.step import HIDDEN_LOSS, Batch, StepShape, evaluate, train_step
@@ -58,8 +59,15 @@ def train(
             _save(run, log)
             saved_at = counters.iteration
 
-    with StopSignals() as stop, collecting_by_hand(flags.batch.manual_gc):
+    with (
+        StopSignals() as stop,
+        collecting_by_hand(flags.batch.manual_gc),
+        profiling(
+            flags.profile, flags.log.tensorboard_dir, torch.distributed.get_rank()
+        ) as profile,
+    ):
         while counters.iteration < flags.batch.train_iters:
+            profile(counters.iteration)
             if counters.iteration - first == cuda_graphs.steps_before_capture(flags.graphs):
                 overlaps = flags.parallel.overlap_param_gather
                 dp_size = run.groups.dp.size()
@@ -80,6 +88,7 @@ def train(
                 save_unless_saved()
                 log.say(f"stopping after iteration {counters.iteration}: {reason}")
                 return INTERRUPTED
+        profile(counters.iteration)
     save_unless_saved()
     return 0
 
@@ -87,6 +96,7 @@ def train(
 def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
     """Take one optimizer step, count it and report it."""
     counters, batch_size = run.counters, run.flags.batch.global_batch_size
+    log_interval = run.flags.log.log_interval
     alpha = 0.0 if run.hidden is None else run.hidden.constant or counters.alpha
     losses, apply = train_step(
         run.model,
@@ -108,7 +118,8 @@ def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
         counters.alpha = alpha_of(losses)
         losses["alpha"] = alpha
     learning_rate = run.optimizer.param_groups[0]["lr"]
-    updated, grad_norm = apply()
+    with timed(run.timers, "optimizer"):
+        updated, grad_norm, num_zeros = apply()
     if updated:  # fp16 leaves out a step whose gradients overflow, and scales the loss down
         _check_finite(run, {"grad norm": grad_norm}, where)
         run.schedule.step(increment=batch_size)
@@ -116,15 +127,34 @@ def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
     counters.consumed_train_samples += batch_size
     counters.consumed_data_samples += batch_size
     counters.floating_point_operations += run.flops_per_step
+    is_due, table = _is_due(counters.iteration, log_interval), None
+    others = _others(run, num_zeros) if is_due else {}
+    if is_due and run.flags.log.timing_log_level:
+        times, table = read_timers(run.timers, log_interval)
+        others |= times if run.flags.log.log_timers_to_tensorboard else {}
     log.step(
         counters.iteration,
         losses,
+        others,
         consumed_samples=counters.consumed_train_samples,
         learning_rate=learning_rate,
         grad_norm=grad_norm,
         loss_scale=float(run.optimizer.get_loss_scale()),
         skipped=not updated,
     )
+    if table is not None:
+        log.say(table)
+
+
+def _others(run: Run, num_zeros: int | None) -> dict[str, float]:
+    """Return what --log-params-norm and --log-num-zeros-in-grad ask for. Collective."""
+    others: dict[str, float] = {}
+    if run.flags.log.log_params_norm:
+        with gathered_parameters(run):
+            others["params-norm"] = params_norm(run.chunks, run.groups)
+    if run.flags.log.log_num_zeros_in_grad:
+        others["num-zeros"] = num_zeros
+    return others
 
 
 def first_alpha(run: Run, train_batches: MakeBatches) -> float:
@@ -207,6 +237,12 @@ def _save(run: Run, log: Log) -> None:
     with gathered_parameters(run):
         state.save(run)
     iteration = run.counters.iteration
+    tokens = run.counters.consumed_train_samples * run.flags.batch.seq_length
+    log.progress(
+        f"Saved checkpoint\tIteration: {run.counters.iteration}\t"
+        f"Floating-point operations: {run.counters.floating_point_operations:.2e}\t"
+        f"Tokens (in billions): {tokens / 1e9:.2f}"
+    )
     log.say(
         f"  successfully saved checkpoint from iteration {iteration:7d} to "
         f"{run.flags.checkpoint.save}"

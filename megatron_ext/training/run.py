@@ -1,5 +1,6 @@
 """The run of pretrain_distill.py: models, data and training; its flags are checked."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -31,6 +32,8 @@ from megatron_ext.training.step import Batch
 
 def pretrain(flags: TrainFlags, start: Start) -> int:
     """Train the model that begins at ``start``; returns the exit code."""
+    if flags.log.logging_level is not None:
+        logging.getLogger().setLevel(flags.log.logging_level)
     source, teacher = (
         found and checkpoints.read(str(found.folder), sizes=sizes)
         for found, sizes in ((start.source, flags.sizes), (start.teacher, None))

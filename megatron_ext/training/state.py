@@ -3,7 +3,7 @@
 import random
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
@@ -18,7 +18,9 @@ from megatron.core.tensor_parallel import (
     get_cuda_rng_tracker,
     is_graph_safe_cuda_rng_tracker,
 )
+from megatron.core.timers import Timers
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_model_config
 
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import checkpoints, writer
@@ -75,6 +77,8 @@ class Run:
     """The losses that an evaluation reports."""
     forward_backward: Callable
     """megatron-core's schedule, or the captured one of ``graphs``."""
+    timers: Timers
+    """megatron-core's, which it starts and stops around its own operations too."""
     flops_per_step: float
     """Floating-point operations of one step on all ranks together."""
     hidden: HiddenLosses | None = None
@@ -111,8 +115,11 @@ def make_run(
         fp8_param_gather=flags.fp8.fp8_param_gather,
     )
     model = wrap(modules, ddp_config, groups, hidden)
+    timers = Timers(flags.log.timing_log_level, flags.log.timing_log_option)
+    config = get_model_config(model[0])
+    config.timers, config.barrier_with_L1_time = timers, flags.log.barrier_with_l1_time
     optimizer = get_megatron_optimizer(
-        _optimizer_config(flags, chunks[0].config.params_dtype),
+        replace(_optimizer_config(flags, chunks[0].config.params_dtype), timers=timers),
         model,
         use_gloo_process_groups=False,
         pg_collection=groups,
@@ -129,6 +136,7 @@ def make_run(
         objective=objective,
         eval_losses=eval_losses,
         forward_backward=cuda_graphs.forward_backward(flags.graphs),
+        timers=timers,
         flops_per_step=flops_per_token * flags.batch.global_batch_size * flags.batch.seq_length,
         hidden=hidden,
         hf_config=source and source.args.get("hf_config"),
@@ -142,12 +150,16 @@ def _optimizer_config(flags: TrainFlags, params_dtype: torch.dtype) -> Optimizer
         optimizer=options.optimizer,
         lr=options.lr or 0.0,  # absent with --skip-train
         min_lr=options.min_lr,
+        decoupled_lr=options.decoupled_lr,
+        decoupled_min_lr=options.decoupled_min_lr,
         weight_decay=options.weight_decay,
         adam_beta1=options.adam_beta1,
         adam_beta2=options.adam_beta2,
         adam_eps=options.adam_eps,
         sgd_momentum=options.sgd_momentum,
         clip_grad=options.clip_grad,
+        barrier_with_L1_time=flags.log.barrier_with_l1_time,
+        log_num_zeros_in_grad=flags.log.log_num_zeros_in_grad,
         bf16=flags.precision.bf16,
         fp16=flags.precision.fp16,
         params_dtype=params_dtype,
@@ -155,6 +167,9 @@ def _optimizer_config(flags: TrainFlags, params_dtype: torch.dtype) -> Optimizer
         fp8_recipe=flags.fp8.fp8_recipe if flags.fp8.fp8_param_gather else None,
         loss_scale=flags.precision.loss_scale,
         initial_loss_scale=flags.precision.initial_loss_scale,
+        min_loss_scale=flags.precision.min_loss_scale,
+        loss_scale_window=flags.precision.loss_scale_window,
+        hysteresis=flags.precision.hysteresis,
         use_distributed_optimizer=flags.parallel.use_distributed_optimizer,
         overlap_param_gather=flags.parallel.overlap_param_gather,
     )
@@ -185,7 +200,9 @@ def _make_schedule(flags: TrainFlags, optimizer: MegatronOptimizer) -> Optimizer
         wd_incr_style=options.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=options.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=options.override_opt_param_scheduler,
-        wsd_decay_steps=(options.lr_wsd_decay_iters or 0) * batch_size or None,
+        wsd_decay_steps=options.lr_wsd_decay_samples
+        or (options.lr_wsd_decay_iters or 0) * batch_size
+        or None,
         lr_wsd_decay_style=options.lr_wsd_decay_style,
     )
 
@@ -322,8 +339,13 @@ def num_data_samples(run: Run) -> int:
 
 
 def _set_rates(run: Run, param_groups: Iterable[dict[str, Any]]) -> None:
+    options, schedule = run.flags.optimizer, run.schedule
     for group in param_groups:
-        group |= {"max_lr": run.schedule.max_lr, "min_lr": run.schedule.min_lr}
+        group |= {"max_lr": schedule.max_lr, "min_lr": schedule.min_lr}
+        if not group["default_config"]:  # of embedding and output layer, --decoupled-lr
+            group["max_lr"] = options.decoupled_lr
+            if options.decoupled_min_lr is not None:
+                group["min_lr"] = options.decoupled_min_lr
 
 
 def _param_groups(saved: dict[Any, Any]) -> Iterator[dict[str, Any]]:

@@ -92,7 +92,7 @@ def train_step(
     hidden: HiddenLosses | None = None,
     alpha: float = 0.0,
     forward_backward: Callable | None = None,
-) -> tuple[dict[str, float], Callable[[], tuple[bool, float]]]:
+) -> tuple[dict[str, float], Callable[[], tuple[bool, float, int | None]]]:
     """Run forward and backward of one global batch.
 
     Args:
@@ -109,7 +109,8 @@ def train_step(
     Returns:
         The losses, each a mean over the global batch's tokens in nats, equal on all ranks, and a
         function that applies the gradients; it returns whether it did (fp16 skips a step whose
-        gradients overflow) and their global norm. Two steps, so that the caller can refuse a loss
+        gradients overflow), their global norm and how many entries are zero, if the optimizer
+        counts them. Two steps, so that the caller can refuse a loss
         that is not finite while the weights are still good.
     """
     for chunk in model:
@@ -123,9 +124,9 @@ def train_step(
         model, batches, shape, objective, groups, hidden, forward_backward, forward_only=False
     )
 
-    def apply() -> tuple[bool, float]:
-        updated, grad_norm, _ = optimizer.step()
-        return updated, grad_norm or 0.0
+    def apply() -> tuple[bool, float, int | None]:
+        updated, grad_norm, num_zeros = optimizer.step()
+        return updated, grad_norm or 0.0, num_zeros
 
     return losses, apply
 
