@@ -29,12 +29,19 @@ MEGATRON = [
 ]
 BY_NAME = {name: entry for entry in MEGATRON for name in entry["options"]}
 PROGRAMS = [(TrainFlags, OTHERS_IN_TRAINING), (PruneFlags, OTHERS_IN_PRUNING)]
-# Older options that scripts still type, and one of Model Optimizer's.
-OLDER = {
+# Options of older versions that scripts still type, and Model Optimizer's in Megatron-LM.
+BESIDE = {
     "--no-async-tensor-model-parallel-allreduce",
-    "--export-te-mcore-model",
-    "--export-kd-teacher-ckpt-format",
+    "--modelopt-enabled",
+    "--enable-gpt-oss",
+    "--qad-train-target",
+    "--freeze-base-for-mtp",
+    "--finetune-hf-dataset",
+    "--finetune-data-split",
+    "--finetune-data-files",
 }
+SCRIPTS = json.loads((ROOT / "tests/foreign/megatron-launch-scripts.json").read_text())
+CLASSES = ("with effect", "without effect", "refused", "unknown")
 
 
 def kind(name, program=TrainFlags, others=OTHERS_IN_TRAINING):
@@ -61,14 +68,15 @@ def test_no_option_is_listed_twice_or_made_up():
     rows = [*WITHOUT_EFFECT, *REFUSED, *REFUSED_IN_TRAINING]
     names = [name for row in rows for name in options([row])]
     assert len(names) == len(set(names))
-    assert set(names) - BY_NAME.keys() == OLDER
+    beside = set(names) - BY_NAME.keys()
+    assert {name for name in beside if not name.startswith("--export-")} == BESIDE
     assert len({reason for reason, _ in rows}) == len(rows)
 
 
 def test_options_without_a_field_take_as_many_values_as_in_megatron():
     takes = {0: 0, None: 1, "*": "*"}
     for name, other in OTHERS_IN_TRAINING.items():
-        if name not in OLDER:
+        if name in BY_NAME:
             assert takes[other.nargs] == BY_NAME[name]["takes"], name
 
 
@@ -166,6 +174,60 @@ def test_defaults_of_our_own_flags_are_frozen():
     assert {f.name: f.default for f in fields if f.default} == OUR_DEFAULTS
 
 
+def class_of(words):
+    """Return what becomes of one flag and its values on the training program's command line."""
+    try:
+        typed = parser.read(TrainFlags, words, OTHERS_IN_TRAINING)
+    except UserError as error:
+        return "unknown" if str(error).startswith("unknown flag") else "refused"
+    return "with effect" if typed else "without effect"
+
+
+def flags_in(words):
+    """Split a command line into lists of a flag and its values."""
+    found = []
+    for word in shlex.split(words):
+        if word.startswith("--"):
+            found.append([])
+        found[-1].append(word)
+    return found
+
+
+def table(head, counts):
+    """Return rows of counts as a Markdown table with their sum."""
+    rows = [(name, [kinds.count(kind) for kind in CLASSES]) for name, kinds in counts.items()]
+    lines = [f"| {head} | flags | {' | '.join(CLASSES)} |", "|---" * 6 + "|"]
+    lines += [f"| {name} | {sum(n)} | {' | '.join(map(str, n))} |" for name, n in rows]
+    return "\n".join(lines)
+
+
+def tables():
+    """Return the two tables of docs/compatibility.md."""
+    words = {"effect": "with effect", "no effect": "without effect", "refused": "refused"}
+    programs = {
+        name: [words[kind(entry["options"][0], *pair)[0]] for entry in MEGATRON]
+        for name, pair in zip(("`pretrain_distill.py`", "`prune.py`"), PROGRAMS, strict=True)
+    }
+    scripts = {name: [class_of(flag) for flag in flags_in(line)] for name, line in SCRIPTS.items()}
+    scripts["all"] = [found for kinds in scripts.values() for found in kinds]
+    return table("program", programs), table("script", scripts)
+
+
+def test_no_flag_of_megatrons_launch_scripts_is_unknown():
+    """The scripts are those of examples/ at NVIDIA/Megatron-LM d98e8a6, variables filled in."""
+    assert len(SCRIPTS) == 11
+    for name, line in SCRIPTS.items():
+        unknown = [flag for flag in flags_in(line) if class_of(flag) == "unknown"]
+        assert not unknown, name
+
+
+def test_the_counts_in_the_documentation_are_these():
+    """``python -m tests.test_megatron_options`` prints them."""
+    text = (ROOT / "docs/compatibility.md").read_text()
+    for expected in tables():
+        assert expected in text, expected
+
+
 BASE = "--micro-batch-size 2 --seq-length 16 --load x --mock-data"
 TRAIN, PRUNE = f"{BASE} --train-iters 10 --lr 1e-3", f"{BASE} --save y"
 
@@ -236,3 +298,7 @@ def test_experts_are_split_as_other_layers():
     assert parse_train(f"{typed} 2".split(), 2).parallel.expert_tensor_parallel_size == 2
     with pytest.raises(UserError, match="--expert-tensor-parallel-size 1: experts are split"):
         parse_train(f"{typed} 1".split(), 2)
+
+
+if __name__ == "__main__":
+    print("\n\n".join(tables()))

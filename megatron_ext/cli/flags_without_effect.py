@@ -86,11 +86,11 @@ WITHOUT_EFFECT = (
         "--no-ckpt-load-validate-sharding-integrity --no-strict-fsdp-dtensor-load "
         "--disable-ckpt-load-validate-sharding-integrity --disable-strict-fsdp-dtensor-load "
         "--distrib-optim-fully-reshardable-mem-efficient --no-stream-ckpt-dequant "
-        "--disable-stream-ckpt-dequant --dist-ckpt-format= --export-te-mcore-model "
+        "--disable-stream-ckpt-dequant --dist-ckpt-format= "
         "--dist-ckpt-strictness=assume_ok_unexpected --async-save --async-strategy=nvrx "
         "--async-ckpt-cpu-priority=10 --async-ckpt-io-priority=3 --async-ckpt-use-cpu-shm "
         "--dist-ckpt-workers=1 --no-initialization --no-ckpt-fully-parallel-save "
-        "--dist-ckpt-optim-fully-reshardable --export-kd-teacher-ckpt-format=",
+        "--dist-ckpt-optim-fully-reshardable",
     ),
     (
         "not logged here",
@@ -135,6 +135,11 @@ WITHOUT_EFFECT = (
         "--inprocess-last-call-wait=1 --inprocess-termination-grace-time=1 "
         "--inprocess-granularity=node --inprocess-active-world-size=1 "
         "--inprocess-empty-cuda-cache --exit-signal-handler-for-dataloader",
+    ),
+    (
+        "Model Optimizer is not used; a teacher's checkpoint says its sizes",
+        "--modelopt-enabled --export-kd-teacher-model-config= --export-default-te-spec "
+        "--export-force-local-attention --export-te-mcore-model --export-kd-teacher-ckpt-format=",
     ),
     ("ranks come from the environment", "--local-rank=0"),
     ("garbage is collected at evaluations too", "--no-manual-gc-eval --disable-manual-gc-eval"),

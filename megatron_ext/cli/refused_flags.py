@@ -10,22 +10,26 @@ REFUSED = (
     (
         "only plain attention is built here; leave it out",
         "--experimental-attention-variant= --attention-output-gate --qk-l2-norm "
-        "--softmax-type=vanilla --linear-attention-freq=",
+        "--export-qk-l2-norm --softmax-type=vanilla --linear-attention-freq=",
     ),
     ("no sliding windows here; leave it out", "--window-size= --window-attn-skip-freq="),
     (
         "a model is built of attention and MLPs in turn here; type --num-layers instead",
-        "--hybrid-layer-pattern= --hybrid-override-pattern= --is-hybrid-model --spec=...",
+        "--hybrid-layer-pattern= --hybrid-override-pattern= --is-hybrid-model "
+        "--export-model-type=GPTModel --spec=...",
     ),
     (
         "every layer has the same sizes here; type --num-layers and the sizes",
         "--heterogeneous-layers-config-path= --heterogeneous-layers-config-encoded-json=",
     ),
-    ("no multi-token prediction here; leave it out", "--mtp-num-layers=|0"),
+    (
+        "no multi-token prediction here; leave it out",
+        "--mtp-num-layers=|0 --qad-train-target=|base --freeze-base-for-mtp",
+    ),
     (
         "of rotary embeddings only --rotary-base, --rotary-percent and --use-rope-scaling are here",
-        "--rope-type=|rope --rotary-interleaved --rotary-seq-len-interpolation-factor=|1 "
-        "--no-rope-freq=|0",
+        "--enable-gpt-oss --rope-type=|rope --rotary-interleaved "
+        "--rotary-seq-len-interpolation-factor=|1 --no-rope-freq=|0",
     ),
     (
         "of activations only GELU, --swiglu and --squared-relu are here",
@@ -59,8 +63,9 @@ REFUSED = (
     ),
     (
         "experts and shared experts are plain MLPs here; leave it out",
-        "--moe-shared-expert-gate --moe-apply-probs-on-input --moe-latent-size= "
-        "--moe-mlp-glu-interleave-size= --moe-shared-expert-glu-interleave-size=",
+        "--moe-shared-expert-gate --moe-apply-probs-on-input --export-moe-apply-probs-on-input "
+        "--moe-latent-size= --moe-mlp-glu-interleave-size= "
+        "--moe-shared-expert-glu-interleave-size=",
     ),
     ("see --moe-aux-loss-coeff for the loss that is here", "--moe-z-loss-coeff=|0"),
     ("experts are trained from the beginning here; leave it out", "--moe-use-upcycling"),
@@ -78,6 +83,12 @@ REFUSED = (
         "--ddp-reduce-scatter-with-fp32-accumulation "
         "--ddp-param-name-patterns-for-fp32-local-accumulation=...",
     ),
+    (
+        "nothing is quantised here but by --fp8-*; do it after the export",
+        "--export-kv-cache-quant=none --export-real-quant-cfg=None --export-quant-cfg=",
+    ),
+    ("checkpoints are torch_dist, of megatron-core", "--export-legacy-megatron"),
+    ("a model has all of its layers here", "--export-offline-model"),
     # Layout.
     (
         "weights are whole on their tensor-parallel rank here; see --use-distributed-optimizer",
@@ -119,7 +130,8 @@ REFUSED = (
     ("see --reset-attention-mask", "--dataloader-inter-document-masking"),
     (
         "data are plain text here, prepared by tools/preprocess_data.py",
-        "--sft --fim-data --sample-rate=1.0 --mid-level-dataset-surplus=0.005",
+        "--sft --finetune-hf-dataset= --finetune-data-split=train --finetune-data-files=... "
+        "--fim-data --sample-rate=1.0 --mid-level-dataset-surplus=0.005",
     ),
     (
         "15 % of a BERT's tokens are predicted, of whole samples",
