@@ -198,6 +198,30 @@ def test_embedding_and_output_layer_have_a_learning_rate_of_their_own(tmp_path):
         assert (code, message in line) == (USAGE, True), line
 
 
+def test_layers_of_the_first_stage(tmp_path):
+    """Three layers on two stages: one and two, with the losses of one stage."""
+    three = "--num-layers 3 --attention-dropout 0 --hidden-dropout 0 --lr 1e-3 --save-interval 9"
+    pp2 = "--pipeline-model-parallel-size 2"
+    for name, world_size, flags in (
+        ("a", 1, ""),
+        ("b", 2, f"{pp2} --decoder-first-pipeline-num-layers 1"),
+        ("c", 2, f"{pp2} --decoder-last-pipeline-num-layers 1"),
+    ):
+        train(f"{three} {flags} --save {tmp_path / name}", world_size)
+    losses = [[line["lm loss"] for line in metrics(tmp_path / run)] for run in "abc"]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+    for extra, message in (
+        ("--decoder-first-pipeline-num-layers 1", "above 1"),
+        (
+            "--pipeline-model-parallel-layout EttL --decoder-last-pipeline-num-layers 1",
+            "--pipeline-model-parallel-layout and --decoder-last-pipeline-num-layers place layers",
+        ),
+    ):
+        code, line = refuse(extra)
+        assert (code, message in line) == (USAGE, True), line
+
+
 def flags_of(extra):
     base = "--micro-batch-size 1 --seq-length 8 --load x --mock-data --lr 1"
     return parse_train(shlex.split(f"{base} {extra}"), 1)

@@ -366,7 +366,8 @@ TRAIN_OPTIONS = """
     --apply-residual-connection-post-layernorm --attention-backend --attention-dropout
     --bert-no-binary-head --bf16 --ckpt-format --ckpt-step --clip-grad --context-parallel-size
     --cp-comm-type --cuda-graph-impl --cuda-graph-modules --cuda-graph-scope
-    --cuda-graph-warmup-steps --data-args-path --data-cache-path --data-path --decoupled-lr
+    --cuda-graph-warmup-steps --data-args-path --data-cache-path --data-path
+    --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --decoupled-lr
     --decoupled-min-lr --deterministic-mode --device --disable-bf16-reduced-precision-matmul
     --disable-bias-linear --disable-fp8-wgrad --disable-pad-vocab-size --disable-tp-comm-bulk-dgrad
     --disable-tp-comm-bulk-wgrad --disable-tp-comm-overlap-ag --disable-tp-comm-overlap-rs
@@ -420,7 +421,8 @@ PRUNE_OPTIONS = """
     --add-qkv-bias --apply-layernorm-1p --apply-residual-connection-post-layernorm
     --attention-backend --attention-dropout --bert-no-binary-head --bf16 --calibration-samples
     --ckpt-step --context-parallel-size --cp-comm-type --data-args-path --data-cache-path
-    --data-path --depth-block --depth-importance --depth-rescore --deterministic-mode --device
+    --data-path --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --depth-block
+    --depth-importance --depth-rescore --deterministic-mode --device
     --disable-bf16-reduced-precision-matmul --disable-bias-linear --disable-pad-vocab-size
     --distributed-backend --distributed-timeout-minutes --dry-run --expert-model-parallel-size
     --expert-tensor-parallel-size --ffn-hidden-size --fp16 --gpu --group-query-attention

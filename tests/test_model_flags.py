@@ -15,6 +15,7 @@ from megatron_ext.cli.programs import (
     check_targets,
     megatron_command_line,
     new_arch,
+    pipeline_layout,
     virtual_pipeline_size,
 )
 from megatron_ext.pruning.targets import target_arch
@@ -179,6 +180,37 @@ def test_typed_dropouts_and_load_balancing_win_over_the_checkpoint():
 def test_layouts_that_do_not_fit_the_model(parallel, change, message):
     with refused(message):
         check_layout(replace(ARCH, **change), TrainParallel(**parallel), seq_length=16)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "pp", "num_layers", "expected"),
+    [
+        (1, None, 2, 3, "Et|ttL"),
+        (None, 1, 2, 3, "Ett|tL"),
+        (1, 0, 3, 4, "Et|ttt|L"),
+        (2, 1, 4, 9, "Ett|ttt|ttt|tL"),
+        (None, None, 2, 4, None),
+    ],
+)
+def test_layers_of_the_first_and_the_last_stage(first, last, pp, num_layers, expected):
+    parallel = TrainParallel(
+        pipeline_model_parallel_size=pp,
+        decoder_first_pipeline_num_layers=first,
+        decoder_last_pipeline_num_layers=last,
+    )
+    assert pipeline_layout(parallel, num_layers) == expected
+    check_layout(replace(ARCH, num_layers=num_layers), parallel, seq_length=16)
+
+
+@pytest.mark.parametrize(("first", "last", "num_layers"), [(2, 1, 6), (6, 1, 6), (1, 2, 4)])
+def test_layers_of_the_ends_that_leave_no_even_rest(first, last, num_layers):
+    parallel = TrainParallel(
+        pipeline_model_parallel_size=4,
+        decoder_first_pipeline_num_layers=first,
+        decoder_last_pipeline_num_layers=last,
+    )
+    with refused(f"--decoder-first-pipeline-num-layers {first} --decoder-last-pipeline-num-lay"):
+        check_layout(replace(ARCH, num_layers=num_layers), parallel, seq_length=16)
 
 
 def test_flags_of_experts_need_a_model_with_experts():

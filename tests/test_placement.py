@@ -53,6 +53,13 @@ def test_layers_that_are_compared_meet():
         layouts(4, 8, "7:0,0:3")
 
 
+def test_layers_of_the_ends_hold_for_the_student():
+    first = {"decoder_first_pipeline_num_layers": 1}
+    assert layouts(4, 4, **first) == ["Et|tttL", "Et|tttL"]
+    assert layouts(4, 6, **first) == ["Et|tttL", "Ettt|tttL"]
+    assert layouts(4, 8, decoder_last_pipeline_num_layers=2) == [None, None]
+
+
 def test_a_typed_layout_holds_for_what_it_fits():
     typed = {"pipeline_model_parallel_layout": "Et|tttL"}
     assert layouts(4, 4, **typed) == ["Et|tttL", "Et|tttL"]

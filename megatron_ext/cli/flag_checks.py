@@ -6,7 +6,7 @@ obvious. ``refuse`` raises the first.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -24,6 +24,9 @@ TOKENIZER_NEEDS = {
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),
     "NullTokenizer": ("vocab_size",),
 }
+
+# Layers of the first and the last stage.
+ENDS = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
 
 
 def refuse(*problems: Iterable[str]) -> None:
@@ -49,6 +52,12 @@ def stages(layout: str) -> list[str]:
         repeated = (match[1] or match[2] or "") * int(match[3])
         layout = layout[: match.start()] + repeated + layout[match.end() :]
     return layout.split("|")
+
+
+def layout_of_stages(counts: Sequence[int]) -> str:
+    """Return the pipeline layout of stages with so many layers: ``EtttL`` for one of three."""
+    parts = ["t" * count for count in counts]
+    return "|".join(["E" + parts[0], *parts[1:]]) + "L"
 
 
 def layout_problems(parallel: group.Parallel, seq_length: int, world_size: int) -> Iterator[str]:
@@ -92,7 +101,8 @@ def virtual_stage_problems(parallel: group.Parallel) -> Iterator[str]:
         "--num-virtual-stages-per-pipeline-rank": parallel.num_virtual_stages_per_pipeline_rank,
         "--pipeline-model-parallel-layout": layout,
     }
-    given = [name for name, value in named.items() if value is not None]
+    ends = [dashed(name) for name in ENDS if getattr(parallel, name) is not None]
+    given = [name for name, value in named.items() if value is not None] + ends[:1]
     if len(given) > 1:
         yield f"{' and '.join(given)} place layers in different ways: give one."
     if given and pp == 1:
@@ -110,8 +120,10 @@ def virtual_stage_problems(parallel: group.Parallel) -> Iterator[str]:
                 f"--pipeline-model-parallel-layout {layout}: write E (embedding), then t for each "
                 "layer, then L (loss), with | between stages and x*n for n times x."
             )
-    one_piece = parallel.num_virtual_stages_per_pipeline_rank == 1 or (
-        layout is not None and len(stages(layout)) == pp
+    one_piece = (
+        bool(ends)
+        or parallel.num_virtual_stages_per_pipeline_rank == 1
+        or (layout is not None and len(stages(layout)) == pp)
     )
     if given and not one_piece and pp == 2 and not parallel.overlap_p2p_comm:
         yield (

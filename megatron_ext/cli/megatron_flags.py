@@ -26,6 +26,12 @@ class Parallel:
     pipeline_model_parallel_layout: str | None = flag(
         None, "stages by hand, e.g. Et*3|t*4|tL: E embedding, t layer, L loss, x*n repeats"
     )
+    decoder_first_pipeline_num_layers: int | None = flag(
+        None, "layers of the first stage; default as many as the others", at_least=0
+    )
+    decoder_last_pipeline_num_layers: int | None = flag(
+        None, "layers of the last stage; default as many as the others", at_least=0
+    )
     overlap_p2p_comm: bool = flag(
         True,
         "interleaved pipeline: wait for each transfer between stages",

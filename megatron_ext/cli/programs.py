@@ -56,6 +56,7 @@ __all__ = [
     "new_arch",
     "parse_prune",
     "parse_train",
+    "pipeline_layout",
     "virtual_pipeline_size",
 ]
 
@@ -235,6 +236,21 @@ def virtual_pipeline_size(parallel: group.Parallel, num_layers: int) -> int | No
     return pieces if pieces > 1 else None
 
 
+def pipeline_layout(parallel: group.Parallel, num_layers: int) -> str | None:
+    """Return which layers each pipeline stage holds, where it is typed; None for as many each.
+
+    Typed as a layout, or as the layers of the first and the last stage: the others share the rest.
+    """
+    first, last = (getattr(parallel, name) for name in check.ENDS)
+    layout = parallel.pipeline_model_parallel_layout
+    if layout is not None or (first is None and last is None):
+        return layout
+    inner = parallel.pipeline_model_parallel_size - (first is not None) - (last is not None)
+    each = (num_layers - (first or 0) - (last or 0)) // max(inner, 1)
+    counts = [first] * (first is not None) + [each] * inner + [last] * (last is not None)
+    return check.layout_of_stages(counts)
+
+
 def check_layout(arch: Arch, parallel: group.Parallel, *, seq_length: int) -> None:
     """Check that ``arch`` can be laid out as ``parallel`` says, for samples of ``seq_length``.
 
@@ -358,10 +374,17 @@ def _tensor_parallel_problems(arch: Arch, tp: int) -> Iterator[str]:
 
 
 def _pipeline_problems(num_layers: int, parallel: group.Parallel) -> Iterator[str]:
-    pp, layout = parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_layout
+    pp, layout = parallel.pipeline_model_parallel_size, pipeline_layout(parallel, num_layers)
+    ends = {dashed(name): getattr(parallel, name) for name in check.ENDS}
+    typed = " ".join(f"{name} {value}" for name, value in ends.items() if value is not None)
     if layout is not None:
         placed = "".join(check.stages(layout)).count("t")
-        if placed != num_layers:
+        if typed and placed != num_layers:
+            yield (
+                f"{typed}: the other layers of {num_layers} cannot be shared evenly by the other "
+                f"stages of --pipeline-model-parallel-size {pp}."
+            )
+        elif placed != num_layers:
             yield (
                 f"--pipeline-model-parallel-layout {layout} places {placed} layers; the model has "
                 f"{num_layers}."

@@ -98,7 +98,6 @@ REFUSED = (
     ("all samples are of one length here; leave it out", "--hybrid-context-parallel"),
     (
         "place layers by hand with --pipeline-model-parallel-layout",
-        "--decoder-first-pipeline-num-layers= --decoder-last-pipeline-num-layers= "
         "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
     ),
     ("a checkpoint loads under any layout: type yours", "--use-mp-args-from-checkpoint-args"),
@@ -161,7 +160,7 @@ REFUSED_IN_TRAINING = (
     ),
     ("all weights but the vocabulary's have one learning rate here", "--head-lr-mult=1.0"),
     (
-        "float32 optimizer state",
+        "optimizer state is float32 here; see --grad-reduce-in-bf16 for gradients",
         "--use-precision-aware-optimizer --main-grads-dtype=fp32 --main-params-dtype=fp32 "
         "--exp-avg-dtype=fp32 --exp-avg-sq-dtype=fp32",
     ),

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from megatron_ext.cli.flag_checks import stages
+from megatron_ext.cli.flag_checks import ENDS, layout_of_stages, stages
 from megatron_ext.cli.megatron_flags import Parallel
-from megatron_ext.cli.programs import virtual_pipeline_size
+from megatron_ext.cli.programs import pipeline_layout, virtual_pipeline_size
 from megatron_ext.distillation.pairs import Pair
 from megatron_ext.runtime.errors import USAGE, UserError
 
@@ -27,9 +27,11 @@ def layouts_of_both(
     Raises:
         UserError: pairs that cross each other.
     """
-    typed, pp = parallel.pipeline_model_parallel_layout, parallel.pipeline_model_parallel_size
+    typed, pp = pipeline_layout(parallel, student_layers), parallel.pipeline_model_parallel_size
     if pp == 1:
         return parallel, parallel
+    # They stand in ``typed``, which may not hold for the teacher.
+    parallel = replace(parallel, **dict.fromkeys(ENDS))
     if typed is None:
         num_stages = pp * (virtual_pipeline_size(parallel, teacher_layers) or 1)
         typed_counts = None
@@ -48,7 +50,8 @@ def layouts_of_both(
     if len(pieces) == 1 and all(len(set(each)) == 1 for each in (own, counts)):
         return parallel, parallel  # as megatron-core cuts them by itself
     return tuple(
-        replace(parallel, pipeline_model_parallel_layout=_layout(each)) for each in (own, counts)
+        replace(parallel, pipeline_model_parallel_layout=layout_of_stages(each))
+        for each in (own, counts)
     )
 
 
@@ -77,9 +80,3 @@ def _assign(num_layers: int, num_stages: int, pinned: Mapping[int, int]) -> list
         upper = min((pinned[p] for p in order if p >= layer), default=num_stages - 1)
         counts[min(max(free[layer], lower), upper)] += 1
     return counts
-
-
-def _layout(counts: Sequence[int]) -> str:
-    """Return Megatron's layout of these stages: E embedding, t layer, L loss."""
-    parts = ["t" * count for count in counts]
-    return "|".join(["E" + parts[0], *parts[1:]]) + "L"

@@ -114,7 +114,7 @@ def build(
         restore_weights(chunks, model, repad=True)
         return chunks
 
-    chunks = load(source, flags.parallel.pipeline_model_parallel_layout)
+    chunks = load(source, options.pipeline_model_parallel_layout)
     if teacher is None:
         return chunks
     teachers = load(teacher, teacher_parallel.pipeline_model_parallel_layout)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_ext.cli.parser import dashed
-from megatron_ext.cli.programs import virtual_pipeline_size
+from megatron_ext.cli.programs import pipeline_layout, virtual_pipeline_size
 from megatron_ext.data import datasets
 from megatron_ext.model import cuda_graphs
 from megatron_ext.model.build import ModelOptions, choose_transformer_impl
@@ -82,7 +82,7 @@ def model_options(flags: Any, place: Platform, num_layers: int, **recompute: Any
         params_dtype=torch.bfloat16 if flags.precision.bf16 else half,
         sequence_parallel=parallel.sequence_parallel,
         virtual_pipeline_model_parallel_size=pieces,
-        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
+        pipeline_model_parallel_layout=pipeline_layout(parallel, num_layers),
         overlap_p2p_comm=bool(pieces) and parallel.overlap_p2p_comm,
         overlap_p2p_comm_warmup_flush=parallel.overlap_p2p_communication_warmup_flush,
         transformer_impl=impl,

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.cli.flag_checks import stages
-from megatron_ext.cli.programs import measures, virtual_pipeline_size
+from megatron_ext.cli.programs import measures, pipeline_layout, virtual_pipeline_size
 from megatron_ext.rehearsal.cost import (
     GPUS,
     WIDE,
@@ -34,7 +34,8 @@ Named = tuple[Arch, str]
 
 def placed(arch: Arch, parallel: Any) -> Placed:
     """Return the model with the layers of each pipeline stage, as ``parallel`` places them."""
-    layout, pp = parallel.pipeline_model_parallel_layout, parallel.pipeline_model_parallel_size
+    layout = pipeline_layout(parallel, arch.num_layers)
+    pp = parallel.pipeline_model_parallel_size
     if layout is not None:
         return Placed(arch, tuple(stage.count("t") for stage in stages(layout)))
     num_stages = pp * (virtual_pipeline_size(parallel, arch.num_layers) or 1)
