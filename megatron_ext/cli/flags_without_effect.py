@@ -26,7 +26,8 @@ WITHOUT_EFFECT = (
         "--use-transformer-engine-op-fuser --use-te-activation-func "
         "--use-grouped-gemm-for-shared-expert --use-grouped-gemm-for-dense-mlp "
         "--moe-permute-fusion --moe-router-fusion --mla-down-proj-fusion --disable-jit-fuser "
-        "--optimizer-cuda-graph --no-gradient-accumulation-fusion --disable-mamba-mem-eff-path "
+        "--moe-single-grouped-weight --moe-single-grouped-bias --optimizer-cuda-graph "
+        "--no-gradient-accumulation-fusion --disable-mamba-mem-eff-path "
         "--cross-entropy-loss-fusion --cross-entropy-fusion-impl=native",
     ),
     (
@@ -45,7 +46,7 @@ WITHOUT_EFFECT = (
         "--microbatch-group-size-per-virtual-pipeline-stage= --no-tp-comm-split-ag "
         "--disable-tp-comm-split-ag --no-tp-comm-split-rs --disable-tp-comm-split-rs "
         "--reuse-grad-buf-for-mxfp8-param-ag --train-sync-interval= --lazy-mpu-init "
-        "--moe-single-grouped-weight --moe-single-grouped-bias --no-use-layer-wise-param-layout",
+        "--no-use-layer-wise-param-layout",
     ),
     (
         "settings of the flex dispatcher, see --moe-token-dispatcher-type",
@@ -86,11 +87,9 @@ WITHOUT_EFFECT = (
         "--no-ckpt-load-validate-sharding-integrity --no-strict-fsdp-dtensor-load "
         "--disable-ckpt-load-validate-sharding-integrity --disable-strict-fsdp-dtensor-load "
         "--distrib-optim-fully-reshardable-mem-efficient --no-stream-ckpt-dequant "
-        "--disable-stream-ckpt-dequant --dist-ckpt-format= "
-        "--dist-ckpt-strictness=assume_ok_unexpected --async-save --async-strategy=nvrx "
+        "--disable-stream-ckpt-dequant --dist-ckpt-format= --async-save --async-strategy=nvrx "
         "--async-ckpt-cpu-priority=10 --async-ckpt-io-priority=3 --async-ckpt-use-cpu-shm "
-        "--dist-ckpt-workers=1 --no-initialization --no-ckpt-fully-parallel-save "
-        "--dist-ckpt-optim-fully-reshardable",
+        "--dist-ckpt-workers=1 --no-ckpt-fully-parallel-save --dist-ckpt-optim-fully-reshardable",
     ),
     (
         "not logged here",
@@ -107,8 +106,7 @@ WITHOUT_EFFECT = (
         "--dump-param-to-param-group-map= --record-memory-history --record-shapes --nvtx-ranges "
         "--memory-snapshot-path=snapshot.pickle --gpu-sniff-test-interval= --no-one-logger "
         "--one-logger-project=megatron-lm --one-logger-run-name= --one-logger-async "
-        "--app-tag-run-name= --app-tag-run-version=0.0.0 --enable-ft-package --calc-ft-timeouts "
-        "--ft-num-warmup-iters=5 --test-mode",
+        "--app-tag-run-name= --app-tag-run-version=0.0.0",
     ),
     (
         "NCCL's recorder is set in the environment (TORCH_NCCL_*)",
@@ -120,17 +118,17 @@ WITHOUT_EFFECT = (
     ),
     (
         "no step is run twice to validate it; what is not finite always ends a run",
-        "--check-for-large-grads --check-for-spiky-loss --result-rejected-tracker-filename= "
-        "--check-weight-hash-across-dp-replicas-interval= --rerun-mode=validate_results "
-        "--no-check-for-nan-in-loss-and-grad",
+        "--test-mode --check-for-large-grads --check-for-spiky-loss "
+        "--result-rejected-tracker-filename= --check-weight-hash-across-dp-replicas-interval= "
+        "--rerun-mode=validate_results --no-check-for-nan-in-loss-and-grad",
     ),
     (
         "the launcher restarts a run, which goes on from --save",
-        "--adlr-autoresume --adlr-autoresume-interval=1000 --inprocess-restart "
-        "--inprocess-max-iterations= --inprocess-monitor-thread-interval=1.0 "
-        "--inprocess-monitor-process-interval=1.0 --inprocess-progress-watchdog-interval=1.0 "
-        "--inprocess-heartbeat-interval=30 --inprocess-soft-timeout=60 "
-        "--inprocess-hard-timeout=90 --inprocess-heartbeat-timeout=60 "
+        "--enable-ft-package --calc-ft-timeouts --ft-num-warmup-iters=5 --adlr-autoresume "
+        "--adlr-autoresume-interval=1000 --inprocess-restart --inprocess-max-iterations= "
+        "--inprocess-monitor-thread-interval=1.0 --inprocess-monitor-process-interval=1.0 "
+        "--inprocess-progress-watchdog-interval=1.0 --inprocess-heartbeat-interval=30 "
+        "--inprocess-soft-timeout=60 --inprocess-hard-timeout=90 --inprocess-heartbeat-timeout=60 "
         "--inprocess-barrier-timeout=120 --inprocess-completion-timeout=120 "
         "--inprocess-last-call-wait=1 --inprocess-termination-grace-time=1 "
         "--inprocess-granularity=node --inprocess-active-world-size=1 "
@@ -140,6 +138,11 @@ WITHOUT_EFFECT = (
         "Model Optimizer is not used; a teacher's checkpoint says its sizes",
         "--modelopt-enabled --export-kd-teacher-model-config= --export-default-te-spec "
         "--export-force-local-attention --export-te-mcore-model --export-kd-teacher-ckpt-format=",
+    ),
+    ("weights are drawn only where no checkpoint has them", "--no-initialization"),
+    (
+        "a missing or unknown tensor is always an error",
+        "--dist-ckpt-strictness=assume_ok_unexpected",
     ),
     ("ranks come from the environment", "--local-rank=0"),
     ("garbage is collected at evaluations too", "--no-manual-gc-eval --disable-manual-gc-eval"),

@@ -27,29 +27,29 @@ REFUSED = (
         "--mtp-num-layers=|0 --qad-train-target=|base --freeze-base-for-mtp",
     ),
     (
-        "of rotary embeddings only --rotary-base, --rotary-percent and --use-rope-scaling are here",
+        "see --rotary-base, --rotary-percent, --use-rope-scaling for the rotary embeddings here",
         "--enable-gpt-oss --rope-type=|rope --rotary-interleaved "
         "--rotary-seq-len-interpolation-factor=|1 --no-rope-freq=|0",
     ),
     (
-        "of activations only GELU, --swiglu and --squared-relu are here",
+        "MLPs have GELU, --swiglu or --squared-relu here; leave it out",
         "--openai-gelu --quick-geglu --glu-linear-offset=0.0 --activation-func-clamp-value=",
     ),
-    ("the residual stream has the weights' dtype here", "--fp32-residual-connection"),
+    ("the residual stream has the weights' dtype here; leave it out", "--fp32-residual-connection"),
     (
-        "new weights are drawn with --init-method-std, the same under any layout",
+        "new weights are drawn with --init-method-std, the same under any layout; leave it out",
         "--embedding-init-method-std= --init-method-xavier-uniform --data-parallel-random-init",
     ),
     (
-        "no muP here; scale --lr and --init-method-std yourself",
+        "no muP here; leave it out, and scale --lr and --init-method-std by hand",
         "--use-mup --mup-width-mult=1.0 --mup-base-hidden-size= --mup-embedding-mult=1.0 "
         "--mup-output-mult=1.0 --mup-base-head-dim= --mup-attn-scale-power=1.0",
     ),
     (
-        "models of one stack only; write --num-layers",
+        "models have one stack of layers here; write --num-layers",
         "--encoder-num-layers= --decoder-num-layers=",
     ),
-    ("all layers have experts here, or none", "--moe-layer-freq=1|[1]*N|[1]"),
+    ("all layers have experts here, or none; leave it out", "--moe-layer-freq=1|[1]*N|[1]"),
     (
         "experts are chosen by a softmax over all of them here; leave it out",
         "--moe-router-score-function=softmax --moe-router-num-groups= --moe-router-group-topk= "
@@ -67,31 +67,34 @@ REFUSED = (
         "--moe-latent-size= --moe-mlp-glu-interleave-size= "
         "--moe-shared-expert-glu-interleave-size=",
     ),
-    ("see --moe-aux-loss-coeff for the loss that is here", "--moe-z-loss-coeff=|0"),
+    (
+        "experts are balanced by --moe-aux-loss-coeff alone here; leave it out",
+        "--moe-z-loss-coeff=|0",
+    ),
     ("experts are trained from the beginning here; leave it out", "--moe-use-upcycling"),
     # Precision and kernels that compute something else.
     (
-        "no FP4, and of FP8 only what --fp8-* says",
+        "no FP4 here, and of FP8 what --fp8-* says; leave it out",
         "--fp4-format= --fp4-param-gather --fp4-quantizer-factory= --fp8-quantizer-factory= "
         "--fp8-output-proj --te-precision-config-file=",
     ),
-    ("see --attention-backend for those that are here", "--use-kitchen-attention"),
-    ("--deterministic-mode repeats a run bit for bit", "--batch-invariant-mode"),
-    ("losses are computed in float32 here", "--fp16-lm-cross-entropy"),
+    ("use one of --attention-backend", "--use-kitchen-attention"),
+    ("use --deterministic-mode, which repeats a run bit for bit", "--batch-invariant-mode"),
+    ("losses are computed in float32 here; leave it out", "--fp16-lm-cross-entropy"),
     (
         "leave out --grad-reduce-in-bf16: gradients are then added in float32",
         "--ddp-reduce-scatter-with-fp32-accumulation "
         "--ddp-param-name-patterns-for-fp32-local-accumulation=...",
     ),
     (
-        "nothing is quantised here but by --fp8-*; do it after the export",
+        "nothing is quantised here but by --fp8-*; leave it out",
         "--export-kv-cache-quant=none --export-real-quant-cfg=None --export-quant-cfg=",
     ),
-    ("checkpoints are torch_dist, of megatron-core", "--export-legacy-megatron"),
-    ("a model has all of its layers here", "--export-offline-model"),
+    ("checkpoints are megatron-core's here; leave it out", "--export-legacy-megatron"),
+    ("a model has all of its layers here; leave it out", "--export-offline-model"),
     # Layout.
     (
-        "weights are whole on their tensor-parallel rank here; see --use-distributed-optimizer",
+        "weights are whole on their tensor-parallel rank here; use --use-distributed-optimizer",
         "--use-megatron-fsdp --use-torch-fsdp2 --tensor-parallel-num-weight-shards= "
         "--expert-tensor-parallel-num-weight-shards=",
     ),
@@ -101,8 +104,8 @@ REFUSED = (
         "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
     ),
     ("a checkpoint loads under any layout: type yours", "--use-mp-args-from-checkpoint-args"),
-    ("--dry-run says what a run on other ranks costs", "--fake-process-group"),
-    ("see --distributed-timeout-minutes", "--distributed-timeout-seconds-after-init="),
+    ("use --dry-run, which says what a run on other ranks costs", "--fake-process-group"),
+    ("use --distributed-timeout-minutes", "--distributed-timeout-seconds-after-init="),
     # Flags of old, and other ways to type them.
     ("write --micro-batch-size", "--batch-size="),
     ("write --tensor-model-parallel-size", "--model-parallel-size="),
@@ -112,39 +115,45 @@ REFUSED = (
     ("type the flags themselves", "--yaml-cfg="),
     # Data and tokenizers.
     (
-        "a tokenizer is taken as --tokenizer-model has it; put the tokens there",
+        "a tokenizer is as --tokenizer-model says; leave it out, and put tokens there",
         "--vocab-extra-ids=0 --tokenizer-metadata= --tokenizer-special-tokens=... "
         "--tokenizer-sentencepiece-legacy --tokenizer-hf-no-use-fast --chat-template= "
         "--no-tokenizer-sentencepiece-ignore-extra-whitespaces "
         "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces",
     ),
     (
-        "the last token of a NullTokenizer ends documents, and none is padding",
+        "the last token of a NullTokenizer ends documents, and none is padding; leave it out",
         "--null-tokenizer-eod-id= --null-tokenizer-pad-id=-1 --allow-ambiguous-pad-tokens",
     ),
     (
-        "samples are read in the order of the index, shuffled once, under any layout",
+        "samples are shuffled once, the same under any layout; leave it out",
         "--dataloader-type=|single",
     ),
-    ("see --reset-attention-mask", "--dataloader-inter-document-masking"),
+    ("use --reset-attention-mask", "--dataloader-inter-document-masking"),
     (
-        "data are plain text here, prepared by tools/preprocess_data.py",
+        "data are plain text here; prepare them with tools/preprocess_data.py",
         "--sft --finetune-hf-dataset= --finetune-data-split=train --finetune-data-files=... "
         "--fim-data --sample-rate=1.0 --mid-level-dataset-surplus=0.005",
     ),
     (
-        "15 % of a BERT's tokens are predicted, of whole samples",
+        "a BERT predicts 15 % of its tokens, of whole samples, here; leave it out",
         "--mask-prob=0.15 --short-seq-prob=0.1",
     ),
-    ("data are read from a file system: copy them", "--object-storage-cache-path= --enable-msc"),
-    # Checkpoints.
-    ("see --save-interval", "--non-persistent-save-interval="),
     (
-        "tools/convert.py converts checkpoints",
+        "data are read from a file system; leave it out, and copy them there",
+        "--object-storage-cache-path= --enable-msc",
+    ),
+    # Checkpoints.
+    ("use --save-interval", "--non-persistent-save-interval="),
+    (
+        "use tools/convert.py",
         "--ckpt-convert-format= --ckpt-convert-save= --ckpt-convert-update-legacy-dist-opt-format",
     ),
-    ("checkpoints have the form of megatron-core 0.19 here", "--dist-ckpt-save-pre-mcore-014"),
-    ("--finetune begins at iteration 0", "--override-ckpt-iteration="),
+    (
+        "checkpoints have the form of megatron-core 0.19 here; leave it out",
+        "--dist-ckpt-save-pre-mcore-014",
+    ),
+    ("use --finetune, which begins at iteration 0", "--override-ckpt-iteration="),
     (
         "float32 weights come with the optimizer's state: leave out --no-load-optim",
         "--load-main-params-from-ckpt",
@@ -152,15 +161,18 @@ REFUSED = (
 )
 # What changes a training run, and nothing where none is trained.
 REFUSED_IN_TRAINING = (
-    ("nothing is trained by reinforcement here", "--perform-rl-step"),
-    ("all weights are trained here; --skip-train trains none", "--freeze-all-layers"),
+    ("nothing is trained by reinforcement here; leave it out", "--perform-rl-step"),
+    ("all weights are trained here; use --skip-train to train none", "--freeze-all-layers"),
     (
-        "weight decay is on matrices and not on biases and norms here",
+        "weight decay is on matrices, not on biases and norms, here; leave it out",
         "--apply-wd-to-qk-layernorm --no-weight-decay-cond-type=",
     ),
-    ("all weights but the vocabulary's have one learning rate here", "--head-lr-mult=1.0"),
     (
-        "optimizer state is float32 here; see --grad-reduce-in-bf16 for gradients",
+        "only the vocabulary has a learning rate of its own: use --decoupled-lr",
+        "--head-lr-mult=1.0",
+    ),
+    (
+        "optimizer state is float32 here; leave it out, or use --grad-reduce-in-bf16 for gradients",
         "--use-precision-aware-optimizer --main-grads-dtype=fp32 --main-params-dtype=fp32 "
         "--exp-avg-dtype=fp32 --exp-avg-sq-dtype=fp32",
     ),
@@ -170,18 +182,20 @@ REFUSED_IN_TRAINING = (
         "--phase-transition-iterations= --step-batch-size-schedule= --rampup-batch-size=...",
     ),
     (
-        "an evaluation is of --eval-iters global batches of the whole validation data, every "
-        "--eval-interval steps",
+        "evaluations are of --eval-iters global batches, every --eval-interval; leave it out",
         "--eval-global-batch-size= --full-validation --multiple-validation-sets "
         "--validation-set-names=... --start-eval-at-iter=",
     ),
-    ("SIGTERM, SIGINT and SIGUSR1 end a run that has saved", "--exit-signal=15|2|10"),
+    (
+        "SIGTERM, SIGINT and SIGUSR1 end a run when it has saved: use one of them",
+        "--exit-signal=15|2|10",
+    ),
     (
         "no faults are made here; leave it out",
         "--error-injection-rate=0 --fault-injector-ranks= --fault-injector-num-ranks=",
     ),
     (
-        "tools/store_teacher.py and --kd-teacher-store store and read a teacher's distributions",
+        "use tools/store_teacher.py and --kd-teacher-store",
         "--logits-save-dir= --logits-load-dir=",
     ),
 )
