@@ -307,6 +307,11 @@ def test_typed_sizes_of_a_checkpoint_that_says_none(tmp_path):
     for load, save, sizes in ((own, "a", []), (str(bare), "b", typed)):
         succeed("prune", ["--load", load, "--save", str(tmp_path / save), *keep_two, *sizes])
     assert_same_bytes(*(read_tensors(str(tmp_path / save)) for save in ("a", "b")))
+    data = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size"]
+    step = [*RANDOM[2:], *data, str(LLAMA.vocab_size), "--train-iters", "1", "--lr", "1"]
+    step += ["--eval-iters", "0", "--num-workers", "0", *typed]
+    for extra in (["--dry-run"], []):
+        succeed("pretrain_distill", ["--load", str(bare), "--finetune", *step, *extra])
     pruned = checkpoints.read(str(tmp_path / "b")).with_tokens(LLAMA.vocab_size)
     assert pruned.arch == replace(LLAMA, num_layers=2)
     wrong = ["--load", str(bare), "--save", str(tmp_path / "c"), *keep_two, *typed]

@@ -254,7 +254,7 @@ def check_data_there(
         num_tokens = vocab_size(options)
         for arch, where in models:
             if Path(where).is_dir():
-                source = glance(where).with_tokens(num_tokens)
+                source = glance(where, sizes=flags.sizes).with_tokens(num_tokens)
                 check_tokenizer(source, num_tokens, tokenizer_sha256(options))
             elif num_tokens > arch.padded_vocab_size:
                 raise UserError(

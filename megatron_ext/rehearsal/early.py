@@ -66,7 +66,7 @@ def _find_student(flags: TrainFlags) -> Start:
             CHECKPOINT,
         )
     if options.pretrained_checkpoint:
-        return Start(glance(options.pretrained_checkpoint))
+        return Start(glance(options.pretrained_checkpoint, sizes=flags.sizes))
     return Start(None)
 
 
