@@ -64,8 +64,11 @@ def certify(line):
         f"pretrain_distill.py {GPT} {STEP} {PP2} --num-virtual-stages-per-pipeline-rank 2 "
         "--num-experts 8 --disable-bias-linear --ffn-hidden-size 512 --moe-aux-loss-coeff 0.1 "
         "--expert-model-parallel-size 2",
+        f"pretrain_distill.py {GPT} {STEP} {PP2} --decoder-first-pipeline-num-layers 6 "
+        "--num-experts 8 --disable-bias-linear --moe-router-dtype fp32 "
+        "--expert-tensor-parallel-size 1 --log-num-zeros-in-grad --timing-log-level 2",
     ],
-    ids=["distillation", "experts in virtual stages"],
+    ids=["distillation", "experts in virtual stages", "a long first stage"],
 )
 def test_a_right_training_layout(line):
     code, stdout, stderr = certify(f"--max-ranks 4 {line}")

@@ -83,7 +83,7 @@ def gradients(trial: Trial) -> dict[str, Any]:
         alpha,
         run.forward_backward,
     )
-    _, grad_norm = apply()
+    _, grad_norm, _ = apply()
     if flags.parallel.overlap_param_gather:
         for chunk in run.model:
             chunk.disable_forward_pre_hook()  # gathers what the step updated

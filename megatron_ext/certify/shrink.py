@@ -14,7 +14,7 @@ from typing import Any
 from megatron_ext.arch import Arch
 from megatron_ext.axes import SIZES
 from megatron_ext.certify.layouts import Ranks
-from megatron_ext.cli.flag_checks import stages
+from megatron_ext.cli.flag_checks import ENDS, stages
 from megatron_ext.distillation.pairs import Pair
 
 POSITIONS, TOKENS = 16, 48
@@ -190,6 +190,9 @@ def small_parallel(parallel: Any, small: Ranks, layout: str | None, virtual: int
         "num_layers_per_virtual_pipeline_stage": None,
         "num_virtual_stages_per_pipeline_rank": virtual if interleaves and not layout else None,
         "pipeline_model_parallel_layout": layout if is_cut else None,
+        **dict.fromkeys(ENDS),  # they stand in ``layout``
+        "expert_tensor_parallel_size": None,
+        "moe_router_dtype": None,  # all is float64 here
         "overlap_p2p_communication_warmup_flush": flush and interleaves,
         "device": "cpu",
         "distributed_backend": "gloo",

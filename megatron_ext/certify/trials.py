@@ -26,7 +26,13 @@ from megatron_ext.certify.shrink import (
 from megatron_ext.cli.flag_checks import stages
 from megatron_ext.cli.megatron_flags import Optimizer, Parallel
 from megatron_ext.cli.parser import dashed, option
-from megatron_ext.cli.programs import PruneFlags, TrainFlags, check_layout, virtual_pipeline_size
+from megatron_ext.cli.programs import (
+    PruneFlags,
+    TrainFlags,
+    check_layout,
+    pipeline_layout,
+    virtual_pipeline_size,
+)
 from megatron_ext.distillation import settings
 
 # Adam with an epsilon far above every gradient: a step of lr = epsilon takes off the gradient.
@@ -205,7 +211,7 @@ def _stages(
     parallel: Parallel, archs: Sequence[Arch], cut: Cut, at_least: int = 0
 ) -> tuple[str | None, list[int]]:
     """Return the typed layout of the stages in small, and the layers of each of ``archs``."""
-    typed, layout = parallel.pipeline_model_parallel_layout, None
+    typed, layout = pipeline_layout(parallel, archs[0].num_layers), None
     num_stages, placed = cut.small.pp * cut.pieces, {}
     if typed is not None:
         layout = small_stages(typed, num_stages)
