@@ -95,6 +95,9 @@ def plot_curves(
 
     With ``log``, values of 0 and below are left out: a logarithm has no place for them.
     """
+    from matplotlib.ticker import EngFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20M, not 2 and 1e7 far from it
     for name, (xs, ys) in curves.items():
         shown = [i for i, value in enumerate(ys) if value > 0 or not log]
         points = [xs[i] for i in shown], [ys[i] for i in shown]

@@ -113,7 +113,8 @@ def name_of(folder: str) -> str:
 def curves(folder: Path, name: str, tokens_per_step: int = 1) -> dict[Path, Curve]:
     """Return the validation curve of every run that has one."""
     found = {}
-    for path in sorted(folder.glob("*/metrics.jsonl")):
+    # Those without a curve of KL come last: the others have one colour in both pictures.
+    for path in sorted(folder.glob("*/metrics.jsonl"), key=lambda path: order(path.parent)):
         points = curve(read_metrics(path), name, tokens_per_step=tokens_per_step)
         if points[0]:
             found[path.parent] = points
