@@ -2,7 +2,7 @@
 #
 #     docker build -t minitron .                         GPUs
 #     docker build -t minitron-test --target test .      the same with lint and tests
-#     docker build -t minitron-cpu --target cpu .        CPUs; runs the quickstart
+#     docker build -t minitron-cpu --target cpu .        CPUs; runs examples/from-scratch
 #
 #     docker run --rm --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 \
 #         -v "$PWD/runs:/runs" -e WORK=/runs minitron bash examples/llama3.1-8b-to-4b/run.sh prune-width
@@ -28,7 +28,7 @@ RUN python -m pip install --no-cache-dir -c constraints.txt -e ".[test]"
 COPY . .
 ENV NO_VENV=1 HOME=/home/minitron
 USER 10001
-CMD ["bash", "examples/quickstart/run.sh", "/runs/quickstart"]
+CMD ["bash", "examples/from-scratch/run.sh", "/runs/from-scratch"]
 
 # The image that Megatron-LM tests megatron-core 0.19 in (docker/.ngc_version.dev of core_v0.19.0):
 # Python 3.12, CUDA 13.3, torch 2.13.0a0 (NVIDIA's "PyTorch Release 26.06" notes, as others quote

@@ -7,7 +7,8 @@ fail() {
     exit 1
 }
 
-# step NAME COMMAND...: run it once, its output on the screen and in OUT/logs/NAME.log.
+# step NAME COMMAND...: run it once, its output on the screen and in OUT/logs/NAME.log. EXPECTED=75
+# before it: it stops before its end, as --exit-interval wants.
 step() {
     local name=$1 log=$OUT/logs/$1.log code=0 began=$SECONDS
     shift
@@ -17,7 +18,8 @@ step() {
     # waiting. Bash hides Ctrl-C from what runs in the background: it is passed on as SIGTERM, upon
     # which training saves.
     : >"$log" # before tail looks for it
-    "$@" >>"$log" 2>&1 &
+    rm -f "$log.code"
+    EXIT_CODE_FILE=$log.code "$@" >>"$log" 2>&1 &
     local pid=$! stopped=0
     tail -n +1 -f -s 0.2 --pid="$pid" "$log" &
     trap 'stopped=1; kill -TERM "$pid" 2>/dev/null || true' INT TERM
@@ -27,11 +29,13 @@ step() {
     done
     wait
     trap - INT TERM
+    [ ! -e "$log.code" ] || code=$(<"$log.code") # torchrun ends with 1 whatever its ranks say
+    [ "$code" != "${EXPECTED:-0}" ] || code=0
     printf '%s\t%d\n' "$name" $((SECONDS - began)) >>"$OUT/times.tsv"
     if [ $stopped = 1 ]; then
         printf '\nstopped in step %s; start again to go on\n' "$name" >&2
         exit 130
-    elif [ $code != 0 ]; then
+    elif [ "$code" != 0 ]; then
         printf '\n' >&2
         fail "step $name ended with code $code: $(reason "$log") (all of it: $log)"
     fi

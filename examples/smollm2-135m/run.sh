@@ -143,7 +143,7 @@ DATA+=(--num-workers 0 "${TOKENIZER[@]}")
 step prune prune
 CANDIDATES=$(basename -a "$OUT"/pruned/*/)
 for name in $CANDIDATES; do
-    step "rank-$name" train "distilled-$name" --load "$OUT/pruned/$name" \
+    EXPECTED=75 step "rank-$name" train "distilled-$name" --load "$OUT/pruned/$name" \
         --teacher-load "$OUT/teacher" --exit-interval "$RANK_ITERS"
 done
 step rank rank
