@@ -118,10 +118,26 @@ def test_documents_hold_every_token_once(root, seq_length, multiple, limit):
         assert not sample["labels"][~real].any()
         inputs += sample["tokens"][real].tolist()
         labels += sample["labels"][real].tolist()
-    count = min(len(tokens) - 1, limit * seq_length if limit else len(tokens))
-    assert documents.num_tokens == count
-    assert inputs == tokens[:count]
-    assert labels == tokens[1 : count + 1]
+    pieces = [
+        (tokens[i : i + seq_length + 1][:-1], tokens[i + 1 : i + seq_length + 1])
+        for i in range(0, len(tokens) - 1, seq_length)
+    ]
+    if limit is not None and limit < len(pieces):
+        pieces = [pieces[i * len(pieces) // limit] for i in range(limit)]
+    assert inputs == [token for piece, _ in pieces for token in piece]
+    assert labels == [token for _, piece in pieces for token in piece]
+    assert documents.num_tokens == len(inputs)
+
+
+def test_few_samples_are_a_spread_of_the_data(root):
+    """Regression: they were the beginning, one source of a blend."""
+    prefixes = [str(root / name) for name in ("corpus", "more")]
+    whole = Documents(prefixes, 7, 1)
+    few = Documents(prefixes, 7, 1, limit=4)
+    found = [few[i]["tokens"].tolist() for i in range(4)]
+    places = [[each["tokens"].tolist() for each in whole].index(piece) for piece in found]
+    assert places[0] == 0
+    assert places[-1] > len(whole) * 0.6
 
 
 @pytest.mark.parametrize(

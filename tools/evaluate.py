@@ -39,7 +39,9 @@ class Evaluation:
     teacher_load: str | None = flag(None, "folder of a checkpoint to compare it with")
     data_path: tuple[str, ...] = flag(REQUIRED, "prefixes of indexed data; all of each is read")
     eval_samples: int | None = flag(
-        None, "samples to read at most; default all (not in Megatron-LM)", at_least=1
+        None,
+        "samples to read at most, spread over the data; default all (not in Megatron-LM)",
+        at_least=1,
     )
     num_workers: int = flag(2, "processes that read data", at_least=0)
     json: str | None = flag(None, "file for the figures; default none")

@@ -24,7 +24,7 @@ class Check:
     hf: str = flag(REQUIRED, "Hugging Face folder")
     data_path: str = flag(REQUIRED, "prefix of indexed data")
     seq_length: int = flag(REQUIRED, "tokens of a sample", at_least=1)
-    samples: int = flag(REQUIRED, "samples from the beginning of the data", at_least=1)
+    samples: int = flag(REQUIRED, "samples, spread evenly over the data", at_least=1)
     json: str = flag(REQUIRED, "file for the loss")
 
 
@@ -44,16 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     assert not any(report.values()), report
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.hf)
-    length, needed = options.seq_length, options.samples * options.seq_length + 1
-    data = IndexedDataset(options.data_path)
-    parts, count = [], 0
-    for document in data:
-        parts.append(document)
-        count += len(document)
-        if count >= needed:
-            break
-    tokens = torch.from_numpy(numpy.concatenate(parts)[:needed].astype(numpy.int64))
-    inputs, labels = tokens[:-1].view(-1, length), tokens[1:].view(-1, length)
+    tokens = numpy.concatenate(list(IndexedDataset(options.data_path))).astype(numpy.int64)
+    length, samples = options.seq_length, options.samples
+    in_all = -(-(len(tokens) - 1) // length)
+    firsts = [length * (i * in_all // samples) for i in range(samples)]
+    pieces = [torch.from_numpy(tokens[first : first + length + 1]) for first in firsts]
+    inputs, labels = [x[:-1] for x in pieces], [x[1:] for x in pieces]
     with torch.no_grad():
         losses = [
             torch.nn.functional.cross_entropy(model.eval()(x[None]).logits[0], y)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 class Documents(Dataset):
     """Documents one behind the other, cut into samples of s tokens.
 
-    Sample i predicts the tokens [i * s + 1, (i + 1) * s] of all, from those before them in the
+    Sample i of all predicts the tokens [i * s + 1, (i + 1) * s], from those before them in the
     sample. All tokens but the very first are predicted once. What is missing at the end of the last
     sample, and whole samples behind it up to ``multiple``, is padding with loss mask 0.
     """
@@ -26,26 +26,30 @@ class Documents(Dataset):
             prefixes: of .bin and .idx files.
             seq_length: s.
             multiple: the number of samples is rounded up to one of this.
-            limit: samples to read at most; None for all.
+            limit: samples to read at most, spread evenly over all; None for all.
         """
         self.parts = [IndexedDataset(prefix) for prefix in prefixes]
         self.lengths = numpy.concatenate([part.sequence_lengths for part in self.parts])
         self.ends = numpy.cumsum(self.lengths, dtype=numpy.int64)
         self.firsts = numpy.cumsum([0, *(len(part) for part in self.parts)])
         self.seq_length, self.multiple = seq_length, multiple
-        self.num_tokens = int(self.ends[-1]) - 1
+        self.all_tokens = int(self.ends[-1]) - 1
+        self.num_tokens = self.all_tokens
         """Tokens that are predicted."""
-        if limit is not None:
-            self.num_tokens = min(self.num_tokens, limit * seq_length)
+        self.in_all = self.num_samples = -(-self.all_tokens // seq_length)
+        if limit is not None and limit < self.in_all:
+            # The last sample, which may be a short one, is not among them.
+            self.num_samples, self.num_tokens = limit, limit * seq_length
 
     def __len__(self) -> int:
-        samples = -(-self.num_tokens // self.seq_length)
-        return -(-samples // self.multiple) * self.multiple
+        return -(-self.num_samples // self.multiple) * self.multiple
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return tokens, labels, position_ids [s] int64 and loss_mask [s] float32."""
-        first = index * self.seq_length
-        found = self._read(first, min(first + self.seq_length, self.num_tokens) + 1)
+        # Sources lie one behind the other: the beginning would be one of them alone.
+        chosen = index * self.in_all // self.num_samples
+        first = chosen * self.seq_length
+        found = self._read(first, min(first + self.seq_length, self.all_tokens) + 1)
         ids = torch.zeros(self.seq_length + 1, dtype=torch.int64)
         ids[: len(found)] = torch.from_numpy(found)
         positions = torch.arange(self.seq_length)
