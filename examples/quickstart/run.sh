@@ -8,5 +8,8 @@
 set -euo pipefail
 ROOT=$(realpath "$(dirname "$0")/../..")
 export CORPUS=${CORPUS:-python} TARGETS=${TARGETS:-$ROOT/examples/quickstart/targets.yaml}
-[ "${QUICK:-0}" = 1 ] || export ITERS=${ITERS:-32} RANK_ITERS=${RANK_ITERS:-16} WARMUP=${WARMUP:-4}
+if [ "${QUICK:-0}" != 1 ]; then
+    export ITERS=${ITERS:-32} RANK_ITERS=${RANK_ITERS:-16} WARMUP=${WARMUP:-4}
+    export NEW_TOKENS=${NEW_TOKENS:-32}
+fi
 exec bash "$ROOT/examples/smollm2-135m/run.sh" --out "${1:-${OUT:-$ROOT/runs/quickstart}}"
