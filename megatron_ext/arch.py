@@ -19,9 +19,11 @@ Named dims (a row of the table lists one per tensor axis):
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from math import prod
 from typing import Any
+
+from megatron_ext import pattern as patterns
 
 # Of a weight of every layer; the second in a BertModel.
 LAYER_PREFIXES = ("decoder.layers.", "encoder.layers.")
@@ -59,7 +61,6 @@ LEFT_OUT: dict[str, tuple[Any, ...]] = {
     "heterogeneous_block_specs": (False,),
     "heterogeneous_layers_config_path": (),
     "high_freq_factor": (4.0,),
-    "hybrid_layer_pattern": (),
     "hybrid_override_pattern": (),
     "is_hybrid_model": (False,),
     "linear_attention_freq": (),
@@ -86,6 +87,7 @@ class Arch:
     """The architecture of one model, in the names that Megatron-LM saves in a checkpoint's args."""
 
     num_layers: int
+    """With a hybrid_layer_pattern, megatron-core counts each sub-layer as a layer."""
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
@@ -137,6 +139,9 @@ class Arch:
     """Over what the loss that evens out the experts' load is taken: one of LOAD_BALANCING."""
     moe_aux_loss_coeff: float = 0.0
     """Weight of that loss in training."""
+    hybrid_layer_pattern: str | None = None
+    """The symbol of each sub-layer of a HybridModel (``pattern``); None for a GPTModel, whose
+    layers are all whole."""
     init_method_std: float = 0.02
     attention_dropout: float = 0.1
     hidden_dropout: float = 0.1
@@ -155,8 +160,66 @@ class Arch:
             raise ValueError(
                 f"vocabulary {self.vocab_size} is larger than its padding {self.padded_vocab_size}."
             )
-        for problem in (*self._expert_problems(), *self._bert_problems()):
+        for problem in (
+            *self._pattern_problems(),
+            *self._expert_problems(),
+            *self._bert_problems(),
+        ):
             raise ValueError(problem)
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether it is a HybridModel, whose layers are sub-layers."""
+        return self.hybrid_layer_pattern is not None
+
+    @property
+    def pattern(self) -> str:
+        """The symbol of each sub-layer, first to last."""
+        whole = patterns.whole_layers(self.num_layers, experts=self.num_experts is not None)
+        return self.hybrid_layer_pattern or whole
+
+    @property
+    def attention_layers(self) -> int:
+        """How many sub-layers are attention."""
+        return len(self.layers_of("attention"))
+
+    @property
+    def mlp_layers(self) -> int:
+        """How many sub-layers are an MLP."""
+        return len(self.layers_of("mlp"))
+
+    def layers_of(self, kind: str) -> tuple[int, ...]:
+        """Return the layer of each sub-layer of a kind, as megatron-core numbers layers from 0.
+
+        Kinds are those of ``pattern.KINDS``.
+        """
+        if self.hybrid_layer_pattern is None:
+            return tuple(range(self.num_layers))
+        return patterns.positions(self.hybrid_layer_pattern, kind)
+
+    def with_pattern(self, pattern: str) -> "Arch":
+        """Return the model with these sub-layers: a GPTModel, if they are whole layers."""
+        num_layers = len(pattern) // 2
+        if pattern == patterns.whole_layers(num_layers):
+            return replace(self, num_layers=num_layers, hybrid_layer_pattern=None)
+        return replace(self, num_layers=len(pattern), hybrid_layer_pattern=pattern)
+
+    def by_sublayers(self) -> "Arch":
+        """Return the same model as a HybridModel."""
+        return replace(self, num_layers=len(self.pattern), hybrid_layer_pattern=self.pattern)
+
+    def _pattern_problems(self) -> Iterator[str]:
+        if self.hybrid_layer_pattern is None:
+            return
+        yield from patterns.problems(self.hybrid_layer_pattern)
+        if len(self.hybrid_layer_pattern) != self.num_layers:
+            yield (
+                f"hybrid_layer_pattern {self.hybrid_layer_pattern} has "
+                f"{len(self.hybrid_layer_pattern)} sub-layers, num_layers is {self.num_layers}."
+            )
+        if self.is_bert or self.num_experts is not None:
+            flag = "--bert-no-binary-head" if self.is_bert else "--num-experts"
+            yield f"--hybrid-layer-pattern does not go with {flag}."
 
     @property
     def is_bert(self) -> bool:
@@ -219,6 +282,10 @@ class Arch:
         if known.get("bert_binary_head", True):
             # megatron-core 0.19.2 parses it and computes a pre-norm GPTModel all the same.
             known.pop("apply_residual_connection_post_layernorm", None)
+        if pattern := known.get("hybrid_layer_pattern"):
+            # Where pipeline stages ended when it was saved is no part of the model.
+            known["hybrid_layer_pattern"] = pattern.replace(patterns.STAGE, "")
+            known["num_layers"] = len(known["hybrid_layer_pattern"])
         if not args.get("group_query_attention"):
             known["num_query_groups"] = args["num_attention_heads"]
         missing = [name for name in _SIZES if name not in known]
@@ -233,6 +300,7 @@ class Arch:
             **{new: sizes[name] for name, new in RENAMED.items()},
             "group_query_attention": self.num_query_groups != self.num_attention_heads,
             "add_position_embedding": self.position_embedding_type == "learned_absolute",
+            "is_hybrid_model": self.is_hybrid,
         }
 
 
@@ -249,6 +317,8 @@ def check_left_out(settings: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` if saved args or a configuration ask for what is not built here."""
     for name, allowed in LEFT_OUT.items():
         value = settings.get(name)
+        if name == "is_hybrid_model" and settings.get("hybrid_layer_pattern"):
+            continue
         if value is not None and value not in allowed:
             raise ValueError(f"{name} is {value}, which is not computed here")
 
@@ -283,12 +353,19 @@ class Weight:
     """Name of the tensor; a weight of every layer begins with one of ``LAYER_PREFIXES``."""
     dims: tuple[str, ...]
     init: str = "normal"
-    """normal: std; scaled: std / sqrt(2 num_layers); ones and zeros (a norm's gamma, a bias)."""
+    """normal: std; scaled: std / sqrt(sub-layers); ones and zeros (a norm's gamma, a bias)."""
 
     @property
     def per_layer(self) -> bool:
-        """Whether each layer has one."""
+        """Whether each layer has one, or each sub-layer of its kind."""
         return self.key.startswith(LAYER_PREFIXES)
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of sub-layer that has one (``pattern.KINDS``); None outside the layers."""
+        if not self.per_layer:
+            return None
+        return "attention" if ".self_attention." in self.key else "mlp"
 
 
 def dim_sizes(arch: Arch) -> dict[str, int]:
@@ -317,7 +394,8 @@ def weights(arch: Arch) -> list[Weight]:
 
     Names are those on disk: Transformer Engine's, with each norm inside the linear layer that
     follows it, which megatron-core writes for its local layers too. The norm before a router stands
-    alone. A weight of the experts is one tensor: [experts, ...].
+    alone. A weight of the experts is one tensor: [experts, ...]. A GPTModel's checkpoint stacks the
+    layers, a HybridModel's puts the number of the sub-layer behind ``layers.``: ``names_on_disk``.
     """
     layer, norm_init = LAYER_PREFIXES[arch.is_bert], "zeros" if arch.apply_layernorm_1p else "ones"
 
@@ -336,20 +414,22 @@ def weights(arch: Arch) -> list[Weight]:
         rows += [Weight("embedding.position_embeddings.weight", ("position", "hidden"))]
     if arch.num_tokentypes:
         rows += [Weight("embedding.tokentype_embeddings.weight", ("tokentype", "hidden"))]
-    rows += norm(f"{attention}linear_qkv.layer_norm_")
-    rows += linear(f"{attention}linear_qkv", ("qkv", "hidden"), bias=qkv_bias, init="normal")
-    if arch.qk_layernorm:
-        rows += norm(f"{attention}q_layernorm.", "head_dim")
-        rows += norm(f"{attention}k_layernorm.", "head_dim")
-    rows += linear(f"{attention}linear_proj", ("hidden", "heads"), bias=bias, init="scaled")
-    if arch.num_experts is None:
+    if arch.attention_layers:
+        rows += norm(f"{attention}linear_qkv.layer_norm_")
+        rows += linear(f"{attention}linear_qkv", ("qkv", "hidden"), bias=qkv_bias, init="normal")
+        if arch.qk_layernorm:
+            rows += norm(f"{attention}q_layernorm.", "head_dim")
+            rows += norm(f"{attention}k_layernorm.", "head_dim")
+        rows += linear(f"{attention}linear_proj", ("hidden", "heads"), bias=bias, init="scaled")
+    if arch.mlp_layers and arch.num_experts is None:
         rows += norm(f"{mlp}linear_fc1.layer_norm_")
         rows += linear(f"{mlp}linear_fc1", ("fc1", "hidden"), bias=bias, init="normal")
         rows += linear(f"{mlp}linear_fc2", ("hidden", "ffn"), bias=bias, init="scaled")
-    else:
+    elif arch.mlp_layers:
         rows += norm(f"{layer}pre_mlp_layernorm.")
         rows += _expert_weights(mlp, shared=arch.moe_shared_expert_intermediate_size is not None)
-    rows += norm(f"{layer.removesuffix('layers.')}final_layernorm.")
+    final_norm = "final_norm" if arch.is_hybrid else "final_layernorm"
+    rows += norm(f"{layer.removesuffix('layers.')}{final_norm}.")
     if arch.is_bert:
         rows += linear("lm_head.dense", ("hidden", "hidden"), bias=True, init="normal")
         rows += norm("lm_head.layer_norm.")
@@ -376,6 +456,27 @@ def _expert_weights(mlp: str, *, shared: bool) -> list[Weight]:
     return rows
 
 
+def layer_key(key: str, layer: int) -> str:
+    """Return a layer's name in the per-layer style: ``decoder.layers.3.mlp...``."""
+    prefix = next(prefix for prefix in LAYER_PREFIXES if key.startswith(prefix))
+    return f"{prefix}{layer}.{key.removeprefix(prefix)}"
+
+
+def count(weight: Weight, arch: Arch) -> int:
+    """Return how many layers have ``weight``; 1 for one outside the layers."""
+    return 1 if weight.kind is None else len(arch.layers_of(weight.kind))
+
+
+def names_on_disk(weight: Weight, arch: Arch) -> list[str]:
+    """Return the names of the tensors in a checkpoint that hold ``weight``.
+
+    One, with all layers stacked; of a HybridModel one for each sub-layer, as ``arch.layers_of``.
+    """
+    if weight.kind is None or not arch.is_hybrid:
+        return [weight.key]
+    return [layer_key(weight.key, layer) for layer in arch.layers_of(weight.kind)]
+
+
 def shape(weight: Weight, arch: Arch) -> tuple[int, ...]:
     """Return the shape of ``weight`` in one layer."""
     sizes = dim_sizes(arch)
@@ -398,8 +499,7 @@ def num_parameters(arch: Arch, *, embeddings: bool = True, active: bool = False)
     total = 0
     for weight in weights(arch):
         if embeddings or weight.dims[0] not in ("vocab", "position", "tokentype"):
-            times = arch.num_layers if weight.per_layer else 1
-            total += _numel(weight, arch, active=active) * times
+            total += _numel(weight, arch, active=active) * count(weight, arch)
     return total
 
 
@@ -412,11 +512,11 @@ def forward_flops(arch: Arch, seq_length: int) -> int:
     """
     sizes = dim_sizes(arch)
     matrices = [w for w in weights(arch) if len(w.dims) > 1 and w.per_layer]
-    per_layer = sum(_numel(w, arch, active=True) for w in matrices)
+    layers = sum(_numel(w, arch, active=True) * count(w, arch) for w in matrices)
     # Scores and values: 2 * heads * seq_length / 2.
-    attention = sizes["heads"] * seq_length * (1 + arch.is_bert)
+    attention = arch.attention_layers * sizes["heads"] * seq_length * (1 + arch.is_bert)
     output = sizes["vocab"] * sizes["hidden"] + arch.is_bert * sizes["hidden"] ** 2
-    return 2 * (arch.num_layers * (per_layer + attention) + output)
+    return 2 * (layers + attention + output)
 
 
 def _numel(weight: Weight, arch: Arch, *, active: bool) -> int:

@@ -14,6 +14,11 @@ sections, one behind the other, each with the unit of every position. Two query 
 
 A position stays if its unit stays. Sections stay in their order; within a section, positions come
 in the order of the kept units.
+
+Depth is cut in whole layers (``layers``) or in sub-layers (``attention``, ``mlp``): a GPTModel has
+the first axis, a HybridModel the other two, and a GPTModel's sub-layers are those of the same
+model as a HybridModel (``Arch.by_sublayers``). Units of a sub-layer go by its number within its
+kind, which is the number of the layer where all layers are whole.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +35,7 @@ class Size:
     """A number of units, or of groups of them, that pruning changes."""
 
     name: str
-    """Megatron's, a field of ``Arch``."""
+    """Megatron's, an attribute of ``Arch``."""
     letter: str
     """In the name of a candidate of a search."""
     help: str
@@ -52,6 +57,8 @@ class Axis:
     keeps as many. What a group shares is unit ``size`` + group: it stays with any unit of it."""
     scope: Literal["model", "layer", "expert"] = "layer"
     """What has units of its own: the model, each layer, each expert of each layer."""
+    kind: str | None = None
+    """The kind of sub-layer that has the units (``pattern.KINDS``); None of the model's."""
     dims: Mapping[str, Sections]
     """On which dims the units lie, and how."""
     tp_split: bool = False
@@ -81,11 +88,16 @@ class Axis:
         if self.scope == "model":
             yield self.vector()
             return
-        for layer in kept["layers"]:
+        for layer in kept_layers(kept, self.kind):
             if self.scope == "layer":
                 yield self.vector(layer)
             else:
                 yield from (self.vector(layer, expert) for expert in kept[f"experts.{layer}"])
+
+
+def kept_layers(kept: Mapping[str, Sequence[int]], kind: str) -> Sequence[int]:
+    """Return the sub-layers of a kind that ``kept`` has, numbers within the kind."""
+    return kept["layers"] if "layers" in kept else kept[kind]
 
 
 def one_row(arch: Arch) -> int:
@@ -138,6 +150,7 @@ def has_shared_experts(arch: Arch) -> bool:
 
 HEADS = Axis(
     name="heads",
+    kind="attention",
     size=Size(
         name="num_attention_heads",
         letter="A",
@@ -152,6 +165,7 @@ HEADS = Axis(
     ),
     dims={"heads": head_outputs, "qkv": queries_keys_values},
     tp_split=True,
+    exists=lambda arch: arch.attention_layers > 0,
 )
 # An axis within layers or experts comes behind theirs.
 AXES = (
@@ -160,6 +174,23 @@ AXES = (
         scope="model",
         size=Size(name="num_layers", letter="L", help="transformer layers"),
         dims={},
+        exists=lambda arch: not arch.is_hybrid,
+    ),
+    Axis(
+        name="attention",
+        scope="model",
+        size=Size(
+            name="attention_layers", letter="LA", help="attention sub-layers, each removed alone"
+        ),
+        dims={},
+        exists=lambda arch: arch.is_hybrid,
+    ),
+    Axis(
+        name="mlp",
+        scope="model",
+        size=Size(name="mlp_layers", letter="LM", help="MLP sub-layers, each removed alone"),
+        dims={},
+        exists=lambda arch: arch.is_hybrid,
     ),
     Axis(
         name="hidden",
@@ -172,19 +203,22 @@ AXES = (
     HEADS,
     Axis(
         name="ffn",
+        kind="mlp",
         size=Size(name="ffn_hidden_size", letter="F", help="neurons of each MLP", rows=one_row),
         dims={"ffn": one_each("ffn_hidden_size"), "fc1": gate_and_up("ffn_hidden_size")},
         tp_split=True,
-        exists=lambda arch: not is_moe(arch),
+        exists=lambda arch: arch.mlp_layers > 0 and not is_moe(arch),
     ),
     Axis(
         name="experts",
+        kind="mlp",
         size=Size(name="num_experts", letter="E", help="experts of each layer"),
         dims={"experts": one_each("num_experts")},
         exists=is_moe,
     ),
     Axis(
         name="moe_ffn",
+        kind="mlp",
         scope="expert",
         size=Size(
             name="moe_ffn_hidden_size", letter="EF", help="neurons of each expert", rows=one_row
@@ -198,6 +232,7 @@ AXES = (
     ),
     Axis(
         name="shared_ffn",
+        kind="mlp",
         size=Size(
             name="moe_shared_expert_intermediate_size",
             letter="SF",
@@ -214,6 +249,8 @@ AXES = (
 )
 # What pruning may change, by name; everything else of source and target is the same.
 SIZES = {size.name: size for axis in AXES for size in axis.sizes}
+# Those of depth: of a GPTModel, and of its sub-layers.
+DEPTH_SIZES = ("num_layers", "attention_layers", "mlp_layers")
 # Dims on which no units lie.
 UNCUT = ("head_dim", "vocab", "position", "tokentype")
 
@@ -224,8 +261,13 @@ def axes_of(arch: Arch) -> list[Axis]:
 
 
 def sizes_of(arch: Arch) -> list[str]:
-    """Return the sizes that pruning may change of a model of ``arch``."""
+    """Return the sizes that pruning may change of a model of ``arch``, as it is built."""
     return [size.name for axis in axes_of(arch) for size in axis.sizes]
+
+
+def has_sublayers(arch: Arch) -> bool:
+    """Whether the attention or the MLP of a layer can be left out alone."""
+    return not (arch.is_bert or is_moe(arch))
 
 
 def axes_on(dim: str, arch: Arch) -> list[Axis]:

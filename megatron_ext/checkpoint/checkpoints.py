@@ -39,7 +39,7 @@ from megatron_ext.checkpoint.folder import (  # noqa: F401 (checkpoints.find sta
     iteration_name,
     locate,
 )
-from megatron_ext.checkpoint.slices import FIRST_WEIGHT, SliceReader
+from megatron_ext.checkpoint.slices import FIRST_WEIGHT, LAYER_NUMBER, SliceReader
 from megatron_ext.cli.size_flags import args_of_sizes
 from megatron_ext.runtime.collective_errors import gather, on_all_ranks
 from megatron_ext.runtime.errors import CHECKPOINT, UserError, warn
@@ -166,20 +166,18 @@ def load(
         UserError: on every rank, with a table, if tensors of the checkpoint and of ``state`` are
             not the same, name by name and shape by shape. Nothing is loaded then.
     """
-    return _load(on_all_ranks(lambda: SliceReader(folder)), state, padded_vocab_size)
-
-
-def _load(
-    reader: SliceReader, state: ShardedStateDict, padded_vocab_size: int | None
-) -> dict[str, Any]:
-    folder = reader.folder
-    _check_tensors(reader, state, padded_vocab_size)
-    if not reader.has_core_names:
+    reader = on_all_ranks(lambda: SliceReader(folder))
+    if not _check_tensors(reader, state, padded_vocab_size):
         raise UserError(
             f"{folder} does not stack its layers, or puts {reader.prefix or 'nothing'} in front of "
             "its names: only its weights can be taken, with --finetune.",
             CHECKPOINT,
         )
+    return _load(reader, state)
+
+
+def _load(reader: SliceReader, state: ShardedStateDict) -> dict[str, Any]:
+    folder = reader.folder
     absent = _take_out_absent_extra_states(reader, state)
     try:
         loaded = dist_checkpointing.load(state, str(folder))
@@ -235,9 +233,8 @@ def load_weights(
         UserError: as ``load``.
     """
     reader = on_all_ranks(lambda: SliceReader(folder))
-    if reader.has_core_names:
-        return _load(reader, state, padded_vocab_size)
-    _check_tensors(reader, state, padded_vocab_size)
+    if _check_tensors(reader, state, padded_vocab_size):
+        return _load(reader, state)
     on_all_ranks(lambda: _fill(reader, state))
     return None
 
@@ -261,7 +258,11 @@ def sharded_tensors(state: ShardedStateDict) -> Iterator[ShardedTensor]:
 
 def _check_tensors(
     reader: SliceReader, state: ShardedStateDict, padded_vocab_size: int | None
-) -> None:
+) -> bool:
+    """Compare names and sizes; return whether the names on disk are just those of ``state``.
+
+    A GPTModel's layers are stacked, but may have a name each; a HybridModel's always have.
+    """
     wanted = {}
     for tensor in sharded_tensors(state):
         rows, *width = tensor.global_shape
@@ -270,11 +271,12 @@ def _check_tensors(
         wanted[tensor.key] = (padded_vocab_size if is_padded else rows, *width)
     for others in gather(wanted):
         wanted |= others
-    folder, found = reader.folder, reader.global_shapes
+    folder, stacked = reader.folder, not any(map(LAYER_NUMBER.match, wanted))
+    found = reader.global_shapes if stacked else {key: x for key, (x, _) in reader.shapes.items()}
     keys = [*wanted, *(k for k in found if k not in wanted and not k.startswith(NOT_WEIGHTS))]
     differing = [key for key in keys if found.get(key) != wanted.get(key)]
     if not differing:
-        return
+        return not reader.prefix and wanted.keys() <= reader.shapes.keys()
     rows = [("tensor", "checkpoint", "this model")]
     rows += [(key, _shape(found.get(key)), _shape(wanted.get(key))) for key in differing[:MAX_ROWS]]
     if len(differing) > MAX_ROWS:

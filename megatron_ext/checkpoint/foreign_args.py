@@ -19,6 +19,7 @@ FILES = {"run_config.yaml": "model", "../context/model.yaml": "config"}
 # Names of Megatron-LM's args, and what the files call them.
 NAMES = {
     "num_layers": "num_layers",
+    "hybrid_layer_pattern": "hybrid_layer_pattern",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "ffn_hidden_size",
     "num_attention_heads": "num_attention_heads",

@@ -36,7 +36,6 @@ DEFAULTS: dict[str, Any] = {
     "heterogeneous_layers_config_path": None,
     "init_method_xavier_uniform": False,
     "init_model_with_meta_device": False,
-    "is_hybrid_model": False,
     "merge_file": None,
     "moe_grouped_gemm": False,
     "moe_use_legacy_grouped_gemm": False,

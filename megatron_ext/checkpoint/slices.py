@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_ext.arch import LAYER_PREFIXES
+from megatron_ext.arch import LAYER_PREFIXES, layer_key
 from megatron_ext.checkpoint.safe_load import load_metadata
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 
@@ -137,11 +137,6 @@ class SliceReader:
         return part.view(part.shape[len(chosen) :])
 
     @property
-    def has_core_names(self) -> bool:
-        """Whether names are as megatron-core stacks layers, and without a prefix."""
-        return not self.prefix and not any(map(LAYER_NUMBER.match, self.shapes))
-
-    @property
     def global_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors by name, layers stacked in either style.
 
@@ -215,12 +210,6 @@ def model_prefix(names: Iterable[str]) -> str:
         if name.endswith(FIRST_WEIGHT) and not name.startswith(NOT_A_MODEL):
             return name.removesuffix(FIRST_WEIGHT)
     return ""
-
-
-def layer_key(key: str, layer: int) -> str:
-    """Return a layer's name in the per-layer style: ``decoder.layers.3.mlp...``."""
-    prefix = next(prefix for prefix in LAYER_PREFIXES if key.startswith(prefix))
-    return f"{prefix}{layer}.{key.removeprefix(prefix)}"
 
 
 def _file_of(index: MetadataIndex, files: dict) -> str:

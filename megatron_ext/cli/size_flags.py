@@ -16,6 +16,11 @@ class Sizes:
     """Model sizes, as in the checkpoint where not typed; defaults for a new model."""
 
     num_layers: int | None = flag(None, "transformer layers", at_least=1)
+    hybrid_layer_pattern: str | None = flag(
+        None,
+        "in place of num-layers: sub-layers, * attention and - MLP, as '*-**-', each a layer of a "
+        "HybridModel; pipeline stages are cut by --pipeline-model-parallel-layout, a t for each",
+    )
     hidden_size: int | None = flag(None, "channels of the residual stream", at_least=1)
     ffn_hidden_size: int | None = flag(
         None, "neurons of an MLP; default 4 hidden-size, with --swiglu 2/3 of it", at_least=1
@@ -119,7 +124,8 @@ NOT_COMPARED = (*FREE, "make_vocab_size_divisible_by")
 
 def missing_sizes(sizes: Mapping[str, Any]) -> list[str]:
     """Return the options that a new model needs and that were not typed."""
-    return [option(f) for f in fields(Sizes) if f.name in REQUIRED_SIZES and f.name not in sizes]
+    typed = {*sizes, *({"num_layers"} if "hybrid_layer_pattern" in sizes else ())}
+    return [option(f) for f in fields(Sizes) if f.name in REQUIRED_SIZES and f.name not in typed]
 
 
 def new_arch(sizes: Mapping[str, Any], vocab_size: int) -> Arch:
@@ -135,6 +141,8 @@ def new_arch(sizes: Mapping[str, Any], vocab_size: int) -> Arch:
     if missing := missing_sizes(sizes):
         raise UserError(f"a new model needs {', '.join(missing)}.", USAGE)
     values = asdict(Sizes(**sizes))
+    if values["num_layers"] is None:
+        values["num_layers"] = len(values["hybrid_layer_pattern"])
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     if values["kv_channels"] is None:
         if hidden % heads:
@@ -240,6 +248,8 @@ def megatron_command_line(arch: Arch) -> str:
         if field.name == "padded_vocab_size":
             continue  # follows, and Megatron-LM before 0.19 has no such flag
         if value is None or (field.name.startswith("moe_") and arch.num_experts is None):
+            continue
+        if field.name == "num_layers" and arch.is_hybrid:
             continue
         if field.name == "bias_gelu_fusion" and not is_gelu(values):
             continue

@@ -46,6 +46,13 @@ def export_folder(
             damaged, nothing can be written. Nothing is left behind then.
     """
     family = family_for(source, model_type)
+    if source.arch.is_hybrid:
+        raise UserError(
+            f"{source.folder} cannot be exported: no Hugging Face family here holds a model of "
+            f"sub-layers ({source.arch.pattern}); prune whole layers (--target-num-layers) or keep "
+            "it as a Megatron checkpoint.",
+            CHECKPOINT,
+        )
     reader = on_all_ranks(lambda: SliceReader(source.folder))
     check_tensors(reader, source.arch)
     origin = source.args.get("hf_config") or {}
@@ -161,7 +168,7 @@ def _write_shards(
         parts = (
             part
             for piece in shard
-            for part in piece.split(read_piece(reader, piece), arch, num_rows)
+            for part in piece.split(read_piece(reader, piece, arch), arch, num_rows)
         )
         write_weights(aside / name, header, parts)
 

@@ -18,15 +18,17 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ext.arch import Arch, weights
+from megatron_ext.arch import Arch, names_on_disk, weights
 from megatron_ext.checkpoint.checkpoints import sharded_tensors
 from megatron_ext.model.bert import MaskedLanguageModel, build_bert
 from megatron_ext.model.cuda_graphs import make_own_tables
-from megatron_ext.model.layers import local_block_spec
+from megatron_ext.model.hybrid import HybridLanguageModel, build_hybrid
+from megatron_ext.model.layers import local_block_spec, local_layer_spec
 from megatron_ext.model.output import VocabularyOutput
 from megatron_ext.runtime.errors import USAGE, UserError
 
@@ -185,6 +187,7 @@ def _transformer_config(
         transformer_impl=impl,
         deterministic_mode=options.deterministic_mode,
         use_cpu_initialization=False,
+        is_hybrid_model=arch.is_hybrid,
         **(_expert_config(arch, options, groups) if arch.num_experts else {}),
         **options.recompute,
         **options.fp8,
@@ -245,15 +248,7 @@ def _build_gpt(
     arch: Arch, config: TransformerConfig, num_layers: int, **place: Any
 ) -> LanguageModel:
     if config.transformer_impl == "transformer_engine":
-        from megatron.core.models.gpt.gpt_layer_specs import (
-            get_gpt_layer_with_transformer_engine_spec,
-        )
-
-        spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=arch.num_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=arch.qk_layernorm,
-        )
+        spec = _engine_layer_spec(arch, config)
     else:
         spec = local_block_spec(config, num_layers)
     return LanguageModel(
@@ -271,13 +266,23 @@ def _build_gpt(
     )
 
 
+def _engine_layer_spec(arch: Arch, config: TransformerConfig) -> ModuleSpec:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=arch.num_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=arch.qk_layernorm,
+    )
+
+
 def _build_chunk(
     arch: Arch,
     config: TransformerConfig,
     groups: ProcessGroupCollection,
     chunk: int,
     num_chunks: int,
-) -> LanguageModel | MaskedLanguageModel:
+) -> LanguageModel | HybridLanguageModel | MaskedLanguageModel:
     vp_stage = chunk if num_chunks > 1 else None
     num_layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
     place = {
@@ -288,6 +293,10 @@ def _build_chunk(
     }
     if arch.is_bert:
         model = build_bert(arch, config, num_layers, **place)
+    elif arch.is_hybrid:
+        is_local = config.transformer_impl == "local"
+        layer = local_layer_spec(config) if is_local else _engine_layer_spec(arch, config)
+        model = build_hybrid(arch, config, layer, num_chunks, **place)
     else:
         model = _build_gpt(arch, config, num_layers, **place)
     if config.cuda_graph_impl == "local":
@@ -317,7 +326,8 @@ def model_state_dict(chunks: list[MegatronModule]) -> ShardedStateDict:
 def initialize_weights(chunks: list[LanguageModel], arch: Arch, seed: int) -> None:
     """Draw every weight from its own generator, seeded by (seed, name, layer, expert).
 
-    No collectives.
+    No collectives. Of a HybridModel, the layer is the sub-layer's number within its kind: with the
+    same seed, a pattern of whole layers begins as a GPTModel does.
 
     Each rank draws the whole tensor and keeps its shard, so that a seed gives the same model under
     every layout. (megatron-core draws from one generator per tensor-parallel rank.)
@@ -325,27 +335,36 @@ def initialize_weights(chunks: list[LanguageModel], arch: Arch, seed: int) -> No
     Raises:
         ValueError: the model has a weight without a row in ``arch.weights``.
     """
-    rows = {weight.key: weight for weight in weights(arch)}
+    rows = {
+        key: (weight, str(number) if arch.is_hybrid else "")
+        for weight in weights(arch)
+        for number, key in enumerate(names_on_disk(weight, arch))
+    }
     std = arch.init_method_std
-    stds = {"normal": std, "scaled": std / (2.0 * arch.num_layers) ** 0.5}
+    stds = {"normal": std, "scaled": std / len(arch.pattern) ** 0.5}
     for shard in sharded_tensors(model_state_dict(chunks)):
         if shard.key not in rows:
             raise ValueError(f"{shard.key} has no row in the table of weights (arch.py).")
-        init = rows[shard.key].init
+        weight, number = rows[shard.key]
+        init = weight.init
         if init in ("ones", "zeros"):
             shard.data.fill_(float(init == "ones"))
             continue
-        shard.data.copy_(draw(shard, seed, stds[init]))
+        shard.data.copy_(draw(shard, seed, stds[init], (weight.key, number)))
 
 
-def draw(shard: ShardedTensor, seed: int, std: float) -> Tensor:
+def draw(
+    shard: ShardedTensor, seed: int, std: float, name: tuple[str, str] | None = None
+) -> Tensor:
     """Return this rank's share of a tensor of normal numbers, which is drawn whole. No collectives.
 
-    The numbers follow from the seed and the shard's name, layer and expert.
+    The numbers follow from the seed and the shard's name, layer and expert; or from ``name``, the
+    name and the layer of a HybridModel's weight as a GPTModel would have them.
     """
     axes = shard.prepend_axis_num
-    which = " ".join(map(str, shard.global_offset[:axes])) or "0"
-    digest = hashlib.sha256(f"{seed} {shard.key} {which}".encode()).digest()
+    key, number = name or (shard.key, "")
+    which = " ".join(map(str, shard.global_offset[:axes])) or number or "0"
+    digest = hashlib.sha256(f"{seed} {key} {which}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     whole = torch.empty(shard.global_shape[axes:]).normal_(std=std, generator=generator)
     place = tuple(

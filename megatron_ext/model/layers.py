@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -136,7 +137,13 @@ def gathered_positions(num_positions: int, cp_group: ProcessGroup) -> Tensor:
 
 
 def local_block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
-    """Return a stage of ``num_layers`` of megatron-core's local layers with these in place.
+    """Return a stage of ``num_layers`` of ``local_layer_spec``."""
+    layer = local_layer_spec(config)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
+
+
+def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Return megatron-core's local layer with these in place.
 
     With experts, the norm before the router keeps its name on disk, as in Transformer Engine's
     layers; megatron-core's own local layers write it as ``mlp.linear_fc1.layer_norm_weight``.
@@ -154,4 +161,4 @@ def local_block_spec(config: TransformerConfig, num_layers: int) -> TransformerB
     attention.core_attention = Attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
+    return layer

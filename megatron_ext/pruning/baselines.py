@@ -32,9 +32,9 @@ def random_scores(arch: Arch, seed: int) -> dict[str, Tensor]:
 def magnitude_scores(reader: SliceReader, arch: Arch, device: torch.device) -> dict[str, Tensor]:
     """Return the L2 norm of the weights that go when a unit goes. Collective over all ranks.
 
-    A layer's score is the norm of all its weights. A key and value that several heads share belong
-    to none of them. Padding rows of the vocabulary do not count, and a norm's gamma counts as it
-    multiplies, also where gamma - 1 is stored.
+    A layer's score is the norm of all its weights, as is that of a HybridModel's sub-layer. A key
+    and value that several heads share belong to none of them. Padding rows of the vocabulary do not
+    count, and a norm's gamma counts as it multiplies, also where gamma - 1 is stored.
 
     Each rank reads its share of (weight, layer) pieces, one at a time; one all-reduce of a float64
     number per unit, one gather of errors.
@@ -75,7 +75,7 @@ def _share(reader: SliceReader, arch: Arch, rank: int, world_size: int) -> dict[
 
 
 def _read(reader: SliceReader, piece: Piece, arch: Arch) -> Tensor:
-    weight = read_piece(reader, piece)
+    weight = read_piece(reader, piece, arch)
     if piece.dims[0] == "vocab":
         weight = weight[: arch.vocab_size]
     is_gamma = "norm" in piece.weight.key and piece.weight.key.endswith("weight")
@@ -85,7 +85,8 @@ def _read(reader: SliceReader, piece: Piece, arch: Arch) -> Tensor:
 def _add_squares(sums: Mapping[str, Tensor], piece: Piece, weight: Tensor, arch: Arch) -> None:
     squares = weight.square()
     if piece.layer is not None:
-        sums["layers"][piece.layer] += squares.sum(dtype=torch.float64)
+        depth = piece.weight.kind if arch.is_hybrid else "layers"
+        sums[depth][piece.layer] += squares.sum(dtype=torch.float64)
     if piece.expert is not None:
         sums[f"experts.{piece.layer}"][piece.expert] += squares.sum(dtype=torch.float64)
     for number, dim in enumerate(piece.dims):

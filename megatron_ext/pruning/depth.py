@@ -4,6 +4,8 @@
     loss    language-model loss of the model without the layers, nats per token
     kl      KL(whole model || model without the layers) of the next token, nats per token
 
+"Layers" may be sub-layers: the attention or the MLP of a layer alone.
+
 Means are over the unmasked tokens of the calibration samples. Higher means keep. loss orders layers
 as the perplexity of arXiv:2407.14679 does, block is its block importance over contiguous layers, kl
 the metric of arXiv:2504.11409.
@@ -12,10 +14,11 @@ No second model is built: a layer is left out by handing its input through, on t
 where it lives.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -29,12 +32,16 @@ from torch.utils.hooks import RemovableHandle
 from megatron_ext.arch import Arch
 from megatron_ext.distillation.losses import vocab_parallel_kl
 from megatron_ext.model.build import LanguageModel
+from megatron_ext.pattern import KINDS
 from megatron_ext.pruning.calibrate import Batch, Passes, counted_positions, evaluating
 from megatron_ext.pruning.planner import lowest
 from megatron_ext.runtime.errors import UserError
 
-Layers = tuple[int, ...]
-"""Layers that are left out together, global numbers from 0."""
+Layer = int | tuple[int, str]
+"""A layer, its global number from 0; or one kind of sub-layer (``pattern.KINDS``) of a layer that
+has both."""
+Layers = tuple[Layer, ...]
+"""What is left out together."""
 Job = tuple[Batch, Layers]
 """One forward pass: what goes in, and which layers are left out."""
 
@@ -97,6 +104,26 @@ def score_blocks(
     return _means(totals, passes.place.groups)
 
 
+def score_sublayers(passes: Passes, importance: str) -> dict[str, Tensor]:
+    """Score every sub-layer, left out alone. Collective; the same on every rank.
+
+    Returns:
+        Float32 vectors ``attention`` and ``mlp``, in the order of the sub-layers of each kind.
+
+    Raises:
+        UserError: as ``score_blocks``.
+    """
+    kinds = {kind: sublayers(passes.arch, kind) for kind in KINDS}
+    scores = score_blocks(passes, importance, list(chain(*kinds.values())), ())
+    return dict(zip(kinds, scores.split([len(x) for x in kinds.values()]), strict=True))
+
+
+def sublayers(arch: Arch, kind: str) -> list[Layers]:
+    """Return the sub-layers of a kind, each to be left out alone."""
+    layers = arch.layers_of(kind)
+    return [(layer,) if arch.is_hybrid else ((layer, kind),) for layer in layers]
+
+
 def contiguous(num_layers: int, block: int, removed: Layers) -> list[Layers]:
     """Return every ``block`` layers that follow each other once those ``removed`` are gone."""
     left = [layer for layer in range(num_layers) if layer not in removed]
@@ -107,20 +134,31 @@ def contiguous(num_layers: int, block: int, removed: Layers) -> list[Layers]:
 def skipped(chunks: Sequence[nn.Module], layers: Layers) -> Iterator[None]:
     """Leave ``layers`` out of ``chunks``: each hands on its input and computes nothing.
 
-    Forward hooks on them still run. Not to be nested.
+    Forward hooks on whole layers still run. Not to be nested.
     """
-    mine = [layer for number, layer in _layers_of(chunks) if number in layers]
-    for layer in mine:
-        layer.forward = _hand_through  # found before the method of the class
+    mine = []
+    for number, layer in _layers_of(chunks):
+        stand_ins = {
+            number: ("forward", _hand_through),
+            (number, "attention"): ("_forward_attention", _hand_through),
+            (number, "mlp"): ("_forward_mlp", _hand_on),
+        }
+        mine += [(layer, *stand_ins[each]) for each in stand_ins if each in layers]
+    for layer, method, stand_in in mine:
+        setattr(layer, method, stand_in)  # found before the method of the class
     try:
         yield
     finally:
-        for layer in mine:
-            del layer.forward
+        for layer, method, _ in mine:
+            delattr(layer, method)
 
 
 def _hand_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
     return hidden_states, kwargs.get("context")
+
+
+def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
 
 
 def _layers_of(chunks: Sequence[nn.Module]) -> Iterator[tuple[int, nn.Module]]:
@@ -187,6 +225,7 @@ def change_totals(passes: Passes, blocks: Sequence[Layers], removed: Layers) -> 
     groups, chunks = passes.place.groups, passes.chunks
     is_split = chunks[0].config.sequence_parallel
     stages = _stages(chunks, passes.arch, groups.pp)
+    parts = any(isinstance(layer, tuple) for block in blocks for layer in block)
 
     def forward_step(jobs: Iterator[Job], model: LanguageModel) -> tuple:
         batch, layers = next(jobs)
@@ -198,7 +237,7 @@ def change_totals(passes: Passes, blocks: Sequence[Layers], removed: Layers) -> 
     batches = passes.batches(f"depth, {passes.arch.num_layers - len(removed)} layers")
     with evaluating(chunks, logits=False):
         while jobs := [(batch, removed) for batch in islice(batches, groups.pp.size())]:
-            with _recorded(chunks) as states:
+            with _recorded(chunks, parts=parts) as states:
                 passes.run(jobs, forward_step)
                 for number, (batch, _) in enumerate(jobs):
                     mask = counted_positions(batch).T  # [s, b]
@@ -210,22 +249,34 @@ def change_totals(passes: Passes, blocks: Sequence[Layers], removed: Layers) -> 
 
 
 @contextmanager
-def _recorded(chunks: Sequence[nn.Module]) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
+def _recorded(
+    chunks: Sequence[nn.Module], *, parts: bool
+) -> Iterator[dict[Layer, list[tuple[Tensor, Tensor]]]]:
     """Yield {layer: (input, output) of each forward pass}, [s, b, hidden_size], filled meanwhile.
 
-    By reference: in evaluation megatron-core's layers write into neither.
+    By reference: in evaluation megatron-core's layers write into neither. With ``parts``, those of
+    the two sub-layers of each layer too: what the norm of the MLP sees lies between them.
     """
-    states: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    states: dict[Layer, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
-    def listen(number: int, layer: nn.Module) -> RemovableHandle:
-        seen = states.setdefault(number, [])
+    def listen(number: int, layer: nn.Module) -> list[RemovableHandle]:
+        between: list[Tensor] = []
 
         def hook(_: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: tuple) -> None:
-            seen.append((args[0] if args else kwargs["hidden_states"], output[0]))
+            before = args[0] if args else kwargs["hidden_states"]
+            states[number].append((before, output[0]))
+            if parts:
+                middle = between.pop()
+                states[number, "attention"].append((before, middle))
+                states[number, "mlp"].append((middle, output[0]))
 
-        return layer.register_forward_hook(hook, with_kwargs=True)
+        handles = [layer.register_forward_hook(hook, with_kwargs=True)]
+        if parts:
+            norm = layer.pre_mlp_layernorm
+            handles.append(norm.register_forward_pre_hook(lambda _, args: between.append(args[0])))
+        return handles
 
-    handles = [listen(number, layer) for number, layer in _layers_of(chunks)]
+    handles = [each for number, layer in _layers_of(chunks) for each in listen(number, layer)]
     try:
         yield states
     finally:
@@ -235,7 +286,7 @@ def _recorded(chunks: Sequence[nn.Module]) -> Iterator[dict[int, list[tuple[Tens
 
 
 def _changes(
-    states: Mapping[int, tuple[Tensor, Tensor]],
+    states: Mapping[Layer, tuple[Tensor, Tensor]],
     mask: Tensor,
     blocks: Sequence[Layers],
     stages: Sequence[int],
@@ -247,7 +298,8 @@ def _changes(
         first, last = block[0], block[-1]
         before = states[first][0] if first in states else None
         after = states[last][1] if last in states else None
-        before = _hand_over(before, after, stages[first], stages[last], pp)
+        ends = (stages[each if isinstance(each, int) else each[0]] for each in (first, last))
+        before = _hand_over(before, after, *ends, pp)
         if after is not None:
             total.copy_(_change(before, after, mask))
     return totals

@@ -12,6 +12,7 @@ How scores lie over the ranks follows from the tensor that a hook taps:
     heads    input of self_attention.linear_proj   [S, B, c*D] TP-split    whole (D: kv_channels)
     hidden   output of both norms of a layer       [s, B, H]   whole       TP-split under SP
     layers   input and output of a layer           [s, B, H]   whole       TP-split under SP
+      attention, mlp    of a HybridModel's, instead
     under context parallelism                      as above    as above    also CP-split
 
     in a mixture of experts, instead of ffn (the first two: see ``pruning.experts``)
@@ -43,6 +44,7 @@ from torch.utils.hooks import RemovableHandle
 
 from megatron_ext.arch import Arch
 from megatron_ext.axes import Axis, axes_of
+from megatron_ext.pattern import KINDS
 from megatron_ext.pruning.aggregation import (
     DEFAULT,
     Aggregation,
@@ -67,7 +69,7 @@ class Listener:
     axis: Axis
     measure: Measure
     row: tuple[int, int]
-    """(layer, tap of this axis in the layer), global numbers from 0."""
+    """(layer, tap of this axis in it), numbers from 0 among the layers that have the axis."""
     tap: Tap | ExpertTap
     samples: OverSamples
 
@@ -198,13 +200,20 @@ class Importance:
     def _listeners(self, layer: nn.Module) -> list[Listener]:
         listeners = []
         for axis in self.axes:
-            measure = MEASURES[axis.name]
+            measure, layers = MEASURES[axis.name], self._layers_of(axis)
+            if layer.layer_number - 1 not in layers:
+                continue
             taps = measure.taps(layer, self.arch, self.aggregation)
-            assert len(taps) == measure.count, axis.name
+            assert len(taps) == measure.count(self.arch), axis.name
             for index, tap in enumerate(taps):
-                row = layer.layer_number - 1, index
+                row = layers.index(layer.layer_number - 1), index
                 listeners.append(Listener(axis, measure, row, tap, self._samples(axis)))
         return listeners
+
+    def _layers_of(self, axis: Axis) -> Sequence[int]:
+        """Return the layers in which an axis is measured, numbers from 0."""
+        kind = axis.name if axis.name in KINDS else axis.kind
+        return range(self.arch.num_layers) if kind is None else self.arch.layers_of(kind)
 
     def _samples(self, axis: Axis) -> OverSamples:
         measure, tp = MEASURES[axis.name], self.groups.tp
@@ -239,7 +248,12 @@ class Importance:
         """
         # Per axis [layers, taps, 3, c]: the two sums of ``OverSamples`` and its count.
         shapes = {
-            axis.name: (self.arch.num_layers, MEASURES[axis.name].count, 3, self._width(axis))
+            axis.name: (
+                len(self._layers_of(axis)),
+                MEASURES[axis.name].count(self.arch),
+                3,
+                self._width(axis),
+            )
             for axis in self.axes
         }
         sizes = [torch.Size(shape).numel() for shape in shapes.values()]
@@ -253,7 +267,7 @@ class Importance:
         for group in (self.groups.dp_cp, self.groups.tp, self.groups.pp):
             torch.distributed.all_reduce(flat, group=group)
         totals = {axis: total.cpu() for axis, total in totals.items()}
-        _check(totals)
+        _check(totals, {axis.name: self._layers_of(axis) for axis in self.axes})
         return self._scores(totals)
 
     def _fill(self, totals: Mapping[str, Tensor]) -> None:
@@ -297,7 +311,7 @@ def _sums_in_blocks(
     )
 
 
-def _check(totals: Mapping[str, Tensor]) -> None:
+def _check(totals: Mapping[str, Tensor], layers: Mapping[str, Sequence[int]]) -> None:
     bad = []
     for axis, total in totals.items():
         if total[:, :, 2].min() == 0:
@@ -305,7 +319,7 @@ def _check(totals: Mapping[str, Tensor]) -> None:
                 "no calibration sample passed through the model: see --calibration-samples."
             )
         finite = total.isfinite().flatten(1).all(dim=1)
-        bad += [(layer, axis) for layer in (~finite).nonzero().flatten().tolist()]
+        bad += [(layers[axis][row], axis) for row in (~finite).nonzero().flatten().tolist()]
     if bad:
         layer, axis = min(bad)  # those above it only hand on what they are given
         raise UserError(

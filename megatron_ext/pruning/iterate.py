@@ -10,12 +10,14 @@ import math
 from dataclasses import replace
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import sizes_of
+from megatron_ext.axes import AXES, DEPTH_SIZES, kept_layers, sizes_of
+from megatron_ext.pattern import KINDS
 from megatron_ext.pruning.plan import Plan
 
 # Sizes in between are multiples of this, as far as source and target are: 2, 4, ... or 64
 # tensor-parallel ranks that fit both fit them too, and no plan depends on the layout.
 MULTIPLE = 64
+KIND_OF = {axis.name: axis.kind for axis in AXES}
 
 
 def iteration_targets(source: Arch, target: Arch, iterations: int) -> list[Arch]:
@@ -24,7 +26,7 @@ def iteration_targets(source: Arch, target: Arch, iterations: int) -> list[Arch]
     Sizes are rounded up to a multiple of gcd(source, target, 64), heads to the same number per
     query group. Iterations that rounding leaves without work are left out.
     """
-    width = [name for name in sizes_of(source) if name != "num_layers"]
+    width = [name for name in sizes_of(source) if name not in DEPTH_SIZES]
     targets = []
     for step in range(1, iterations):
         sizes = {
@@ -72,7 +74,7 @@ def compose(first: Plan, second: Plan) -> Plan:
         if not numbers:
             return axis
         layer, *experts = map(int, numbers)
-        layer = first.kept["layers"][layer]
+        layer = kept_layers(first.kept, KIND_OF[axis])[layer]
         experts = [first.kept[f"experts.{layer}"][expert] for expert in experts]
         return ".".join(map(str, (axis, layer, *experts)))
 
@@ -82,7 +84,10 @@ def compose(first: Plan, second: Plan) -> Plan:
         source=first.source,
         target=second.target,
         kept={
-            origin: through(second.kept[name], first.kept[origin])
+            origin: through(
+                second.kept[name],
+                kept_layers(first.kept, origin) if origin in KINDS else first.kept[origin],
+            )
             for name, origin in origins.items()
         },
         made={**first.made, **second.made, "iterations": iterations},

@@ -16,7 +16,7 @@ from megatron_ext.cli.programs import (
 )
 from megatron_ext.pruning.plan import Plan, check_plan, load_plan
 from megatron_ext.pruning.search import as_yaml, candidates, read_space, table
-from megatron_ext.pruning.targets import read_targets, target_arch
+from megatron_ext.pruning.targets import read_targets, same_sizes, target_arch
 from megatron_ext.runtime.errors import USAGE, UserError
 from megatron_ext.runtime.files import written_aside
 
@@ -113,7 +113,7 @@ def given_plan(job: Job, source: Arch, head_residual: str) -> Plan:
     """
     plan = load_plan(job.plan)
     check_plan(plan, source)
-    if job.target not in (source, plan.target):
+    if not any(same_sizes(job.target, arch) for arch in (source, plan.target)):
         raise UserError(
             f"--plan {job.plan} leads to other sizes than the --target flags: remove the file to "
             "plan again, or the flags to use it.",

@@ -4,6 +4,9 @@ Kept units go by the names of the scores, ``layers``, ``hidden``, ``ffn.3``, ``m
 the numbers of layers and experts in the *source* model. Indices are global, count from 0 and
 ascend. The file has them by axis, then by layer, or layer and expert.
 
+Depth is kept as ``layers``, or as ``attention`` and ``mlp`` where sub-layers go alone; a number in
+``ffn.3`` is then that of the MLP among the source's MLPs, in ``heads.3`` of the attention.
+
 ``planner.py`` makes plans, ``kept.py`` knows how a unit spreads over the axes of tensors.
 """
 
@@ -17,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import AXES, SIZES, Axis
+from megatron_ext.axes import AXES, SIZES, Axis, axes_of, has_sublayers, kept_layers
+from megatron_ext.pattern import KINDS, kept_of
 from megatron_ext.pruning.residual import MODES, NONE, Pairs, bad_pairs
 from megatron_ext.pruning.scores import arch_from_json
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
@@ -43,6 +47,11 @@ class Plan:
     """(kept head, pruned head) of each kept layer; empty without ``head_residual``."""
     made: Mapping[str, Any] = field(default_factory=dict)
     """How it was made: aggregation, calibration samples, ..."""
+
+    @property
+    def axes(self) -> list[Axis]:
+        """The axes that this plan cuts: those of whole layers, or of sub-layers."""
+        return axes_of(_view(self.source, by_sublayers="layers" not in self.kept))
 
     def to_json(self) -> str:
         """Return the plan as JSON with one line per vector."""
@@ -97,18 +106,27 @@ def contradiction(plan: Plan) -> str | None:
     """Return what is wrong with a plan in itself, or None."""
     source, target = plan.source, plan.target
     for name, value in asdict(source).items():
-        if name not in SIZES and getattr(target, name) != value:
+        cut = name in SIZES or name == "hybrid_layer_pattern"
+        if not cut and getattr(target, name) != value:
             return f"{name} is {value} in the source and {getattr(target, name)} in the target"
     for axis in AXES:
         if problem := _bad_axis(plan, axis):
             return problem
+    left = kept_of(source.pattern, {kind: kept_layers(plan.kept, kind) for kind in KINDS})
+    if target.pattern != left:
+        return f"the sub-layers that it keeps are {left}, the target's {target.pattern}"
     return _bad_residual(plan)
+
+
+def _view(source: Arch, *, by_sublayers: bool) -> Arch:
+    """Return the source, as a model of sub-layers if these are cut."""
+    return source.by_sublayers() if by_sublayers and has_sublayers(source) else source
 
 
 def _bad_axis(plan: Plan, axis: Axis) -> str | None:
     kept = {name: units for name, units in plan.kept.items() if name.split(".")[0] == axis.name}
     # Layers and experts are rows before the others, and were checked.
-    expected = list(axis.vectors(plan.kept)) if axis.exists(plan.source) else []
+    expected = list(axis.vectors(plan.kept)) if axis in plan.axes else []
     if kept.keys() != set(expected):
         places = (" ".join(name.partition(".")[2] for name in names) for names in (kept, expected))
         return f"{axis.name} names {axis.scope}s {next(places)}, kept are {next(places)}"
@@ -137,7 +155,7 @@ def _bad_groups(plan: Plan, axis: Axis, name: str) -> str | None:
 def _bad_residual(plan: Plan) -> str | None:
     if plan.head_residual not in MODES:
         return f"head_residual is {plan.head_residual!r}, not one of {', '.join(MODES)}"
-    expected = () if plan.head_residual == NONE else plan.kept["layers"]
+    expected = () if plan.head_residual == NONE else kept_layers(plan.kept, "attention")
     if tuple(sorted(plan.residual_pairs)) != expected:
         return f"residual_pairs names layers {sorted(plan.residual_pairs)}, not {list(expected)}"
     for layer, pairs in plan.residual_pairs.items():
@@ -164,7 +182,9 @@ def _indices(values: Any) -> tuple[int, ...]:
 
 def _by_axis(kept: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Return kept units as the file has them: {"hidden": [...], "ffn": {"3": [...]}}."""
-    values: dict[str, Any] = {axis.name: {} for axis in AXES}
+    values: dict[str, Any] = {
+        axis.name: {} for axis in AXES if axis.scope != "model" or axis.name in kept
+    }
     for name, units in kept.items():
         axis, _, place = name.partition(".")
         if place:
@@ -177,13 +197,15 @@ def _by_axis(kept: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 def _kept(values: dict[str, Any], source: Arch) -> dict[str, tuple[int, ...]]:
     """Take what ``_by_axis`` returned out of ``values``. An axis that older files lack is kept."""
     kept: dict[str, tuple[int, ...]] = {}
+    there = axes_of(_view(source, by_sublayers="attention" in values))
     for axis in AXES:
         if axis.scope == "model":
-            kept[axis.name] = _indices(values.pop(axis.name))
+            if axis in there:
+                kept[axis.name] = _indices(values.pop(axis.name))
         elif axis.name in values:
             for place, units in values.pop(axis.name).items():
                 kept[f"{axis.name}.{place}"] = _indices(units)
-        elif axis.exists(source):
+        elif axis in there:
             everything = tuple(range(axis.length(source)))
             kept |= dict.fromkeys(axis.vectors(kept), everything)
     return kept

@@ -1,7 +1,8 @@
 """From scores to a plan: which units have the highest scores.
 
 Neurons, experts and heads are ranked within their layer, heads also within their query group,
-neurons of an expert within that expert, layers among each other.
+neurons of an expert within that expert, layers among each other, sub-layers among those of their
+kind.
 """
 
 import itertools
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.axes import HEADS, Axis, axes_of, sizes_of
+from megatron_ext.axes import HEADS, Axis, axes_of, kept_layers
+from megatron_ext.pattern import KINDS, kept_of
 from megatron_ext.pruning.plan import Plan, contradiction
 from megatron_ext.pruning.residual import NONE, Pairs, mirrored_pairs
 from megatron_ext.pruning.scores import Scores
@@ -30,7 +32,8 @@ def make_plan(
     Args:
         scores: checked scores of ``source``; None if nothing has to be ranked.
         source: the model that is pruned.
-        target: the model that is left, see ``target_arch``.
+        target: the model that is left, see ``target_arch``. Where it has sub-layers of its own,
+            only their numbers count: which ones stay, and so their order, the scores decide.
         head_residual: one of ``residual.MODES``. Without effect if all heads are kept.
 
     Raises:
@@ -39,13 +42,18 @@ def make_plan(
     """
     vectors = {} if scores is None else scores.vectors
     kept: dict[str, tuple[int, ...]] = {}
-    if scores is not None and scores.removal_order and target.num_layers < source.num_layers:
+    whole = not target.is_hybrid
+    cuts_layers = len(target.pattern) < len(source.pattern)
+    if scores is not None and scores.removal_order and whole and cuts_layers:
         kept["layers"] = _not_removed(scores, source, target)
-    for axis in axes_of(source):
+    for axis in axes_of(source if whole else source.by_sublayers()):
         for name in axis.vectors(kept):
             if name not in kept:
                 kept[name] = _keep(axis, name, vectors, source, target)
-    layers = kept["layers"]
+    if cuts_layers and not whole:
+        left = {kind: kept_layers(kept, kind) for kind in KINDS}
+        target = target.with_pattern(kept_of(source.pattern, left))
+    layers = kept_layers(kept, "attention")
     folds = head_residual != NONE and target.num_attention_heads < source.num_attention_heads
     plan = Plan(
         source=source,
@@ -57,7 +65,7 @@ def make_plan(
         }
         if folds
         else {},
-        made={} if scores is None else _made(scores, cuts_layers=len(layers) < source.num_layers),
+        made={} if scores is None else _made(scores, cuts_layers=cuts_layers),
     )
     if problem := contradiction(plan):
         raise UserError(f"the target is no pruned source: {problem}.", USAGE)
@@ -165,7 +173,7 @@ def _needed(vectors: Mapping[str, Tensor], name: str) -> Tensor:
 def summary(plan: Plan) -> str:
     """Return a table of what was cut."""
     rows = [("", "source", "pruned", "kept")]
-    for name in sizes_of(plan.source):
+    for name in (size.name for axis in plan.axes for size in axis.sizes):
         before, after = getattr(plan.source, name), getattr(plan.target, name)
         rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
     for name, embeddings in (("parameters", True), ("without embeddings", False)):
@@ -173,4 +181,6 @@ def summary(plan: Plan) -> str:
             num_parameters(arch, embeddings=embeddings) for arch in (plan.source, plan.target)
         )
         rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
+    if plan.target.is_hybrid:
+        rows.append(("hybrid_layer_pattern", plan.source.pattern, plan.target.pattern, ""))
     return "\n".join(f"{a:36}{b:>18}{c:>18}{d:>8}" for a, b, c, d in rows)

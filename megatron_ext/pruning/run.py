@@ -1,6 +1,6 @@
 """The run of prune.py, from a checkpoint on disk to pruned ones; its flags are checked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,10 +19,11 @@ from megatron_ext.data import data_check, datasets
 from megatron_ext.data.masked_lm import FRAME
 from megatron_ext.model.build import build_model, model_state_dict
 from megatron_ext.model.options import join_ranks, model_options
+from megatron_ext.pattern import KINDS
 from megatron_ext.pruning.aggregation import Aggregation
 from megatron_ext.pruning.baselines import magnitude_scores, random_scores
 from megatron_ext.pruning.calibrate import Passes, calibrate
-from megatron_ext.pruning.depth import score_depth
+from megatron_ext.pruning.depth import score_depth, score_sublayers
 from megatron_ext.pruning.iterate import compose, iteration_targets
 from megatron_ext.pruning.jobs import (
     Found,
@@ -64,8 +65,8 @@ def prune(flags: PruneFlags, folder: Path) -> int:
         checkpoints.verify_integrity(source.folder)
     for reason in sorted({r for job in jobs if (r := layout_problem(flags, job.target))}):
         say(f"NOTE: what is pruned will not load under this layout: {reason}")
-    num_layers = min((job.target.num_layers for job in jobs), default=source.arch.num_layers)
-    scores = cache(lambda: get_scores(flags, source, place, num_layers))
+    targets = [job.target for job in jobs]
+    scores = cache(lambda: get_scores(flags, source, place, targets))
     for job in jobs:
         plan = get_plan(flags, source, place, job, scores)
         if job.save:
@@ -123,19 +124,23 @@ def plan_from_scores(
     for step in targets:
         if plan is not None:
             vectors = calibrate(passes_over(flags, source, place, plan), aggregation(flags))
-            del vectors["layers"]  # those of the source hold
+            for depth in ("layers", *KINDS):
+                vectors.pop(depth, None)  # those of the source hold
             scores = replace(scores, source=plan.target, vectors={**scores.vectors, **vectors})
         part = make_plan(scores, scores.source, step, head_residual=flags.prune.head_residual)
         plan = compose(plan, part) if plan else part
     return plan
 
 
-def get_scores(flags: PruneFlags, source: Checkpoint, place: Platform, num_layers: int) -> Scores:
-    """Return the scores of --scores, or measure them and write them there. Collective.
+def get_scores(
+    flags: PruneFlags, source: Checkpoint, place: Platform, targets: Sequence[Arch]
+) -> Scores:
+    """Return the scores of --scores, or measure them for ``targets`` and write them there.
 
-    ``num_layers`` is how many any target keeps at least.
+    Collective.
     """
-    path, settings = flags.prune.scores, scoring(flags)
+    sublayers = scores_sublayers(flags, source.arch, targets)
+    path, settings = flags.prune.scores, scoring(flags, sublayers=sublayers)
     if _exists(path):
         scores = load_scores(path)
         check_scores(scores, source.arch)
@@ -145,7 +150,7 @@ def get_scores(flags: PruneFlags, source: Checkpoint, place: Platform, num_layer
         return scores
     order: tuple[tuple[int, ...], ...] = ()
     if flags.prune.importance == "activation":
-        vectors, order = measure(flags, passes_over(flags, source, place), num_layers)
+        vectors, order = measure(flags, passes_over(flags, source, place), targets)
     elif flags.prune.importance == "magnitude":
         reader = on_all_ranks(lambda: SliceReader(source.folder))
         vectors = magnitude_scores(reader, source.arch, place.device)
@@ -157,7 +162,14 @@ def get_scores(flags: PruneFlags, source: Checkpoint, place: Platform, num_layer
     return scores
 
 
-def scoring(flags: PruneFlags) -> dict[str, Any]:
+def scores_sublayers(flags: PruneFlags, source: Arch, targets: Sequence[Arch]) -> bool:
+    """Whether sub-layers get scores of their own, beside what calibration measures."""
+    if source.is_hybrid:
+        return flags.prune.depth_importance != "block"
+    return any(target.is_hybrid for target in targets)
+
+
+def scoring(flags: PruneFlags, *, sublayers: bool) -> dict[str, Any]:
     """Return how the flags have scores made, in the fields of ``Scores``."""
     importance = flags.prune.importance
     if importance == "activation":
@@ -169,6 +181,7 @@ def scoring(flags: PruneFlags) -> dict[str, Any]:
                 flags.prune.depth_importance,
                 flags.prune.depth_block,
                 rescore=flags.prune.depth_rescore,
+                sublayers=sublayers,
             ),
         }
     how = f"random,seed={flags.batch.seed}" if importance == "random" else importance
@@ -187,14 +200,17 @@ def aggregation(flags: PruneFlags) -> Aggregation:
 
 
 def measure(
-    flags: PruneFlags, passes: Passes, num_layers: int
+    flags: PruneFlags, passes: Passes, targets: Sequence[Arch]
 ) -> tuple[dict[str, torch.Tensor], tuple[tuple[int, ...], ...]]:
     """Return the scores of every axis and the order in which layers go, from forward passes."""
     options = flags.prune
     vectors = calibrate(passes, aggregation(flags))
-    if scoring(flags)["depth"] == "block":
+    if scores_sublayers(flags, passes.arch, targets):
+        return vectors | score_sublayers(passes, options.depth_importance), ()
+    if scoring(flags, sublayers=False)["depth"] == "block":
         return vectors, ()  # measured in the same passes
-    remove = passes.arch.num_layers - num_layers
+    num_layers = passes.arch.num_layers
+    remove = num_layers - min((target.num_layers for target in targets), default=num_layers)
     layers, order = score_depth(
         passes,
         options.depth_importance,

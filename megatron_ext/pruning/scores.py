@@ -11,6 +11,11 @@ model, in global numbering from 0:
     moe_ffn.{layer}.{expert}  [moe_ffn_hidden_size]    neurons of one expert
     shared_ffn.{layer}        [moe_shared_expert_intermediate_size]  of the shared experts
     layer_blocks.{n} [num_layers - n + 1]  n layers from each on, where blocks were scored
+    attention, mlp   [attention_layers], [mlp_layers]   sub-layers of each kind: of a GPTModel only
+                     where they were scored, of a HybridModel instead of layers
+
+In the names above, {layer} of a HybridModel is the number of the MLP among its MLPs, or of the
+attention.
 
 The file is safetensors; its metadata tell how the scores were made and for which sizes.
 """
@@ -43,15 +48,16 @@ class Scores:
     seq_length: int
     """Tokens per sample."""
     depth: str = "block"
-    """How layers were scored, see ``depth_method``. (Single layers beside blocks of several: by
-    block importance.)"""
+    """How layers were scored, see ``depth_method``. (Single layers beside blocks of several, or
+    beside sub-layers: by block importance.)"""
     removal_order: tuple[tuple[int, ...], ...] = ()
     """Layers to remove together, the first to go first; empty: one by one, by their scores."""
 
 
-def depth_method(importance: str, block: int, *, rescore: bool) -> str:
+def depth_method(importance: str, block: int, *, rescore: bool, sublayers: bool = False) -> str:
     """Return how layers are scored in words: ``kl, blocks of 2, rescored``."""
-    return importance + f", blocks of {block}" * (block > 1) + ", rescored" * rescore
+    how = importance + f", blocks of {block}" * (block > 1) + ", rescored" * rescore
+    return how + ", sub-layers" * sublayers
 
 
 def lengths(arch: Arch) -> dict[str, int]:

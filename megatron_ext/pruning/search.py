@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.axes import SIZES
+from megatron_ext.axes import SIZES, sizes_of
 from megatron_ext.pruning.targets import check_size, target_arch
 from megatron_ext.runtime.errors import USAGE, UserError
 
@@ -127,7 +127,12 @@ def _combinations(source: Arch, space: Space) -> Iterator[tuple[str, Arch]]:
 
 def table(targets: Mapping[str, Arch]) -> str:
     """Return the sizes that differ and the parameter counts of ``targets``, a line each."""
-    sizes = [name for name in SIZES if len({getattr(arch, name) for arch in targets.values()}) > 1]
+    built = {name for arch in targets.values() for name in sizes_of(arch)}
+    sizes = [
+        name
+        for name in SIZES
+        if name in built and len({getattr(arch, name) for arch in targets.values()}) > 1
+    ]
     rows = [["", *sizes, "parameters", "without embeddings"]]
     for name, arch in targets.items():
         counts = num_parameters(arch), num_parameters(arch, embeddings=False)

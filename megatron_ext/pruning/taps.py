@@ -52,10 +52,10 @@ def norm_output(norm: nn.Module, block: nn.Module) -> tuple[nn.Module, Callable]
     """Return the module to listen to for the output of a norm, and how to take that from it.
 
     Transformer Engine norms inside the linear layer that follows; ``norm`` is an IdentityOp then,
-    and the norm is computed a second time from the input of that layer, or of the MLP's first.
+    and the norm is computed a second time from the input of the first linear layer of ``block``.
     """
     if isinstance(norm, IdentityOp):
-        linear = getattr(block, "linear_fc1", block)
+        linear = block.linear_fc1 if hasattr(block, "linear_fc1") else block.linear_qkv
         return linear, lambda x, _: (norm_inside(linear, x),)
     return norm, lambda _, y: (y,)
 
@@ -106,12 +106,9 @@ def layer_changes(layer: nn.Module, arch: Arch, how: Aggregation) -> list[Tap]:
 
 
 def both_norms(layer: nn.Module, arch: Arch, how: Aggregation) -> list[Tap]:
-    """Listen to the outputs of a layer's two norms."""
-    norms = (
-        (layer.input_layernorm, layer.self_attention.linear_qkv),
-        (layer.pre_mlp_layernorm, layer.mlp),
-    )
-    places = [norm_output(norm, block) for norm, block in norms]
+    """Listen to the outputs of a layer's two norms; a layer of a HybridModel has one of them."""
+    norms = ((layer.input_layernorm, layer.self_attention), (layer.pre_mlp_layernorm, layer.mlp))
+    places = [norm_output(*pair) for pair in norms if not isinstance(pair[1], IdentityOp)]
     return [Tap(module=module, tensors=tensors) for module, tensors in places]
 
 
@@ -158,7 +155,7 @@ class Measure:
 
     taps: Callable[[nn.Module, Arch, Aggregation], Sequence[Tap | ExpertTap]]
     """Of one layer."""
-    count: int = 1
+    count: Callable[[Arch], int] = lambda arch: 1
     """How many taps a layer has; a unit's score is the sum of theirs."""
     tp_split: bool = False
     """A tensor-parallel rank sees its own share of the units, at all positions; otherwise it sees
@@ -174,7 +171,9 @@ class Measure:
 
 MEASURES = {
     "layers": Measure(taps=layer_changes, of_layer=True),
-    "hidden": Measure(taps=both_norms, count=2),
+    "attention": Measure(taps=layer_changes, of_layer=True),
+    "mlp": Measure(taps=layer_changes, of_layer=True),
+    "hidden": Measure(taps=both_norms, count=lambda arch: 1 if arch.is_hybrid else 2),
     "heads": Measure(
         taps=head_outputs,
         tp_split=True,

@@ -8,12 +8,16 @@ from pathlib import Path
 import yaml
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import SIZES, sizes_of
+from megatron_ext.axes import DEPTH_SIZES, SIZES, has_sublayers, sizes_of
+from megatron_ext.pattern import KINDS, without_last
 from megatron_ext.runtime.errors import USAGE, UserError
 
 
 def target_arch(source: Arch, **sizes: int | None) -> Arch:
     """Return ``source`` with some sizes replaced; None keeps one.
+
+    Which sub-layers stay is not known yet: of ``attention_layers`` and ``mlp_layers`` the first
+    ones stand in for them in the pattern, see ``same_sizes``.
 
     Where each query head has its own key and value (no query groups), these go with the head. Where
     query groups go and no number of heads is given, the groups that stay keep all of theirs.
@@ -24,6 +28,7 @@ def target_arch(source: Arch, **sizes: int | None) -> Arch:
     changed = {name: size for name, size in sizes.items() if size is not None}
     for name, size in changed.items():
         check_size(source, name, size)
+    changed = _with_pattern(source, changed)
     heads, groups = source.num_attention_heads, source.num_query_groups
     if groups == heads:
         both = [changed[n] for n in ("num_attention_heads", "num_query_groups") if n in changed]
@@ -50,6 +55,35 @@ def target_arch(source: Arch, **sizes: int | None) -> Arch:
             USAGE,
         )
     return replace(source, **changed)
+
+
+def _with_pattern(source: Arch, sizes: dict[str, int]) -> dict[str, int | str]:
+    """Return sizes in which a pattern stands for how many sub-layers of each kind are left."""
+    typed = [name for name in sizes if name in DEPTH_SIZES]
+    if "num_layers" in typed and len(typed) > 1:
+        raise UserError(
+            f"{_option(typed[0])} {sizes[typed[0]]} and {_option(typed[1])} {sizes[typed[1]]}: "
+            "remove whole layers or sub-layers, not both.",
+            USAGE,
+        )
+    names = {kind: f"{kind}_layers" for kind in KINDS}
+    counts = {kind: sizes.get(name, getattr(source, name)) for kind, name in names.items()}
+    changed = {name: size for name, size in sizes.items() if name not in names.values()}
+    if any(counts[kind] < getattr(source, name) for kind, name in names.items()):
+        pattern = without_last(source.pattern, counts)
+        changed |= {"num_layers": len(pattern), "hybrid_layer_pattern": pattern}
+    return changed
+
+
+def same_sizes(first: Arch, second: Arch) -> bool:
+    """Whether two models differ at most in the order of their sub-layers."""
+    if not (has_sublayers(first) and has_sublayers(second)):
+        return first == second
+    hybrids = [arch.by_sublayers() for arch in (first, second)]
+    one, other = (
+        replace(arch, hybrid_layer_pattern="".join(sorted(arch.pattern))) for arch in hybrids
+    )
+    return one == other
 
 
 def read_targets(path: str | os.PathLike, source: Arch) -> dict[str, Arch]:
@@ -86,13 +120,29 @@ def read_targets(path: str | os.PathLike, source: Arch) -> dict[str, Arch]:
 
 def check_size(source: Arch, name: str, size: int) -> None:
     """Raise ``UserError`` unless ``source`` has units of this kind, and at least so many."""
-    if name not in sizes_of(source):
+    if name in DEPTH_SIZES and name not in sizes_of(source):
+        if problem := _depth_problem(source):
+            raise UserError(f"{_option(name)} {size}: {problem}.", USAGE)
+    elif name not in sizes_of(source):
         raise UserError(f"{_option(name)} {size}: the checkpoint's model has none.", USAGE)
     length = getattr(source, name)
     if not 1 <= size <= length:
         raise UserError(
             f"{_option(name)} {size}: choose from 1 to the checkpoint's {length}.", USAGE
         )
+
+
+def _depth_problem(source: Arch) -> str | None:
+    """Return why what is no layer of ``source`` as it is built cannot be removed, or None."""
+    if source.is_hybrid:
+        return (
+            f"the checkpoint's layers are sub-layers, {source.pattern}; use "
+            "--target-attention-layers and --target-mlp-layers"
+        )
+    if not has_sublayers(source):
+        what = "a BertModel" if source.is_bert else "a model with experts"
+        return f"of {what} whole layers are removed; use --target-num-layers"
+    return None
 
 
 def _option(name: str) -> str:

@@ -16,9 +16,21 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
 from torch import Tensor
 
-from megatron_ext.arch import LAYER_PREFIXES, Arch, Weight, dim_sizes, is_of_experts, shape, weights
+from megatron_ext.arch import (
+    LAYER_PREFIXES,
+    Arch,
+    Weight,
+    count,
+    dim_sizes,
+    is_of_experts,
+    layer_key,
+    names_on_disk,
+    shape,
+    weights,
+)
+from megatron_ext.axes import kept_layers
 from megatron_ext.checkpoint.checkpoints import NOT_WEIGHTS, sharded_tensors
-from megatron_ext.checkpoint.slices import SliceReader, layer_key
+from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.pruning.fold import fold_heads
 from megatron_ext.pruning.kept import kept_indices
 from megatron_ext.pruning.plan import Plan
@@ -34,9 +46,10 @@ class Piece:
 
     weight: Weight
     layer: int | None
-    """The layer's number in the source; None outside the layers."""
+    """The number in the source of the layer, or of the sub-layer within its kind, which is the same
+    where all layers are whole; None outside the layers."""
     new_layer: int | None
-    """The layer's number in the target."""
+    """The number in the target."""
     expert: int | None = None
     """The expert's number in the source; None for a weight of no expert."""
     new_expert: int | None = None
@@ -74,7 +87,7 @@ def trimmed_share(
 ) -> dict[str, ShardedTensor | ShardedObject]:
     """Read and trim this rank's share of the weights. No collectives.
 
-    All ranks' shares together are the target's checkpoint, layers stacked; every element is held by
+    All ranks' shares together are the target's checkpoint; every element is held by
     one rank, and each rank has about the same number of bytes. Beside its share, a rank holds one
     piece of the source at a time.
 
@@ -87,7 +100,7 @@ def trimmed_share(
     spare = None
     for piece in deal(pieces(plan), plan.target, world_size)[rank]:
         # Pieces of one shape follow each other: fresh memory costs more than reading into old.
-        source = read_piece(reader, piece, spare)
+        source = read_piece(reader, piece, plan.source, spare)
         trimmed = _cut(source, piece, plan)
         spare = None if trimmed is source else source
         share |= as_share(piece, trimmed, plan.target)
@@ -95,20 +108,27 @@ def trimmed_share(
 
 
 def as_share(piece: Piece, tensor: Tensor, target: Arch) -> dict[str, ShardedTensor]:
-    """Return ``tensor`` as a piece of the checkpoint of ``target``, layers and experts stacked."""
-    numbers = (piece.new_layer, piece.new_expert)
+    """Return ``tensor`` as a piece of the checkpoint of ``target``.
+
+    A GPTModel's layers and experts are stacked, a HybridModel's sub-layers have names of their own.
+    """
+    key, numbers = place_of(piece, target)
     counts = (target.num_layers, target.num_experts)
     place = [
         (axis, number, count)
         for axis, (number, count) in enumerate(zip(numbers, counts, strict=True))
         if number is not None
     ]
-    name = f"{piece.weight.key} {numbers}"
-    return {
-        name: ShardedTensor.from_rank_offsets(
-            piece.weight.key, tensor, *place, prepend_axis_num=len(place)
-        )
-    }
+    name = f"{key} {numbers}"
+    return {name: ShardedTensor.from_rank_offsets(key, tensor, *place, prepend_axis_num=len(place))}
+
+
+def place_of(piece: Piece, target: Arch) -> tuple[str, tuple[int | None, int | None]]:
+    """Return the name on disk of a piece of the target, and its layer and expert in the stack."""
+    if piece.new_layer is None or not target.is_hybrid:
+        return piece.weight.key, (piece.new_layer, piece.new_expert)
+    layer = target.layers_of(piece.weight.kind)[piece.new_layer]
+    return layer_key(piece.weight.key, layer), (None, None)
 
 
 @torch.no_grad()
@@ -126,27 +146,36 @@ def fill_trimmed(state: ShardedStateDict, reader: SliceReader, plan: Plan) -> No
         UserError: as ``trimmed_share``.
     """
     check_tensors(reader, plan.source)
-    places = {
-        (piece.weight.key, piece.new_layer or 0, piece.new_expert or 0): piece
-        for piece in pieces(plan)
-    }
+    places = {}
+    for piece in pieces(plan):
+        key, numbers = place_of(piece, plan.target)
+        places[key, *(number or 0 for number in numbers)] = piece
     last, whole = None, torch.empty(0)
     for shard in sharded_tensors(state):
         axes = shard.prepend_axis_num
         numbers = (*shard.global_offset[:axes], 0, 0)[:2]
         piece = places[shard.key, *numbers]
         if piece != last:  # a gated MLP's two halves are one tensor
-            whole, last = _cut(read_piece(reader, piece), piece, plan), piece
+            whole, last = _cut(read_piece(reader, piece, plan.source), piece, plan), piece
         starts = zip(shard.global_offset[axes:], shard.local_shape, strict=True)
         shard.data.copy_(whole[tuple(slice(start, start + n) for start, n in starts)])
 
 
-def read_piece(reader: SliceReader, piece: Piece, spare: Tensor | None = None) -> Tensor:
+def read_piece(
+    reader: SliceReader, piece: Piece, source: Arch, spare: Tensor | None = None
+) -> Tensor:
     """Return a piece of the source; ``spare`` may be overwritten, as in ``SliceReader.read``."""
-    key = piece.weight.key
+    key = disk_key(piece.weight.key, source)
     if piece.layer is None:
         return reader.read(key, [slice(None)] * len(piece.dims), spare)
-    return reader.read_layer(key, piece.layer, spare, expert=piece.expert)
+    layer = source.layers_of(piece.weight.kind)[piece.layer]
+    return reader.read_layer(key, layer, spare, expert=piece.expert)
+
+
+def disk_key(key: str, arch: Arch) -> str:
+    """Return a name of either model's table as that of ``arch`` has it: final norms differ."""
+    names = "final_layernorm.", "final_norm."
+    return key.replace(*(names if arch.is_hybrid else names[::-1]))
 
 
 def _cut(tensor: Tensor, piece: Piece, plan: Plan) -> Tensor:
@@ -167,16 +196,22 @@ def empty_extra_states(reader: SliceReader, target: Arch) -> dict[str, ShardedOb
 
 
 def empty_states(names: Iterable[str], target: Arch) -> dict[str, ShardedObject]:
-    """Return an empty object for each of the names that is an ``_extra_state``, layers stacked."""
+    """Return an empty object of ``target`` for each of the names that is an ``_extra_state``.
+
+    As its weights, a GPTModel's are stacked and a HybridModel's have names of their own.
+    """
     states = {}
     for name in sorted(names):
         key = re.sub(r"^(\w+\.layers\.)\d+\.", r"\1", name.split("/")[0])
         if not key.endswith("_extra_state"):
             continue
-        counts = (target.num_layers,) if key.startswith(LAYER_PREFIXES) else (1,)
+        key, counts = disk_key(key, target), (1,)
+        keys = names_on_disk(Weight(key, ()), target)
+        if keys == [key] and key.startswith(LAYER_PREFIXES):
+            counts = (target.num_layers,)
         if ".mlp.experts." in key:
             counts += (target.num_experts,)
-        for place in itertools.product(*map(range, counts)):
+        for key, place in itertools.product(keys, itertools.product(*map(range, counts))):
             states[f"{key} {place}"] = ShardedObject(key, None, counts, place)
     return states
 
@@ -187,7 +222,7 @@ def pieces(plan: Plan) -> Iterator[Piece]:
         if not weight.per_layer:
             yield Piece(weight, None, None)
             continue
-        for new_layer, layer in enumerate(plan.kept["layers"]):
+        for new_layer, layer in enumerate(kept_layers(plan.kept, weight.kind)):
             if not is_of_experts(weight):
                 yield Piece(weight, layer, new_layer)
                 continue
@@ -220,12 +255,13 @@ def check_tensors(reader: SliceReader, arch: Arch) -> None:
     expected = {}
     for weight in weights(arch):
         size = shape(weight, arch)
-        if not weight.per_layer:
-            expected[weight.key] = size
-        elif weight.key in reader.shapes:
-            expected[weight.key] = (arch.num_layers, *size)
+        if weight.per_layer and weight.key in reader.shapes and not arch.is_hybrid:
+            expected[weight.key] = (count(weight, arch), *size)
+        elif weight.per_layer:
+            layers = arch.layers_of(weight.kind)
+            expected |= {layer_key(weight.key, layer): size for layer in layers}
         else:
-            expected |= {layer_key(weight.key, i): size for i in range(arch.num_layers)}
+            expected[weight.key] = size
     for key, size in expected.items():
         if key not in reader.shapes:
             raise UserError(

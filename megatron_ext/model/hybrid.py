@@ -1,0 +1,151 @@
+"""megatron-core's HybridModel: a layer for each sub-layer of a pattern.
+
+Pipeline stages end between sub-layers, where megatron-core would end those of as many layers: even
+parts, or with --pipeline-model-parallel-layout a ``t`` for each sub-layer.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_ext.arch import Arch
+from megatron_ext.model.layers import Norm
+from megatron_ext.model.output import VocabularyOutput
+from megatron_ext.pattern import in_stages
+
+
+class HybridLanguageModel(VocabularyOutput, HybridModel):
+    """megatron-core's HybridModel with inputs and outputs as ``build.LanguageModel`` has them."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        decoder_input: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return hidden states, logits [s, b, v] or with ``labels`` losses [b, s].
+
+        megatron-core's would copy the logits into [b, s, v].
+
+        Args:
+            input_ids: [b, s].
+            position_ids: [b, s].
+            attention_mask: [b or 1, 1, s, S], true where a token must not look; None for causal.
+            decoder_input: [s, b, H] in place of the embedding.
+            labels: [b, s].
+            loss_mask: not read, as in a GPTModel.
+        """
+        x = decoder_input
+        if x is None and self.pre_process:
+            x = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        x = self.decoder(
+            hidden_states=x, attention_mask=attention_mask, rotary_pos_emb=self._rotation(x)
+        )
+        if not self.post_process or (labels is None and self.leaves_out_output_layer):
+            return x
+        tied = self.share_embeddings_and_output_weights
+        logits, _ = self.output_layer(x, weight=self.output_weight() if tied else None)
+        return logits if labels is None else self.compute_language_model_loss(labels, logits)
+
+    def _rotation(self, decoder_input: Tensor | None) -> Tensor | None:
+        """Return the rotary table of the positions, [S, 1, 1, D]."""
+        if self.position_embedding_type != "rope":
+            return None
+        length = self.rotary_pos_emb.get_rotary_seq_len(
+            None, self.decoder, decoder_input, self.config, None
+        )
+        return self.rotary_pos_emb(length)
+
+
+class LocalStack(HybridStack):
+    """megatron-core's stack with a final norm in plain torch; its own is Transformer Engine's."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **options: Any):
+        super().__init__(config, *args, post_layer_norm=False, **options)
+        if self.post_process:
+            self.final_norm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+            self.post_layer_norm = True
+
+
+def build_hybrid(
+    arch: Arch, config: TransformerConfig, layer: ModuleSpec, num_chunks: int, **place: Any
+) -> HybridLanguageModel:
+    """Return a stage of a HybridModel.
+
+    Args:
+        arch: sizes of the whole model.
+        config: megatron-core's.
+        layer: a whole layer of a GPTModel, whose two halves are the sub-layers.
+        num_chunks: model pieces of a pipeline rank.
+        place: as in HybridModel's arguments.
+    """
+    model = HybridLanguageModel(
+        config=config,
+        hybrid_stack_spec=_stack(layer, config),
+        vocab_size=arch.padded_vocab_size,
+        max_sequence_length=arch.max_position_embeddings,
+        hybrid_layer_pattern=_cut_pattern(arch, config, num_chunks),
+        share_embeddings_and_output_weights=not arch.untie_embeddings_and_output_weights,
+        position_embedding_type=arch.position_embedding_type,
+        rotary_percent=arch.rotary_percent,
+        rotary_base=arch.rotary_base,
+        **place,
+    )
+    if arch.use_rope_scaling:  # a HybridModel of megatron-core 0.19.2 does not ask for it
+        model.rotary_pos_emb = RotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=arch.rotary_percent,
+            rotary_base=arch.rotary_base,
+            rope_scaling=True,
+            rope_scaling_factor=arch.rope_scaling_factor,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=model.pg_collection.cp,
+        ).to(torch.cuda.current_device())
+    return model
+
+
+def _stack(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
+    """Return the stack whose attention and MLP layers are the halves of ``layer``."""
+    parts, names = layer.submodules, layer.submodules.sharded_state_dict_keys_map
+
+    def half(**modules: Any) -> ModuleSpec:
+        submodules = TransformerLayerSubmodules(**modules, sharded_state_dict_keys_map=names)
+        return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+    is_local = config.transformer_impl == "local"
+    return ModuleSpec(
+        module=LocalStack if is_local else HybridStack,
+        submodules=HybridStackSubmodules(
+            attention_layer=half(
+                input_layernorm=parts.input_layernorm,
+                self_attention=parts.self_attention,
+                self_attn_bda=parts.self_attn_bda,
+            ),
+            mlp_layer=half(
+                pre_mlp_layernorm=parts.pre_mlp_layernorm,
+                mlp=parts.mlp,
+                mlp_bda=parts.mlp_bda,
+            ),
+        ),
+    )
+
+
+def _cut_pattern(arch: Arch, config: TransformerConfig, num_chunks: int) -> str:
+    """Return the pattern with ``|`` between the stages, in the order of the pipeline."""
+    counts = [
+        get_num_layers_to_build(config, chunk if num_chunks > 1 else None, rank)
+        for chunk in range(num_chunks)
+        for rank in range(config.pipeline_model_parallel_size)
+    ]
+    return in_stages(arch.pattern, counts)
