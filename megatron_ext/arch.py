@@ -211,15 +211,15 @@ class Arch:
     def _pattern_problems(self) -> Iterator[str]:
         if self.hybrid_layer_pattern is None:
             return
+        if self.is_bert or self.num_experts is not None:
+            flag = "--bert-no-binary-head" if self.is_bert else "--num-experts"
+            yield f"--hybrid-layer-pattern does not go with {flag}."
         yield from patterns.problems(self.hybrid_layer_pattern)
         if len(self.hybrid_layer_pattern) != self.num_layers:
             yield (
                 f"hybrid_layer_pattern {self.hybrid_layer_pattern} has "
                 f"{len(self.hybrid_layer_pattern)} sub-layers, num_layers is {self.num_layers}."
             )
-        if self.is_bert or self.num_experts is not None:
-            flag = "--bert-no-binary-head" if self.is_bert else "--num-experts"
-            yield f"--hybrid-layer-pattern does not go with {flag}."
 
     @property
     def is_bert(self) -> bool:

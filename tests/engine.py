@@ -9,6 +9,7 @@ import pickle
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.models.hybrid import hybrid_block
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.identity_op import IdentityOp
@@ -109,7 +110,7 @@ def layer_spec(num_experts=None, moe_grouped_gemm=False, qk_layernorm=False):
 def stand_in():
     """Build these layers in this process where Transformer Engine's are asked for."""
     gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec = layer_spec
-    transformer_block.LayerNormImpl = EngineNorm
+    transformer_block.LayerNormImpl = hybrid_block.TENorm = EngineNorm
     rotate = rope_utils._apply_rotary_pos_emb_bshd
     rope_utils.fused_apply_rotary_pos_emb = lambda t, freqs, interleaved=False: rotate(
         t, freqs, rotary_interleaved=interleaved

@@ -378,18 +378,19 @@ TRAIN_OPTIONS = """
     --ffn-hidden-size --finetune --first-last-layers-bf16 --fp16 --fp8-amax-compute-algo
     --fp8-amax-history-len --fp8-format --fp8-margin --fp8-param-gather --fp8-recipe
     --global-batch-size --gpu --grad-reduce-in-bf16 --group-query-attention --help --hidden-dropout
-    --hidden-size --hysteresis --init-method-std --initial-loss-scale --kd-alpha --kd-fused-output
-    --kd-hidden-loss --kd-hidden-states --kd-jsd-beta --kd-lm-loss-weight --kd-loss --kd-loss-weight
-    --kd-projection --kd-teacher-store --kd-temperature --kd-temperature-squared --kd-top-k
-    --kd-top-k-rest --kv-channels --load --load-config --log-interval --log-num-zeros-in-grad
-    --log-params-norm --log-progress --log-timers-to-tensorboard --logging-level --loss-scale
-    --loss-scale-window --lr --lr-decay-iters --lr-decay-samples --lr-decay-style
-    --lr-warmup-fraction --lr-warmup-init --lr-warmup-iters --lr-warmup-samples --lr-wsd-decay-iters
-    --lr-wsd-decay-samples --lr-wsd-decay-style --make-vocab-size-divisible-by --manual-gc
-    --manual-gc-interval --max-position-embeddings --merge-file --mfu --micro-batch-size
-    --min-loss-scale --min-lr --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size
-    --moe-grouped-gemm --moe-router-dtype --moe-router-load-balancing-type --moe-router-pre-softmax
-    --moe-router-topk --moe-shared-expert-intermediate-size --moe-token-dispatcher-type
+    --hidden-size --hybrid-layer-pattern --hysteresis --init-method-std --initial-loss-scale
+    --kd-alpha --kd-fused-output --kd-hidden-loss --kd-hidden-states --kd-jsd-beta
+    --kd-lm-loss-weight --kd-loss --kd-loss-weight --kd-projection --kd-teacher-store
+    --kd-temperature --kd-temperature-squared --kd-top-k --kd-top-k-rest --kv-channels --load
+    --load-config --log-interval --log-num-zeros-in-grad --log-params-norm --log-progress
+    --log-timers-to-tensorboard --logging-level --loss-scale --loss-scale-window --lr
+    --lr-decay-iters --lr-decay-samples --lr-decay-style --lr-warmup-fraction --lr-warmup-init
+    --lr-warmup-iters --lr-warmup-samples --lr-wsd-decay-iters --lr-wsd-decay-samples
+    --lr-wsd-decay-style --make-vocab-size-divisible-by --manual-gc --manual-gc-interval
+    --max-position-embeddings --merge-file --mfu --micro-batch-size --min-loss-scale --min-lr
+    --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-grouped-gemm --moe-router-dtype
+    --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
+    --moe-shared-expert-intermediate-size --moe-token-dispatcher-type
     --no-barrier-with-level-1-timing --no-bias-gelu-fusion --no-fp8-wgrad --no-load-optim
     --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication --no-pad-vocab-size
     --no-save-optim --no-save-rng --no-tp-comm-bulk-dgrad --no-tp-comm-bulk-wgrad
@@ -426,22 +427,22 @@ PRUNE_OPTIONS = """
     --disable-bf16-reduced-precision-matmul --disable-bias-linear --disable-pad-vocab-size
     --distributed-backend --distributed-timeout-minutes --dry-run --expert-model-parallel-size
     --expert-tensor-parallel-size --ffn-hidden-size --fp16 --gpu --group-query-attention
-    --head-residual --help --hidden-dropout --hidden-size --importance --importance-batch
-    --importance-heads --importance-neurons --importance-sequence --init-method-std --kv-channels
-    --load --load-config --make-vocab-size-divisible-by --max-position-embeddings --merge-file --mfu
-    --micro-batch-size --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-router-dtype
-    --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
-    --moe-shared-expert-intermediate-size --no-bias-gelu-fusion --no-mmap-bin-files
-    --no-overlap-p2p-communication --no-pad-vocab-size --no-verify-integrity --norm-epsilon
-    --normalization --num-attention-heads --num-experts --num-layers
-    --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --head-residual --help --hidden-dropout --hidden-size --hybrid-layer-pattern --importance
+    --importance-batch --importance-heads --importance-neurons --importance-sequence
+    --init-method-std --kv-channels --load --load-config --make-vocab-size-divisible-by
+    --max-position-embeddings --merge-file --mfu --micro-batch-size --mock-data --moe-aux-loss-coeff
+    --moe-ffn-hidden-size --moe-router-dtype --moe-router-load-balancing-type
+    --moe-router-pre-softmax --moe-router-topk --moe-shared-expert-intermediate-size
+    --no-bias-gelu-fusion --no-mmap-bin-files --no-overlap-p2p-communication --no-pad-vocab-size
+    --no-verify-integrity --norm-epsilon --normalization --num-attention-heads --num-experts
+    --num-layers --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --overlap-p2p-communication-warmup-flush
     --padded-vocab-size --per-split-data-args-path --pipeline-model-parallel-layout
     --pipeline-model-parallel-size --plan --position-embedding-type --prune-iterations
     --qk-layernorm --reset-attention-mask --reset-position-ids --rope-scaling-factor --rotary-base
     --rotary-percent --save --scores --search-space --seed --seq-length --sequence-parallel --split
-    --squared-relu --swiglu --target-ffn-hidden-size --target-hidden-size
-    --target-moe-ffn-hidden-size --target-moe-shared-expert-intermediate-size
+    --squared-relu --swiglu --target-attention-layers --target-ffn-hidden-size --target-hidden-size
+    --target-mlp-layers --target-moe-ffn-hidden-size --target-moe-shared-expert-intermediate-size
     --target-num-attention-heads --target-num-experts --target-num-layers --target-num-query-groups
     --target-params --target-tolerance --targets --tensor-model-parallel-size --tokenizer-model
     --tokenizer-type --train-data-path --transformer-impl --trust-checkpoint --trust-remote-code

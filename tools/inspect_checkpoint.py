@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.axes import sizes_of
 from megatron_ext.checkpoint.folder import Checkpoint, locate
 from megatron_ext.checkpoint.unpickling import trust
 from megatron_ext.cli.megatron_flags import trust_flag
 from megatron_ext.cli.parser import REQUIRED, flag, parse
+from megatron_ext.pattern import KINDS
 from megatron_ext.pruning.plan import Plan, load_plan
 from megatron_ext.runtime import heavy
 from megatron_ext.runtime.errors import run_main
@@ -76,10 +76,12 @@ def describe(source: Checkpoint, reader: "SliceReader", plan: Plan | None) -> It
     yield f"  {'tensors':38} {len(reader.shapes)}, {stored / 2**20:,.1f} MiB"
     if plan is not None:
         yield f"pruned from {parameters(plan.source)['parameters']:,} parameters"
-        for size in sizes_of(plan.source):
+        for size in (size.name for axis in plan.axes for size in axis.sizes):
             before, after = getattr(plan.source, size), getattr(plan.target, size)
             yield f"  {size:38} {before} -> {after}"
-        yield f"  {'layers kept, from 0':38} {' '.join(map(str, plan.kept['layers']))}"
+        for name in ("layers", *KINDS):
+            if name in plan.kept:
+                yield f"  {f'{name} kept, from 0':38} {' '.join(map(str, plan.kept[name]))}"
         yield f"  {'head_residual':38} {plan.head_residual}"
         for name, value in plan.made.items():
             yield f"  {name:38} {value}"

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from megatron_ext import pattern as patterns
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import check_comparable, padded_alike, tokenizer_sha256
@@ -86,13 +87,20 @@ def pairs(flags: TrainFlags, student: Arch, teacher: Arch) -> tuple[Pair, ...]:
     except ValueError as error:
         raise UserError(f"--kd-hidden-states {text}: {error}.", USAGE) from error
     for pair in named:
-        for who, layer, num_layers in (
-            ("teacher", pair.teacher, teacher.num_layers),
-            ("student", pair.student, student.num_layers),
+        for who, layer, arch in (
+            ("teacher", pair.teacher, teacher),
+            ("student", pair.student, student),
         ):
-            if layer is not None and layer >= num_layers:
+            if layer is not None and layer >= arch.num_layers:
                 raise UserError(
-                    f"--kd-hidden-states {pair}: the {who} has layers 0 to {num_layers - 1}.", USAGE
+                    f"--kd-hidden-states {pair}: the {who} has layers 0 to {arch.num_layers - 1}.",
+                    USAGE,
+                )
+            if pair.kind in patterns.KINDS and layer not in arch.layers_of(pair.kind):
+                raise UserError(
+                    f"--kd-hidden-states {pair}: layer {layer} of the {who} is no {pair.kind}; its "
+                    f"sub-layers are {arch.pattern}.",
+                    USAGE,
                 )
     runs_twice = "layernorm" in flags.batch.recompute_modules
     if runs_twice and any(pair.kind == MLP for pair in named):

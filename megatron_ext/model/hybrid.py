@@ -1,7 +1,7 @@
 """megatron-core's HybridModel: a layer for each sub-layer of a pattern.
 
-Pipeline stages end between sub-layers, where megatron-core would end those of as many layers: even
-parts, or with --pipeline-model-parallel-layout a ``t`` for each sub-layer.
+Pipeline stages end between sub-layers: even parts, or with --pipeline-model-parallel-layout a ``t``
+for each sub-layer.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
@@ -143,9 +143,11 @@ def _stack(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
 
 def _cut_pattern(arch: Arch, config: TransformerConfig, num_chunks: int) -> str:
     """Return the pattern with ``|`` between the stages, in the order of the pipeline."""
-    counts = [
-        get_num_layers_to_build(config, chunk if num_chunks > 1 else None, rank)
-        for chunk in range(num_chunks)
-        for rank in range(config.pipeline_model_parallel_size)
-    ]
+    ranks, layout = config.pipeline_model_parallel_size, config.pipeline_model_parallel_layout
+    stages = [(rank, chunk) for chunk in range(num_chunks) for rank in range(ranks)]
+    if layout is None:
+        counts = [arch.num_layers // len(stages)] * len(stages)
+    else:
+        counts = [layout.layout[rank][chunk].count(LayerType.decoder) for rank, chunk in stages]
+    assert sum(counts) == arch.num_layers, f"{counts} are not {arch.num_layers} sub-layers"
     return in_stages(arch.pattern, counts)

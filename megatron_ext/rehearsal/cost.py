@@ -10,8 +10,17 @@ m micro-batches of a rank in a step. A rank here is a pipeline rank: those of a 
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
-from megatron_ext.arch import Arch, dim_sizes, forward_flops, is_of_experts, shape, weights
+from megatron_ext.arch import (
+    Arch,
+    count,
+    dim_sizes,
+    forward_flops,
+    is_of_experts,
+    shape,
+    weights,
+)
 from megatron_ext.axes import AXES
+from megatron_ext.pattern import STAGE, in_stages
 
 WIDE = 4
 """Bytes of float32."""
@@ -46,10 +55,22 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Placed:
-    """A model, and how many of its layers each pipeline stage holds, virtual stages too."""
+    """A model, and how many of its layers each pipeline stage holds, virtual stages too.
+
+    A HybridModel's layers are its sub-layers.
+    """
 
     arch: Arch
     stages: tuple[int, ...]
+
+    def on(self, rank: int, num_ranks: int) -> Arch:
+        """Return the model with the layers of a pipeline rank; a GPTModel's are all alike."""
+        if not self.arch.is_hybrid:
+            return self.arch
+        pattern = "".join(in_stages(self.arch.pattern, self.stages).split(STAGE)[rank::num_ranks])
+        if not pattern:
+            return self.arch  # there are none of these layers
+        return replace(self.arch, hybrid_layer_pattern=pattern, num_layers=len(pattern))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +135,12 @@ def rank_parameters(model: Placed, layout: Layout, rank: int) -> tuple[int, int]
     )
     is_first, is_last = rank == 0, rank == p - 1
     experts = others = 0
+    own, held = model.on(rank, p), sum(model.stages[rank::p])
     for weight in weights(arch):
         numel = prod(shape(weight, arch))
         at_start = weight.key.startswith("embedding.")
         here = is_first if at_start else is_last
-        times = sum(model.stages[rank::p]) if weight.per_layer else int(here)
+        times = held * count(weight, own) // own.num_layers if weight.per_layer else int(here)
         if is_of_experts(weight):
             experts += times * numel // (t * layout.expert_model_parallel_size)
         else:
@@ -150,14 +172,17 @@ def layer_parts(arch: Arch, layout: Layout) -> dict[str, float]:
     """Return the bytes of ``layer_bytes``, by what keeps them."""
     t, sizes = layout.tensor_model_parallel_size, dim_sizes(arch)
     between = t if layout.sequence_parallel else 1
+    # How many a layer has: 1, or of a HybridModel's mean sub-layer less.
+    attentions, mlps = arch.attention_layers / arch.num_layers, arch.mlp_layers / arch.num_layers
+    norms = attentions + mlps
     elements = {
-        # Both norms' inputs; queries, keys, values and the attention's output.
-        "residual": 2 * arch.hidden_size / between,
-        "attention": (sizes["qkv"] + sizes["heads"]) / t,
-        "layernorm": 2 * arch.hidden_size / between,  # what they return
+        # Norms' inputs; queries, keys, values and the attention's output.
+        "residual": norms * arch.hidden_size / between,
+        "attention": attentions * (sizes["qkv"] + sizes["heads"]) / t,
+        "layernorm": norms * arch.hidden_size / between,  # what they return
     }
     if arch.num_experts is None:
-        elements["mlp"] = (sizes["fc1"] + sizes["ffn"]) / t
+        elements["mlp"] = mlps * (sizes["fc1"] + sizes["ffn"]) / t
     else:
         # In front of experts and behind.
         elements["moe"] = arch.moe_router_topk * (2 * arch.hidden_size + sizes["moe_fc1"] / t)
@@ -166,7 +191,7 @@ def layer_parts(arch: Arch, layout: Layout) -> dict[str, float]:
         elements["shared_experts"] = shared / t
     found = {name: layout.tokens * layout.param_bytes * n for name, n in elements.items()}
     # Masks of dropout, a byte each.
-    masks = 2 * arch.hidden_size / between if arch.hidden_dropout else 0
+    masks = norms * arch.hidden_size / between if arch.hidden_dropout else 0
     return found | {"masks": layout.tokens * masks}
 
 
@@ -236,7 +261,7 @@ def rank_memory(
     expert_replicas = max(1, replicas // layout.expert_model_parallel_size)
     held = student.stages[rank::p]
     waiting = in_flight(layout, len(held), rank)
-    kept, again = kept_bytes(student.arch, layout, sum(held) / len(held))
+    kept, again = kept_bytes(student.on(rank, p), layout, sum(held) / len(held))
     activations = waiting * kept + again
     last = rank == p - 1
     if last:  # input and output of the last norm
@@ -302,10 +327,12 @@ def token_seconds(
         passes: forward passes that it costs.
         again: and how many more its layers cost.
     """
-    arch, p = model.arch, layout.pipeline_model_parallel_size
+    p = layout.pipeline_model_parallel_size
+    arch = model.on(rank, p)
     output = 2 * arch.padded_vocab_size * arch.hidden_size
     per_layer = (forward_flops(arch, layout.seq_length) - output) / arch.num_layers
     attention = 2 * dim_sizes(arch)["heads"] * layout.seq_length
+    attention *= arch.attention_layers / arch.num_layers
     linear_peak = gpu.fp8 if layout.fp8 and gpu.fp8 else gpu.bf16
     one_layer = (per_layer - attention) / linear_peak + attention / gpu.bf16
     seconds = sum(model.stages[rank::p]) * one_layer * (passes + again)
@@ -350,7 +377,8 @@ def recomputed_share(model: Placed, layout: Layout, rank: int) -> float:
     """Return which share of the layers of ``rank``, or of each of them, runs twice."""
     if layout.recompute_granularity != "full":
         again = {"mlp", "moe"} & set(layout.recompute_modules)
-        sizes = {w.key: prod(shape(w, model.arch)) for w in weights(model.arch) if w.per_layer}
+        arch = model.arch
+        sizes = {w.key: prod(shape(w, arch)) * count(w, arch) for w in weights(arch) if w.per_layer}
         of_mlp = sum(n for key, n in sizes.items() if ".mlp." in key)
         return of_mlp / sum(sizes.values()) if again else 0
     held = model.stages[rank :: layout.pipeline_model_parallel_size]

@@ -90,9 +90,10 @@ def train_layout(flags: Any, world_size: int) -> Layout:
 def model_line(name: str, arch: Arch, where: str, way: str = "from") -> str:
     """Return one line about a model."""
     experts = f", {arch.num_experts} experts" if arch.num_experts else ""
+    layers = f"sub-layers {arch.pattern}" if arch.is_hybrid else "layers"
     return (
         f"{name:12}{num_parameters(arch):,} parameters ({num_parameters(arch, embeddings=False):,} "
-        f"without embeddings): {arch.num_layers} layers, hidden {arch.hidden_size}, ffn "
+        f"without embeddings): {arch.num_layers} {layers}, hidden {arch.hidden_size}, ffn "
         f"{arch.ffn_hidden_size}, heads {arch.num_attention_heads}/{arch.num_query_groups}"
         f"{experts}, vocabulary {arch.padded_vocab_size}; {way} {where}"
     )
@@ -196,7 +197,8 @@ def of_pruning(
     """Return what a run of ``prune.py`` needs, as text, and its memory by item.
 
     Time is that of the forward passes: one over all samples, and with --depth-importance loss or kl
-    one more for each block of layers that may go. Trimming is reading and writing.
+    one more for each block of layers, or each sub-layer, that may go. Trimming is reading and
+    writing.
     """
     arch, options = source[0], flags.prune
     is_measured = measures(flags.checkpoint, options)
@@ -214,13 +216,21 @@ def of_pruning(
     lines.append(f"{'trim':12}{share / world_size / GB:.2f} GB of host memory a rank")
     if needs:
         lines.append(memory_table(needs))
-        passes = 1 + (arch.num_layers - options.depth_block + 1 if compares else 0)
+        passes = 1 + depth_passes(arch, [target for target, _ in targets], options)
         seconds = forward_seconds(whole, layout, GPUS[flags.dry.gpu], flags.dry.mfu) * passes
         lines.append(
             f"time on {flags.dry.gpu} at {flags.dry.mfu:.0%} of its peak\n  {seconds:.4g} s for "
             f"{passes} forward passes over {options.calibration_samples} samples"
         )
     return "\n".join(lines), needs
+
+
+def depth_passes(arch: Arch, targets: Sequence[Arch], options: Any) -> int:
+    """Return the forward passes that score depth, beside those that score the other axes."""
+    compares = options.depth_importance != "block"
+    if arch.is_hybrid or any(target.is_hybrid for target in targets):
+        return len(arch.pattern) if compares else int(not arch.is_hybrid)
+    return arch.num_layers - options.depth_block + 1 if compares else 0
 
 
 def fit_line(needs: Mapping[str, int], gpus: Mapping[str, Gpu]) -> str:
