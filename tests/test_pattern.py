@@ -380,6 +380,30 @@ def test_loss_and_gradients_equal_serial(name, layout, gradients):
     test_layouts.assert_gradients_equal(expected, shards, tolerance)
 
 
+RECOMPUTED = {
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    "some": {
+        "recompute_granularity": "full",
+        "recompute_method": "block",
+        "recompute_num_layers": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("how", RECOMPUTED)
+def test_recomputing_changes_no_gradient(how, gradients):
+    options = {"recompute": RECOMPUTED[how]}
+    found = run_ranks(1, test_layouts.gradients_of_one_step, EIGHT, {}, options)
+    losses, expected = gradients["alone"]
+    assert found[0][0] == pytest.approx(losses, rel=1e-7)
+    test_layouts.assert_gradients_equal(expected, list(found[0][1].items()), 1e-8)
+
+
 TRAIN = shlex.split(
     "--train-iters 4 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant --save-interval 2 "
     "--log-interval 1"
@@ -565,8 +589,11 @@ def test_tools_look_at_it(llama, sublayers):
     assert not code
     assert pattern in out
     assert "attention kept, from 0" in out
-    argv = ["--load", sublayers["save"], "--teacher-load", llama["load"], *llama["data"]]
-    succeed("tools.evaluate", argv, 2)
+    data = " ".join(llama["data"]).replace("--split 80,15,5", "").split()
+    argv = ["--load", sublayers["save"], "--teacher-load", llama["load"], *data]
+    one, two = (succeed("tools.evaluate", argv, ranks)[0].stdout for ranks in (1, 2))
+    assert "loss" in one
+    assert one == two
 
 
 # What is counted, what is refused.

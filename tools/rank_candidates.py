@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.axes import SIZES
+from megatron_ext.axes import sizes_of
 from megatron_ext.checkpoint.quick_read import glance
 from megatron_ext.checkpoint.unpickling import trust
 from megatron_ext.cli.megatron_flags import trust_flag
@@ -171,7 +171,7 @@ def load(save: str, name: str, arch: Arch, teacher: Arch) -> Candidate:
     """Return what a retrained candidate left in its folder."""
     metrics = read_metrics(Path(save) / name / "metrics.jsonl")
     iterations, losses = curve(metrics, LOSS)
-    sizes = {size: getattr(arch, size) for size in SIZES}
+    sizes = {size: getattr(arch, size) for size in sizes_of(arch)}
     return Candidate(
         name=name,
         sizes={k: v for k, v in sizes.items() if v not in (None, getattr(teacher, k))},

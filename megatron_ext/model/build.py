@@ -18,7 +18,6 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -28,7 +27,7 @@ from megatron_ext.checkpoint.checkpoints import sharded_tensors
 from megatron_ext.model.bert import MaskedLanguageModel, build_bert
 from megatron_ext.model.cuda_graphs import make_own_tables
 from megatron_ext.model.hybrid import HybridLanguageModel, build_hybrid
-from megatron_ext.model.layers import local_block_spec, local_layer_spec
+from megatron_ext.model.layers import engine_layer_spec, local_block_spec
 from megatron_ext.model.output import VocabularyOutput
 from megatron_ext.runtime.errors import USAGE, UserError
 
@@ -248,7 +247,7 @@ def _build_gpt(
     arch: Arch, config: TransformerConfig, num_layers: int, **place: Any
 ) -> LanguageModel:
     if config.transformer_impl == "transformer_engine":
-        spec = _engine_layer_spec(arch, config)
+        spec = engine_layer_spec(config)
     else:
         spec = local_block_spec(config, num_layers)
     return LanguageModel(
@@ -263,16 +262,6 @@ def _build_gpt(
         rope_scaling=arch.use_rope_scaling,
         rope_scaling_factor=arch.rope_scaling_factor,
         **place,
-    )
-
-
-def _engine_layer_spec(arch: Arch, config: TransformerConfig) -> ModuleSpec:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-    return get_gpt_layer_with_transformer_engine_spec(
-        num_experts=arch.num_experts,
-        moe_grouped_gemm=config.moe_grouped_gemm,
-        qk_layernorm=arch.qk_layernorm,
     )
 
 
@@ -294,9 +283,7 @@ def _build_chunk(
     if arch.is_bert:
         model = build_bert(arch, config, num_layers, **place)
     elif arch.is_hybrid:
-        is_local = config.transformer_impl == "local"
-        layer = local_layer_spec(config) if is_local else _engine_layer_spec(arch, config)
-        model = build_hybrid(arch, config, layer, num_chunks, **place)
+        model = build_hybrid(arch, config, num_chunks, **place)
     else:
         model = _build_gpt(arch, config, num_layers, **place)
     if config.cuda_graph_impl == "local":

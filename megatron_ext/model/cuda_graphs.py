@@ -129,6 +129,12 @@ def check_models(graphs: Graphs, arch: Arch, teacher: Arch | None) -> None:
         return
     if arch.is_bert:
         raise UserError(f"{name}: not for a BertModel.", USAGE)
+    if arch.is_hybrid or (teacher and teacher.is_hybrid):
+        raise UserError(
+            f"{name} has not been tried with a model of sub-layers (--hybrid-layer-pattern); leave "
+            "it out.",
+            USAGE,
+        )
     if graphs.of_steps and (arch.num_experts or (teacher and teacher.num_experts)):
         raise UserError(
             f"--cuda-graph-scope {STEP}: the host reads how many tokens each expert has; capture "

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_ext.arch import Arch
-from megatron_ext.model.layers import Norm
+from megatron_ext.model.layers import Norm, engine_layer_spec, local_layer_spec
 from megatron_ext.model.output import VocabularyOutput
 from megatron_ext.pattern import in_stages
 
@@ -79,20 +79,19 @@ class LocalStack(HybridStack):
 
 
 def build_hybrid(
-    arch: Arch, config: TransformerConfig, layer: ModuleSpec, num_chunks: int, **place: Any
+    arch: Arch, config: TransformerConfig, num_chunks: int, **place: Any
 ) -> HybridLanguageModel:
     """Return a stage of a HybridModel.
 
     Args:
         arch: sizes of the whole model.
         config: megatron-core's.
-        layer: a whole layer of a GPTModel, whose two halves are the sub-layers.
         num_chunks: model pieces of a pipeline rank.
         place: as in HybridModel's arguments.
     """
     model = HybridLanguageModel(
         config=config,
-        hybrid_stack_spec=_stack(layer, config),
+        hybrid_stack_spec=_stack(config),
         vocab_size=arch.padded_vocab_size,
         max_sequence_length=arch.max_position_embeddings,
         hybrid_layer_pattern=_cut_pattern(arch, config, num_chunks),
@@ -115,15 +114,16 @@ def build_hybrid(
     return model
 
 
-def _stack(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
-    """Return the stack whose attention and MLP layers are the halves of ``layer``."""
+def _stack(config: TransformerConfig) -> ModuleSpec:
+    """Return the stack whose attention and MLP layers are the halves of a GPTModel's layer."""
+    is_local = config.transformer_impl == "local"
+    layer = local_layer_spec(config) if is_local else engine_layer_spec(config)
     parts, names = layer.submodules, layer.submodules.sharded_state_dict_keys_map
 
     def half(**modules: Any) -> ModuleSpec:
         submodules = TransformerLayerSubmodules(**modules, sharded_state_dict_keys_map=names)
         return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
-    is_local = config.transformer_impl == "local"
     return ModuleSpec(
         module=LocalStack if is_local else HybridStack,
         submodules=HybridStackSubmodules(

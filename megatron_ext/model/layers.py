@@ -162,3 +162,14 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
     return layer
+
+
+def engine_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Return megatron-core's layer of Transformer Engine's modules."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )

@@ -255,7 +255,7 @@ def _recorded(
     """Yield {layer: (input, output) of each forward pass}, [s, b, hidden_size], filled meanwhile.
 
     By reference: in evaluation megatron-core's layers write into neither. With ``parts``, those of
-    the two sub-layers of each layer too: what the norm of the MLP sees lies between them.
+    the two sub-layers of each layer too: between them is what the norm of the MLP sees.
     """
     states: dict[Layer, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 

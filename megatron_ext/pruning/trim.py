@@ -199,8 +199,8 @@ def empty_extra_states(reader: SliceReader, target: Arch) -> dict[str, ShardedOb
 def empty_states(names: Iterable[str], target: Arch) -> dict[str, ShardedObject]:
     """Return an empty object of ``target`` for each of the names that is an ``_extra_state``.
 
-    As its weights, a GPTModel's are stacked and a HybridModel's have names of their own. That of the
-    output layer, a HybridModel asks for, a BertModel has it, and a GPTModel has none.
+    As its weights, a GPTModel's are stacked and a HybridModel's have names of their own. That of
+    the output layer, a HybridModel and a BertModel have, and a GPTModel leaves out.
     """
     states, names = {}, {name for name in names if target.is_bert or not name.startswith(OUTPUT)}
     if target.is_hybrid and any("_extra_state" in name for name in names):
