@@ -233,8 +233,9 @@ def memory_gib() -> float:
 def _reopen(path: Path, first_iteration: int) -> Any:
     """Open ``path`` to append what a run writes from ``first_iteration`` on; no line is repeated.
 
-    A run that begins anew leaves an older file under another name. A resumed one evaluates on the test data again if it has
-    nothing left to train. What a crash of the machine left half-written is dropped too.
+    A run that begins anew leaves an older file under another name. A resumed one evaluates on the
+    test data again if it has nothing left to train. What a crash of the machine left half-written
+    is dropped too.
     """
     if not first_iteration and path.exists() and path.stat().st_size:
         kept_as = next(p for p in map(_numbered(path), itertools.count(1)) if not p.exists())

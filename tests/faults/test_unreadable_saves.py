@@ -114,6 +114,6 @@ def test_metrics_of_an_earlier_run_are_kept(saved, tmp_path):
 
 
 def test_a_release_in_a_save_is_a_start(saved, tmp_path):
-    """What was pruned or converted into --save is where a run begins; its iterations stand beside."""
+    """What was pruned or converted into --save is where a run begins."""
     write_model(str(tmp_path), LLAMA)
     assert find(str(tmp_path)).name == checkpoints.RELEASE
