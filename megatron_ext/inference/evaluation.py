@@ -86,6 +86,8 @@ def evaluate_checkpoint(flags: Any, folder: Path, teacher_folder: Path | None) -
     flags = replace(flags, parallel=own)
     prefixes = [path.removesuffix(".bin").removesuffix(".idx") for path in options.data_path]
     place = join_ranks(flags, source.arch.num_layers)
+    for model in filter(None, (source, teacher)):
+        checkpoints.verify_integrity(model.folder)
     on_all_ranks(lambda: [check_token_ids(path, tokenizer.vocab_size) for path in prefixes])
     modules = build(flags, others, source, teacher, place)
     special = special_tokens(tokenizer) if source.arch.is_bert else None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_ext.arch import LAYER_PREFIXES, Arch, Weight, dim_sizes, is_of_experts, shape, weights
 from megatron_ext.checkpoint.checkpoints import NOT_WEIGHTS, sharded_tensors
+from megatron_ext.checkpoint.finite import check_finite
 from megatron_ext.checkpoint.slices import SliceReader, layer_key
 from megatron_ext.pruning.fold import fold_heads
 from megatron_ext.pruning.kept import kept_indices
@@ -145,8 +146,12 @@ def read_piece(reader: SliceReader, piece: Piece, spare: Tensor | None = None) -
     """Return a piece of the source; ``spare`` may be overwritten, as in ``SliceReader.read``."""
     key = piece.weight.key
     if piece.layer is None:
-        return reader.read(key, [slice(None)] * len(piece.dims), spare)
-    return reader.read_layer(key, piece.layer, spare, expert=piece.expert)
+        tensor = reader.read(key, [slice(None)] * len(piece.dims), spare)
+    else:
+        tensor = reader.read_layer(key, piece.layer, spare, expert=piece.expert)
+    layer = "" if piece.layer is None else f" of layer {piece.layer} (from 0)"
+    check_finite(reader.folder, [(f"{key}{layer}", tensor)])
+    return tensor
 
 
 def _cut(tensor: Tensor, piece: Piece, plan: Plan) -> Tensor:
