@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from megatron_ext.distillation import native
 from megatron_ext.distillation.row_stats import row_stats
 from tests import test_losses
+from tests.faults import test_broken_logits
 from tests.programs import ROOT
 from tests.ranks import run_ranks
 from tests.test_native import logits as more_logits
@@ -50,6 +51,7 @@ def run_kernels(path):
     for moments in native.MOMENTS:
         found["rising", moments] = losses_triton.row_stats(*rising(), 1.0, 150, moments)
     found |= {size: run_ranks(size, losses_on_a_rank) for size in (1, 2)}
+    found |= {name: run_ranks(1, broken_on_a_rank, name)[0] for name in test_broken_logits.LOSSES}
     torch.save(found, path)
 
 
@@ -60,6 +62,12 @@ def use_kernels():
     losses_triton.BLOCK = 64
     losses_triton.BLOCKS = dict.fromkeys(native.MOMENTS, 64)
     native._module = lambda device_type: losses_triton
+
+
+def broken_on_a_rank(name):
+    """Return a loss of logits that are not finite."""
+    use_kernels()
+    return test_broken_logits.losses_on_a_rank(name)
 
 
 def losses_on_a_rank():
@@ -154,6 +162,11 @@ def test_kernels_equal_float64(case, found, monkeypatch):
         gradient[..., :columns], reference, rtol=rounding, atol=4e-7 / temperature
     )
     assert not gradient[..., columns:].any()
+
+
+@pytest.mark.parametrize("name", test_broken_logits.LOSSES)
+def test_a_broken_number_is_no_better_loss(name, found):
+    test_broken_logits.check(name, found[name])
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

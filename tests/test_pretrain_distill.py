@@ -368,8 +368,8 @@ def test_nan_weights_stop_the_run(role, place, tmp_path):
     write_model(load, STUDENT, poison)
     extra = f"--load {place.pruned} {role} {load} --eval-iters 0"
     code, message = fail(NAME, place.flags(save, extra), 2)
-    assert code == RUNTIME
-    assert "is nan at iteration 1 (training samples 0 to 3)" in message
+    assert code == CHECKPOINT
+    assert f"{load}/release: decoder.layers.1.mlp.linear_fc2.weight has NaN" in message
     assert "\n" not in message
     assert checkpoints.find(str(save)) is None
 

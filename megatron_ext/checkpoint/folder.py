@@ -1,8 +1,9 @@
 """Which checkpoints are in a folder, and what they say of themselves: no torch, no weights."""
 
-import contextlib
 import json
+import os
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,49 @@ def iteration_name(iteration: int) -> str:
 
 
 def incomplete_reason(folder: Path) -> str | None:
-    """Return why ``folder`` is no finished checkpoint, or None if it is one."""
+    """Return why ``folder`` is no finished checkpoint, or None if it is one.
+
+    Raises:
+        UserError: it cannot be read: whether it is one is not known.
+    """
     try:
-        if "sharded_backend" not in json.loads((folder / "metadata.json").read_text()):
-            return "metadata.json names no format"
-    except (OSError, ValueError):
+        metadata = json.loads(_text_if_there(folder / "metadata.json") or "")
+    except ValueError:
         return "metadata.json is missing or unreadable: the save did not finish"
-    return None if (folder / ".metadata").exists() else ".metadata is missing"
+    if not isinstance(metadata, dict) or "sharded_backend" not in metadata:
+        return "metadata.json names no format"
+    is_there = _unless_absent(lambda: (folder / ".metadata").stat())
+    return None if is_there else ".metadata is missing"
+
+
+def iterations(root: str) -> list[Path]:
+    """Return the ``iter_*`` folders under ``root``, finished or not, the newest first.
+
+    Raises:
+        UserError: ``root`` cannot be read.
+    """
+    names = _unless_absent(lambda: os.listdir(root)) or []
+    return [Path(root) / name for name in sorted(names, reverse=True) if name.startswith("iter_")]
+
+
+def _text_if_there(path: Path) -> str | None:
+    return _unless_absent(lambda: path.read_text(errors="replace"))
+
+
+def _unless_absent[T](action: Callable[[], T]) -> T | None:
+    """Return ``action()``, or None if its file is not there.
+
+    Whoever takes a file that cannot be read for one that is not there begins a run anew, and
+    erases what was saved.
+    """
+    try:
+        return action()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read: {error.strerror}.", CHECKPOINT
+        ) from error
 
 
 def find(root: str, step: int | None = None) -> Path | None:
@@ -93,7 +130,8 @@ def find(root: str, step: int | None = None) -> Path | None:
         step: take this iteration.
 
     Raises:
-        UserError: ``step`` was asked for and is not there or not finished.
+        UserError: ``step`` was asked for and is not there or not finished; what is there cannot
+            be read.
     """
     top = Path(root)
     if step is not None:
@@ -105,14 +143,14 @@ def find(root: str, step: int | None = None) -> Path | None:
     for folder in (top, *(top / name for name in NEMO_FOLDERS)):
         if incomplete_reason(folder) is None:
             return folder
-    with contextlib.suppress(OSError):
-        name = (top / TRACKER).read_text().strip()
+    name = (_text_if_there(top / TRACKER) or "").strip()
+    if name:
         folder = top / (iteration_name(int(name)) if name.isdigit() else name)
         reason = incomplete_reason(folder)
-        if name and reason is None:
+        if reason is None:
             return folder
         warn(f"{top / TRACKER} names {name!r}, which cannot be used: {reason}.")
-    finished = [f for f in sorted(top.glob("iter_*"), reverse=True) if not incomplete_reason(f)]
+    finished = [folder for folder in iterations(root) if not incomplete_reason(folder)]
     if finished:
         warn(f"{top}: taking the newest finished checkpoint, {finished[0].name}.")
     return finished[0] if finished else None

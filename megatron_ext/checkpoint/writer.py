@@ -88,6 +88,9 @@ def save(
     except (Exception, CheckpointException) as error:  # torch derives it from BaseException
         if torch.distributed.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
+        for each in (error, *(e for e, _ in getattr(error, "failures", {}).values())):
+            if isinstance(each, UserError):  # of what was to be written: a damaged source
+                raise each from error
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         free = shutil.disk_usage(top).free / 2**30 if top.exists() else 0
         raise UserError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_ext.arch import Arch, weights
 from megatron_ext.checkpoint import checkpoints, writer
+from megatron_ext.checkpoint.finite import check_finite
 from megatron_ext.checkpoint.saved_args import complete
 from megatron_ext.checkpoint.writer import Readers
 from megatron_ext.cli.size_flags import megatron_command_line
@@ -206,7 +207,9 @@ def planned_share(
 
 def read_piece(source: HfFolder, arch: Arch, piece: Piece, names: Sequence[str]) -> Tensor:
     """Return a tensor of the checkpoint from those of the folder."""
-    return piece.merge([source.read(name) for name in names], arch)
+    parts = [source.read(name) for name in names]
+    check_finite(source.folder, zip(names, parts, strict=True))
+    return piece.merge(parts, arch)
 
 
 def extra_states(arch: Arch) -> dict[str, ShardedObject]:

@@ -63,6 +63,7 @@ def export_model(options: Any, folder: Path, sizes: Mapping[str, Any], max_shard
         source = with_tokens(source, options.vocab_size)
     check_against_checkpoint(sizes, source.arch)
     place = platform.initialize(device="cpu")
+    checkpoints.verify_integrity(source.folder)
     export_folder(
         source,
         options.hf,

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ INTEGERS = {
     8: numpy.uint16,
 }
 # Read from every prefix to compare token ids with the vocabulary.
+SCANNED_TOKENS = 2**22
 SAMPLED_DOCUMENTS, SAMPLED_TOKENS = 64, 65536
 
 
@@ -244,6 +246,41 @@ def check_token_ids(prefix: str, vocab_size: int) -> None:
                 f"the tokenizer has {vocab_size}: wrong tokenizer for this data.",
                 DATA,
             )
+
+
+def check_all_token_ids(prefixes: Sequence[str], vocab_size: int, part: int, parts: int) -> None:
+    """Raise unless every token of this part of the data is in the vocabulary. Reads the part.
+
+    An id that the embedding lacks is a bare IndexError at some step on one tensor-parallel rank,
+    and on several of them a row of zeros, without a word.
+
+    Args:
+        prefixes: of the data.
+        vocab_size: tokens are below it.
+        part: of each file, from 0.
+        parts: how many there are.
+
+    Raises:
+        UserError: naming the document.
+    """
+    for prefix in prefixes:
+        dtype, _, pointers = _read_index(prefix)
+        size = numpy.dtype(dtype).itemsize
+        count = os.path.getsize(prefix + ".bin") // size
+        stop = count * (part + 1) // parts
+        for first in range(count * part // parts, stop, SCANNED_TOKENS):
+            many = min(SCANNED_TOKENS, stop - first)
+            ids = numpy.fromfile(prefix + ".bin", dtype, many, offset=first * size)
+            wrong = numpy.flatnonzero((ids < 0) | (ids >= vocab_size))
+            if len(wrong):
+                place = (first + int(wrong[0])) * size
+                document = int(numpy.searchsorted(pointers, place, side="right")) - 1
+                raise UserError(
+                    f"{prefix}.bin: document {document} has token id {ids[wrong[0]]} at token "
+                    f"{(place - int(pointers[document])) // size}, the tokenizer has {vocab_size}: "
+                    "wrong tokenizer for this data, or it is damaged.",
+                    DATA,
+                )
 
 
 def check_index(prefix: str) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,8 +25,15 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_ext.cli.flag_checks import TOKENIZER_NEEDS
 from megatron_ext.cli.parser import dashed
 from megatron_ext.data import masked_lm as masked_view
-from megatron_ext.data.data_check import DEFAULT_SPLIT, Source, all_prefixes, check_data, sources
-from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
+from megatron_ext.data.data_check import (
+    DEFAULT_SPLIT,
+    Source,
+    all_prefixes,
+    check_all_token_ids,
+    check_data,
+    sources,
+)
+from megatron_ext.runtime.collective_errors import check_alike, on_all_ranks, on_first_rank
 from megatron_ext.runtime.errors import DATA, USAGE, UserError
 from megatron_ext.runtime.extras import need
 
@@ -95,7 +103,8 @@ def build_datasets(
     """Return the train, valid and test datasets, the same on every rank.
 
     A collective over all ranks: three all-gathers of small objects and megatron-core's barriers.
-    Global rank 0 checks the data and writes the indices, all ranks then read them. A blend needs
+    Global rank 0 checks the data and writes the indices, all ranks then read them. Before that each
+    rank reads its part of the data: every token must be in the vocabulary. A blend needs
     torch.distributed to be initialised even for one rank.
 
     The indices go to ``<--data-cache-path>/<key>``, by default ``<folder of the first
@@ -141,10 +150,18 @@ def build_datasets(
     else:
         used = sources(data, num_samples)
         cache, scratch = on_first_rank(prepare)
-        if scratch:
+        if scratch:  # what is cached was read with this tokenizer before
+            check = partial(check_all_token_ids, all_prefixes(used), tokenizer.vocab_size)
+            try:
+                on_all_ranks(lambda: check(_rank(), _world_size()))
+            except UserError:
+                on_first_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
+                raise
             build(scratch, on_this_rank=_rank() == 0)
             on_first_rank(lambda: _publish(scratch, cache))
         on_all_ranks(lambda: _check_visible([cache, *_files(used)]))
+        sizes = {f"the size of {path}": os.path.getsize(path) for path in _files(used)}
+        check_alike(sizes, "ranks read different data", DATA)
     datasets = build(cache)
     for dataset in filter(None, datasets):
         # The masks of the first sample that a process reads are reused for all others, with the
@@ -278,6 +295,10 @@ def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
+def _world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
 def _files(used: tuple[Source | None, ...]) -> list[str]:
     return [prefix + suffix for prefix in all_prefixes(used) for suffix in (".bin", ".idx")]
 
@@ -287,7 +308,7 @@ def _reserve_cache(
 ) -> tuple[str, str | None]:
     """Return the cache folder, and if it is not there yet an empty one to build it in."""
     files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in _files(used)]
-    described = repr((files, used, data.split, settings))
+    described = repr((files, used, data.split, settings, "every token is in the vocabulary"))
     parent = data.data_cache_path or os.path.join(os.path.dirname(files[0][0]), "cache")
     cache = os.path.join(parent, hashlib.sha256(described.encode()).hexdigest()[:16])
     if os.path.isdir(cache):

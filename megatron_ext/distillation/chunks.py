@@ -86,6 +86,19 @@ def center_(x: Tensor, row_max: Tensor, temperature: float) -> Tensor:
     return x.sub_(row_max.unsqueeze(-1)).mul_(LOG2_E / temperature)
 
 
+def weighted_(p: Tensor, log: Tensor) -> Tensor:
+    """Replace ``log`` by p * log, and 0 where p is 0, whatever its logarithm: NaN stays NaN."""
+    return log.mul_(p).masked_fill_(p == 0, 0)
+
+
+def not_below_zero(loss: Tensor) -> Tensor:
+    """Return a loss that only rounding makes negative. What is broken stays so: -inf becomes NaN.
+
+    ``clamp`` would turn -inf into a loss of 0, and a run would go on with it.
+    """
+    return loss.clamp(min=0).masked_fill(loss.isneginf(), torch.nan)
+
+
 def gather_ranks(stats: Tensor, tp_group: ProcessGroup | None) -> Tensor:
     """Return [R, ...], the ``stats`` of all ranks. No collective on one rank."""
     if tp_group is None or tp_group.size() == 1:

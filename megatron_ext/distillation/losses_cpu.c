@@ -73,6 +73,11 @@ static inline void against_mixture(vec d, float beta, vec *from_m, vec *t_from_m
   *from_m = below - positive, *t_from_m = below + negative;
 }
 
+// p log p of x, the logit of p: 0 where p is exactly 0, whatever its logarithm. NaN stays NaN.
+static inline vec unless_zero(vec x, vec term) {
+  return select(x == splat(-INFINITY), splat(0), term);
+}
+
 static inline double sum(vec v) {
   double total = 0;
   for (int i = 0; i < LANES; i++) total += v[i];
@@ -118,7 +123,7 @@ static inline double sum(vec v) {
             for (int k = 0; k < LANES; k++) mask[k] = j + k < columns;                             \
           vec p_s = exp2_of(a * scale) * mask, p_t = exp2_of(b * scale) * mask;                    \
           part[0] += p_s, part[1] += p_t;                                                          \
-          if (moments == GAP) part[2] += p_t * ((b - a) * scale);                                  \
+          if (moments == GAP) part[2] += unless_zero(b, p_t * ((b - a) * scale));                  \
           if (moments == PRODUCTS)                                                                 \
             part[2] += p_s * p_s, part[3] += p_t * p_t, part[4] += p_s * p_t;                      \
         }                                                                                          \
@@ -150,8 +155,8 @@ static inline double sum(vec v) {
           if (columns - j < LANES)                                                                 \
             for (int k = 0; k < LANES; k++) mask[k] = j + k < columns;                             \
           against_mixture((b - a) * scale + shift, beta, &from_m, &t_from_m);                      \
-          s_part += exp2_of(a * scale) * from_m * mask;                                            \
-          t_part += exp2_of(b * scale) * t_from_m * mask;                                          \
+          s_part += unless_zero(a, exp2_of(a * scale) * from_m * mask);                            \
+          t_part += unless_zero(b, exp2_of(b * scale) * t_from_m * mask);                          \
         }                                                                                          \
         s_total += sum(s_part), t_total += sum(t_part);                                            \
       }                                                                                            \

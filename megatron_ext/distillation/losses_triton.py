@@ -65,8 +65,12 @@ def _stats_kernel(
         p_u, p_v = tl.exp2((u - s_max) * scale), tl.exp2((v - t_max) * scale)
         if moments == "gap":
             first = (first + (s_shift - t_shift) * t_sum) * t_factor
-            first += tl.where(here, p_t * (((t - t_max) - (s - s_max)) * scale), 0.0)
-            first += tl.where(there, p_v * (((v - t_max) - (u - s_max)) * scale), 0.0)
+            first += tl.where(
+                here & (t != float("-inf")), p_t * (((t - t_max) - (s - s_max)) * scale), 0.0
+            )
+            first += tl.where(
+                there & (v != float("-inf")), p_v * (((v - t_max) - (u - s_max)) * scale), 0.0
+            )
         if moments == "products":
             first = first * (s_factor * s_factor) + p_s * p_s + p_u * p_u
             second = second * (t_factor * t_factor) + p_t * p_t + p_v * p_v
@@ -128,7 +132,9 @@ def _mixture_terms(s, t, s_log, t_log, scale, beta, is_fast: tl.constexpr):
     above, other = _likelier_over_mixture(d, beta, is_fast)
     likelier = tl.exp2(tl.where(d > 0, t_bits, s_bits))
     more, less = likelier * above, likelier * other * (above - tl.abs(d))
-    return tl.where(d > 0, less, more), tl.where(d > 0, more, less)
+    s_term, t_term = tl.where(d > 0, less, more), tl.where(d > 0, more, less)
+    none = float("-inf")  # p log p is 0 where p is, whatever its logarithm
+    return tl.where(s == none, 0.0, s_term), tl.where(t == none, 0.0, t_term)
 
 
 @triton.jit

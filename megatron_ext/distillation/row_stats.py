@@ -8,7 +8,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_ext.distillation import native
-from megatron_ext.distillation.chunks import LOG2_E, center_, chunks, compute_dtype, gather_ranks
+from megatron_ext.distillation.chunks import (
+    LOG2_E,
+    center_,
+    chunks,
+    compute_dtype,
+    gather_ranks,
+    weighted_,
+)
 
 
 def row_stats(
@@ -34,7 +41,7 @@ def row_stats(
         for number, x in enumerate((s, t)):
             torch.sum(x.exp2_(), -1, out=stats[2 + number, rows])
         if moments == "gap":
-            torch.sum(gap.mul_(t), -1, out=stats[4, rows])
+            torch.sum(weighted_(t, gap), -1, out=stats[4, rows])
         if moments == "products":
             for number, (x, y) in enumerate(((s, s), (t, t), (s, t)), 4):
                 torch.sum(x * y, -1, out=stats[number, rows])

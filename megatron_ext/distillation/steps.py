@@ -20,7 +20,9 @@ from megatron_ext.distillation.chunks import (
     chunks,
     compute_dtype,
     gather_ranks,
+    not_below_zero,
     real_columns,
+    weighted_,
 )
 from megatron_ext.distillation.row_stats import gathered_stats
 
@@ -102,7 +104,7 @@ def _kl(student, teacher, temperature, columns, tp_group):
     dot = stats[:, 4] + shift * stats[:, 3]
     gap = (offset[:, 1].exp2() * dot).sum(0) / rows[3]
     bits = gap + rows[2].log2() - rows[3].log2()
-    return bits.clamp(min=0) / LOG2_E, rows  # only rounding makes a KL negative
+    return not_below_zero(bits) / LOG2_E, rows
 
 
 def _forward_kl_gradient(s, t, rows):
@@ -140,7 +142,7 @@ def _products(*inputs):
 
 def _mse(*inputs):
     (ss, tt, st), rows = _products(*inputs)
-    return (ss + tt - 2 * st).clamp(min=0), torch.cat([rows, (ss - st).unsqueeze(0)])
+    return not_below_zero(ss + tt - 2 * st), torch.cat([rows, (ss - st).unsqueeze(0)])
 
 
 def _mse_gradient(s, t, rows):
@@ -152,7 +154,7 @@ def _mse_gradient(s, t, rows):
 def _cosine(*inputs):
     (ss, tt, st), rows = _products(*inputs)
     norms = (ss * tt).sqrt()
-    return (1 - st / norms).clamp(min=0), torch.cat([rows, torch.stack([st / ss / norms, norms])])
+    return not_below_zero(1 - st / norms), torch.cat([rows, torch.stack([st / ss / norms, norms])])
 
 
 def _cosine_gradient(s, t, rows):
@@ -179,7 +181,7 @@ def jsd(beta: float) -> Steps:
         else:
             sums = mixture_sums(student, teacher, known, temperature, columns)
         student_kl, teacher_kl = gather_ranks(sums, tp_group).double().sum(0)
-        jsd = (beta * teacher_kl + (1 - beta) * student_kl).clamp(min=0)
+        jsd = not_below_zero(beta * teacher_kl + (1 - beta) * student_kl)
         return jsd, torch.cat([rows, student_kl.unsqueeze(0)])
 
     def mixture_sums(student, teacher, rows, temperature, columns):
@@ -188,8 +190,8 @@ def jsd(beta: float) -> Steps:
             center_(s, rows[0, place], temperature)
             center_(t, rows[1, place], temperature)
             p_s, p_t, from_m, t_from_m = against_mixture(s, t, rows[:, place].unsqueeze(-1))
-            torch.sum(p_s.mul_(from_m), -1, out=sums[0, place])
-            torch.sum(p_t.mul_(t_from_m), -1, out=sums[1, place])
+            torch.sum(weighted_(p_s, from_m), -1, out=sums[0, place])
+            torch.sum(weighted_(p_t, t_from_m), -1, out=sums[1, place])
         return sums
 
     def against_mixture(s, t, rows):

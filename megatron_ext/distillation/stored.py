@@ -7,6 +7,7 @@ A folder of ``tools/store_teacher.py``:
         tokens     [n, s, K] int32     teacher's likeliest tokens, the likeliest first
         log_probs  [n, s, K] float32   over the whole vocabulary, in nats
         digests    [n] int64           of the samples' tokens and labels
+    with the SHA-256 of the three in its metadata
 """
 
 import functools
@@ -26,11 +27,18 @@ from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, Stud
 from megatron_ext.distillation.store_index import INDEX, StoreIndex, read_index
 from megatron_ext.distillation.topk import TopK, vocab_parallel_top_k_kl
 from megatron_ext.model.build import LanguageModel
-from megatron_ext.runtime.errors import DATA, UserError
+from megatron_ext.runtime.errors import DATA, UserError, warn
 from megatron_ext.runtime.files import written_aside
 
 # What a stored teacher adds to a batch; shapes [b, s, K].
 TOKENS, LOG_PROBS = STORED = ("teacher_tokens", "teacher_log_probs")
+
+
+CONTENT = {"tokens", "log_probs", "digests"}
+SHA256 = "sha256"
+"""Of a file's tensors, in its metadata."""
+ROUNDING = 1e-3
+"""Nats by which a log-probability may be above 0."""
 
 
 def file_of(folder: str | Path, first: int) -> Path:
@@ -74,8 +82,35 @@ def write(folder: str | Path, first: int, top: TopK, digests: list[int]) -> None
         "log_probs": top.log_probs.float().contiguous(),
         "digests": torch.tensor(digests, dtype=torch.int64),
     }
-    with written_aside(file_of(folder, first)) as aside:
-        save_file(tensors, aside)
+    path = file_of(folder, first)
+    _check_range(path, tensors, None)
+    with written_aside(path) as aside:
+        save_file(tensors, aside, {SHA256: content_sha256(tensors)})
+
+
+def content_sha256(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of the tensors of a file, in the order of their names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(tensors[name].numpy().tobytes())
+    return found.hexdigest()
+
+
+def _check_range(path: Path, tensors: dict[str, Tensor], vocab_size: int | None) -> None:
+    """Refuse what is no log-probability and no token; ``vocab_size`` None: any number."""
+    log_probs, tokens = tensors["log_probs"], tensors["tokens"]
+    if not (log_probs <= ROUNDING).all():  # false of NaN too
+        raise UserError(
+            f"{path}: the teacher's log-probabilities are NaN or above 0: check its weights and "
+            "dtype.",
+            DATA,
+        )
+    if vocab_size is not None and not ((tokens >= 0) & (tokens < vocab_size)).all():
+        raise UserError(
+            f"{path} holds tokens from {tokens.min()} to {tokens.max()}, the vocabulary has "
+            f"{vocab_size}.",
+            DATA,
+        )
 
 
 class WithStoredTeacher(Dataset):
@@ -98,6 +133,22 @@ class WithStoredTeacher(Dataset):
             LOG_PROBS: file.get_slice("log_probs")[place],
         }
 
+    def _checked(self, path: Path) -> dict[str, Tensor]:
+        """Return the tensors of a file as they were written."""
+        file = _open(path)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        expected = (file.metadata() or {}).get(SHA256)
+        if expected is None and tensors.keys() == CONTENT:
+            warn(f"{path}: no {SHA256}; damage would go unnoticed.")
+        elif content_sha256(tensors) != expected or tensors.keys() != CONTENT:
+            raise UserError(
+                f"{path} is damaged: its SHA-256 is another; remove the file and run "
+                "tools/store_teacher.py again.",
+                DATA,
+            )
+        _check_range(path, tensors, self.index.vocab_size)
+        return tensors
+
     def check(self, num_samples: int, rank: int, world_size: int) -> None:
         """Compare this rank's share of the samples with those that were stored. No collectives.
 
@@ -118,7 +169,7 @@ class WithStoredTeacher(Dataset):
                 raise UserError(
                     f"{path} is missing: run tools/store_teacher.py again to go on with it.", DATA
                 )
-            digests = _open(path).get_tensor("digests").tolist()
+            digests = self._checked(path)["digests"].tolist()
             for number, stored in enumerate(digests[: num_samples - first], first):
                 if digest(self.dataset[number]) != stored:
                     raise UserError(

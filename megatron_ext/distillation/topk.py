@@ -18,6 +18,7 @@ from megatron_ext.distillation.chunks import (
     chunks,
     compute_dtype,
     gather_ranks,
+    not_below_zero,
     real_columns,
 )
 from megatron_ext.distillation.row_stats import gathered_stats
@@ -166,7 +167,7 @@ class _TopKKL(torch.autograd.Function):
         teacher = teacher.log_softmax(-1)
         p_t = teacher.exp()
         # A tail without mass is no bucket.
-        terms = torch.where(p_t > 0, p_t * (teacher - student_log_probs), 0)
+        terms = torch.where(p_t == 0, 0, p_t * (teacher - student_log_probs))
         p_s = student_log_probs.exp()
         gaps = (p_s - p_t).to(dtype)  # of the K tokens
         log_sum = chosen.logsumexp(-1).to(dtype)
@@ -176,7 +177,7 @@ class _TopKKL(torch.autograd.Function):
             tail_gap, gaps = (1 - ratio).to(dtype), gaps[..., :-1]
         ctx.save_for_backward(student, place, is_own, gaps, log_sum, tail_gap)
         ctx.rest, ctx.temperature, ctx.columns = rest, temperature, columns
-        return terms.sum(-1).clamp(min=0).to(dtype)
+        return not_below_zero(terms.sum(-1)).to(dtype)
 
     @staticmethod
     @once_differentiable

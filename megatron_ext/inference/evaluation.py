@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron_ext.checkpoint.identity import (
 from megatron_ext.cli import megatron_flags as group
 from megatron_ext.cli.programs import check_experts, check_layout
 from megatron_ext.data import datasets
-from megatron_ext.data.data_check import check_token_ids
+from megatron_ext.data.data_check import check_all_token_ids, check_token_ids
 from megatron_ext.data.documents import Documents
 from megatron_ext.data.masked_lm import FRAME, MaskedTokens, SpecialTokens, special_tokens
 from megatron_ext.distillation.losses import vocab_parallel_kl
@@ -86,7 +87,11 @@ def evaluate_checkpoint(flags: Any, folder: Path, teacher_folder: Path | None) -
     flags = replace(flags, parallel=own)
     prefixes = [path.removesuffix(".bin").removesuffix(".idx") for path in options.data_path]
     place = join_ranks(flags, source.arch.num_layers)
+    for model in filter(None, (source, teacher)):
+        checkpoints.verify_integrity(model.folder)
     on_all_ranks(lambda: [check_token_ids(path, tokenizer.vocab_size) for path in prefixes])
+    part = partial(check_all_token_ids, prefixes, tokenizer.vocab_size)
+    on_all_ranks(lambda: part(place.rank, place.world_size))
     modules = build(flags, others, source, teacher, place)
     special = special_tokens(tokenizer) if source.arch.is_bert else None
     figures = measure(flags, modules, prefixes, place, special, has_teacher=teacher is not None)

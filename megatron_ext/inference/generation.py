@@ -39,6 +39,7 @@ def generate(flags: Any, folder: Path) -> None:
         check_length(text, len(ids), options.max_new_tokens, source.arch.max_position_embeddings)
 
     place = platform.initialize(device=options.device)
+    checkpoints.verify_integrity(source.folder)
     next_logits = load_model(source, place)
     for text, ids in zip(options.prompt, prompts, strict=True):
         new = continue_tokens(

@@ -52,6 +52,7 @@ def store_teacher(flags: Any, folder: Path) -> None:
     check_layout(teacher.arch, flags.parallel, seq_length=batch.seq_length)
     check_experts([teacher.arch], flags.parallel)
     place = join_ranks(flags, teacher.arch.num_layers)
+    checkpoints.verify_integrity(teacher.folder)
     index = index_of(flags, teacher, place)
     dataset, _, _ = datasets.build_datasets(
         flags.data,

@@ -3,21 +3,25 @@
 ``flags`` are a program's, with the groups ``parallel``, ``batch`` and ``precision``.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_ext.cli.parser import dashed
+from megatron_ext.cli.parser import dashed, flags_as_dict
 from megatron_ext.cli.programs import pipeline_layout, virtual_pipeline_size
 from megatron_ext.data import datasets
 from megatron_ext.model import cuda_graphs
 from megatron_ext.model.build import ModelOptions, choose_transformer_impl
 from megatron_ext.model.fp8 import Fp8, check_fp8_layers, fp8_settings
 from megatron_ext.runtime import platform
+from megatron_ext.runtime.collective_errors import check_alike
 from megatron_ext.runtime.errors import USAGE, UserError, warn
 from megatron_ext.runtime.platform import Platform
 
@@ -28,7 +32,7 @@ def join_ranks(flags: Any, num_layers: int) -> Platform:
     device = platform.choose_device(parallel.device).type
     cuda_graphs.check_machine(captured, device=device, transformer_impl=None)
     choose_kernels(parallel)
-    return platform.initialize(
+    place = platform.initialize(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_size(parallel, num_layers),
@@ -40,6 +44,22 @@ def join_ranks(flags: Any, num_layers: int) -> Platform:
         graph_safe_rng=captured.cuda_graph_impl != "none",
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
+    check_alike(_what_runs(flags), "start all ranks with the same command and code", USAGE)
+    return place
+
+
+def _what_runs(flags: Any) -> dict[str, Any]:
+    """Return flags by their typed names, and the versions of the code: the same on all ranks."""
+    package = Path(__file__).parent.parent
+    code = hashlib.sha256()
+    for path in sorted([*package.rglob("*.py"), *package.rglob("*.[ch]")]):
+        code.update(path.read_bytes())
+    return {
+        **{dashed(name): value for name, value in flags_as_dict(flags).items()},
+        "the code of megatron_ext": code.hexdigest()[:12],
+        "the version of torch": torch.__version__,
+        "the version of megatron-core": megatron.core.__version__,
+    }
 
 
 def choose_kernels(parallel: Any) -> None:

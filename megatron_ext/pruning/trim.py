@@ -30,6 +30,7 @@ from megatron_ext.arch import (
 )
 from megatron_ext.axes import kept_layers
 from megatron_ext.checkpoint.checkpoints import NOT_WEIGHTS, sharded_tensors
+from megatron_ext.checkpoint.finite import check_finite
 from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.pruning.fold import fold_heads
 from megatron_ext.pruning.kept import kept_indices
@@ -168,9 +169,13 @@ def read_piece(
     """Return a piece of the source; ``spare`` may be overwritten, as in ``SliceReader.read``."""
     key = disk_key(piece.weight.key, source)
     if piece.layer is None:
-        return reader.read(key, [slice(None)] * len(piece.dims), spare)
-    layer = source.layers_of(piece.weight.kind)[piece.layer]
-    return reader.read_layer(key, layer, spare, expert=piece.expert)
+        tensor = reader.read(key, [slice(None)] * len(piece.dims), spare)
+    else:
+        layer = source.layers_of(piece.weight.kind)[piece.layer]
+        tensor = reader.read_layer(key, layer, spare, expert=piece.expert)
+        key = f"{key} of layer {layer} (from 0)"
+    check_finite(reader.folder, [(key, tensor)])
+    return tensor
 
 
 def disk_key(key: str, arch: Arch) -> str:

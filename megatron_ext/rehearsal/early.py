@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint.folder import Checkpoint, find
+from megatron_ext.checkpoint.folder import Checkpoint, find, incomplete_reason, iterations
 from megatron_ext.checkpoint.quick_read import glance
 from megatron_ext.cli.flag_checks import model_parallel_size
 from megatron_ext.cli.programs import PruneFlags, TrainFlags, check_against_checkpoint, measures
@@ -45,13 +45,15 @@ def _find_student(flags: TrainFlags) -> Start:
     """Return the start at --save's checkpoint, else --load's, else --pretrained-checkpoint's.
 
     Raises:
-        UserError: --load names a folder without a checkpoint, and it is not the folder to save to.
+        UserError: --load names a folder without a checkpoint, and it is not the folder to save to;
+            --save holds iterations of which none was finished.
     """
     options = flags.checkpoint
-    if options.save and options.save != options.load:
-        own = find(options.save)
-        if own:
-            return Start(glance(str(own)), resume=True)
+    own = find(options.save) if options.save else None
+    if own and options.save != options.load:
+        return Start(glance(str(own)), resume=True)
+    if options.save and not own:
+        _check_nothing_is_lost(options.save)
     found = find(options.load, options.ckpt_step) if options.load else None
     if found:
         source = glance(str(found), sizes=flags.sizes)
@@ -68,6 +70,16 @@ def _find_student(flags: TrainFlags) -> Start:
     if options.pretrained_checkpoint:
         return Start(glance(options.pretrained_checkpoint, sizes=flags.sizes))
     return Start(None)
+
+
+def _check_nothing_is_lost(save: str) -> None:
+    """Refuse to begin anew where iterations are: saves of this program leave whole ones only."""
+    for folder in iterations(save)[:1]:
+        raise UserError(
+            f"--save {save}: {folder.name} is there, but {incomplete_reason(folder)}; move the "
+            "iter_* folders away to begin anew, or give another --save.",
+            CHECKPOINT,
+        )
 
 
 def check_training(flags: TrainFlags, start: Start, world_size: int) -> None:

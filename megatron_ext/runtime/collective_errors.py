@@ -5,10 +5,14 @@ functions run what may fail on some ranks only, and raise what failed on every r
 collective over all ranks of small Python objects; without torch.distributed this process is alone.
 """
 
-from collections.abc import Callable
+import hashlib
+import socket
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+from megatron_ext.runtime.errors import UserError
 
 
 def gather[T](value: T) -> list[T]:
@@ -36,6 +40,31 @@ def on_first_rank[T](action: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def check_alike(values: Mapping[str, Any], fix: str, code: int) -> None:
+    """Refuse ``values`` that are not the same on all ranks, in one gather of a hash. Collective.
+
+    Args:
+        values: by the name that a message gives them; plain values.
+        fix: what to do, for the message.
+        code: to exit with.
+
+    Raises:
+        UserError: on every rank, naming the first value that differs, both values and the host.
+    """
+    described = repr(sorted(values.items())).encode()
+    if len(set(gather(hashlib.sha256(described).digest()))) == 1:
+        return
+    known = gather((socket.gethostname(), dict(values)))
+    first = known[0][1]
+    for rank, (host, others) in enumerate(known):
+        for name in sorted(first.keys() | others.keys()):
+            here, there = first.get(name, "absent"), others.get(name, "absent")
+            if repr(here) != repr(there):
+                raise UserError(
+                    f"{name} is {here} on rank 0 and {there} on rank {rank} ({host}): {fix}.", code
+                )
 
 
 def _try[T](action: Callable[[], T]) -> tuple[T | None, Exception | None]:

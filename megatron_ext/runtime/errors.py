@@ -7,18 +7,26 @@ Exit codes:
                                     75  interrupted after a good save: start again to go on
 """
 
+import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from socket import gethostname
+from typing import Any
 
 from megatron_ext.runtime.slurm import rank_variables
 
 RUNTIME, USAGE, CHECKPOINT, DATA, DIFFERS, INTERRUPTED = 1, 2, 3, 4, 5, 75
+RANK_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+PATIENCE = 5.0
+"""Seconds that a rank which failed gives rank 0 to say the same."""
+SAID = "megatron_ext/rank 0 has said its error"
 
 
 class UserError(Exception):
-    """Ends the run with one line on rank 0 and ``code`` on every rank.
+    """Ends the run with one line and ``code`` on every rank: rank 0 says it, for all of them.
 
     Raise it where every rank comes to the same conclusion (flags, files on a shared disk,
     or a value after its collective). A rank that raises alone leaves the others hanging.
@@ -33,7 +41,7 @@ class UserError(Exception):
 
 def is_first_rank() -> bool:
     """Whether this process speaks to the user; before and after process groups too."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def warn(message: str) -> None:
@@ -51,18 +59,63 @@ def run_main(main: Callable[[], int | None]) -> None:
     """
     try:
         _take_rank_of_slurm()
+        _check_rank_numbers()
         code = main() or 0
     except UserError as error:
-        if is_first_rank():
-            print(f"ERROR: {error}", file=sys.stderr, flush=True)
-        code = error.code
+        # Before it is said: torchrun ends the others as soon as it sees one rank that failed.
+        _write_code(error.code)
+        _say(error)
+        sys.exit(error.code)
+    _write_code(code)
+    sys.exit(code)
+
+
+def _say(error: UserError) -> None:
+    """Print ``error`` on rank 0; elsewhere only if rank 0 does not.
+
+    A rank that waits for rank 0 also keeps torchrun from ending rank 0 before it has spoken.
+    """
+    if is_first_rank():
+        print(f"ERROR: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(RuntimeError):
+            if store := _store_of_ranks():
+                store.set(SAID, "1")
+    elif not _first_rank_says():
+        who = f"rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))} on {gethostname()}"
+        print(f"ERROR: {who}: {error}", file=sys.stderr, flush=True)
+
+
+def _first_rank_says() -> bool:
+    """Whether rank 0 says that it failed too, within ``PATIENCE``.
+
+    Before ranks have joined nobody tells: torchrun ends this process meanwhile if rank 0 ends.
+    """
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            store = _store_of_ranks()
+            if store and store.check([SAID]):
+                return True
+        except RuntimeError:  # the store ended with rank 0
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _store_of_ranks() -> Any:
+    """Return what ranks that have joined exchange small things through, or None."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return None
+    return distributed.distributed_c10d._get_default_store()
+
+
+def _write_code(code: int) -> None:
     if path := os.environ.get("EXIT_CODE_FILE"):
-        # Every rank: torchrun ends the others as soon as it sees one that failed.
         try:
             Path(path).write_text(f"{code}\n")
         except OSError as error:
             warn(f"EXIT_CODE_FILE {path} cannot be written: {error}.")
-    sys.exit(code)
 
 
 def _take_rank_of_slurm() -> None:
@@ -70,3 +123,12 @@ def _take_rank_of_slurm() -> None:
         os.environ.update(rank_variables(os.environ))
     except ValueError as error:
         raise UserError(str(error), USAGE) from error
+
+
+def _check_rank_numbers() -> None:
+    for name in RANK_NUMBERS:
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdecimal()):
+            raise UserError(
+                f"{name}={value} is no number: leave it to torchrun or srun, or unset it.", USAGE
+            )

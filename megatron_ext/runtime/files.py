@@ -22,6 +22,8 @@ def written_aside(path: str | os.PathLike) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
+        os.umask(umask := os.umask(0))
+        aside.chmod(0o666 & ~umask)  # safetensors writes what nobody else may read
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {error}.") from error

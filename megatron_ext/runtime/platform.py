@@ -173,12 +173,24 @@ def _init_process_group(backend: str, timeout_minutes: float) -> None:
         return
     timeout = timedelta(minutes=timeout_minutes)
     if any(name in os.environ for name in RANK_VARIABLES):
-        torch.distributed.init_process_group(backend, timeout=timeout)
+        try:
+            torch.distributed.init_process_group(backend, timeout=timeout)
+        except torch.distributed.DistError as error:
+            raise _not_joined(timeout_minutes, error) from error
     else:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(
             backend, store=store, rank=0, world_size=1, timeout=timeout
         )
+
+
+def _not_joined(timeout_minutes: float, error: Exception) -> UserError:
+    reason = next(iter(str(error).splitlines()), "") or repr(error)
+    return UserError(
+        f"ranks did not join at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
+        f"--distributed-timeout-minutes {timeout_minutes:g}: see what the others said, and whether "
+        f"all {os.environ['WORLD_SIZE']} were started ({reason})."
+    )
 
 
 # What megatron-core needs to run without CUDA. Each patch names the place that needs it.

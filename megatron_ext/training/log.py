@@ -4,6 +4,7 @@ All of it on rank 0, which knows the losses because a step broadcasts them.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -232,9 +233,14 @@ def memory_gib() -> float:
 def _reopen(path: Path, first_iteration: int) -> Any:
     """Open ``path`` to append what a run writes from ``first_iteration`` on; no line is repeated.
 
-    A run that begins anew keeps nothing. A resumed one evaluates on the test data again if it has
-    nothing left to train. What a crash of the machine left half-written is dropped too.
+    A run that begins anew leaves an older file under another name. A resumed one evaluates on the
+    test data again if it has nothing left to train. What a crash of the machine left half-written
+    is dropped too.
     """
+    if not first_iteration and path.exists() and path.stat().st_size:
+        kept_as = next(p for p in map(_numbered(path), itertools.count(1)) if not p.exists())
+        path.rename(kept_as)
+        warn(f"{path} of an earlier run is kept as {kept_as.name}.")
     kept = []
     for line in path.read_text().splitlines() if first_iteration and path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -246,6 +252,10 @@ def _reopen(path: Path, first_iteration: int) -> Any:
     aside.write_text("".join(f"{line}\n" for line in kept))
     aside.replace(path)
     return path.open("a")
+
+
+def _numbered(path: Path) -> Callable[[int], Path]:
+    return lambda number: path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
 def _brief(losses: dict[str, float]) -> str:
