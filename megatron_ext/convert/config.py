@@ -59,7 +59,9 @@ def arch_of(
     sizes = _sizes(family, config)
     _check_computed(family, config, sizes["num_layers"], sizes["max_position_embeddings"])
     if family.fixed["position_embedding_type"] == "rope":
-        sizes |= _rope(config)
+        sizes |= _rope(family, config)
+        if sizes["rotary_percent"] == 1 and sizes["kv_channels"] % 2:
+            raise ValueError(f"head_dim {sizes['kv_channels']} is odd: channels rotate in pairs")
     return Arch(
         **{**family.fixed, **sizes},
         **_activation(family, config),
@@ -97,7 +99,7 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
     config |= family.only
     config |= _activation_config(arch, family, config)
     if arch.position_embedding_type == "rope":
-        config |= _rope_config(arch)
+        config |= _rope_config(arch, family)
     if "layer_types" in config:
         config["layer_types"] = ["full_attention"] * arch.num_layers
     # Layers below it have full attention: all that there are here.
@@ -195,7 +197,7 @@ def _switches(family: Family, config: Config) -> dict[str, bool]:
     return switches | ({"add_bias_linear": any(on.values())} if on else {})
 
 
-def _rope(config: Config) -> dict[str, Any]:
+def _rope(family: Family, config: Config) -> dict[str, Any]:
     """Return the rotary fields from the keys of any version of transformers."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -205,6 +207,11 @@ def _rope(config: Config) -> dict[str, Any]:
         raise ValueError(f"rope_theta {theta} is no number")
     if theta != int(theta):
         raise ValueError(f"rope_theta {theta} is no whole number")
+    if percent != 1 and not family.partial_rotary:
+        raise ValueError(
+            f"partial_rotary_factor {percent}: transformers ignores it in {family.model_type} and "
+            "rotates every channel"
+        )
     sizes = {"rotary_base": int(theta), "rotary_percent": percent}
     if kind == "default":
         return sizes
@@ -218,14 +225,15 @@ def _rope(config: Config) -> dict[str, Any]:
     return {**sizes, "use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
 
 
-def _rope_config(arch: Arch) -> dict[str, Any]:
+def _rope_config(arch: Arch, family: Family) -> dict[str, Any]:
     """Return the rotary keys, for transformers from 5.0 on and for the versions before it."""
     theta = float(arch.rotary_base)
     scaling = None
     if arch.use_rope_scaling:
         scaling = {"rope_type": "llama3", "factor": arch.rope_scaling_factor, **LLAMA3_ROPE}
     parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
-    partial = {"partial_rotary_factor": arch.rotary_percent} if arch.rotary_percent != 1 else {}
+    is_said = family.partial_rotary or arch.rotary_percent != 1
+    partial = {"partial_rotary_factor": arch.rotary_percent} if is_said else {}
     return {
         "rope_parameters": {**parameters, **partial},
         "rope_theta": theta,

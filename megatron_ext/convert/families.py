@@ -46,6 +46,8 @@ class Family:
     """Weights (regular expressions) of other heads, which an import leaves out with a warning."""
     old_names: Mapping[str, str] = field(default_factory=dict)
     """End of a tensor's name: what old files have there."""
+    partial_rotary: bool = False
+    """transformers reads partial_rotary_factor; of other families it computes all channels."""
     whole_heads: bool = False
     """transformers refuses a hidden size that is no multiple of the heads."""
 
@@ -198,6 +200,7 @@ FAMILIES = {
                 "initializer_range": 0.0134,
                 "partial_rotary_factor": 0.5,
             },
+            partial_rotary=True,
         ),
         Family(
             model_type="gpt2",
