@@ -36,6 +36,11 @@ class Checkpoint:
         return int(self.common.get("iteration", 0))
 
     @property
+    def hf_config(self) -> dict[str, Any]:
+        """The config.json of the Hugging Face model that it comes from; empty of any other."""
+        return self.args.get("hf_config") or {}
+
+    @property
     def knows_tokens(self) -> bool:
         """Whether it says how many tokens its tokenizer has.
 

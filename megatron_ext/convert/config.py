@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from megatron_ext.arch import Arch
+from megatron_ext.arch import Arch, weights
 from megatron_ext.convert.families import FAMILIES, Family
 
 Config = Mapping[str, Any]
@@ -89,6 +89,10 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
     Raises:
         ValueError: the family has no such models.
     """
+    if problem := broken_heads(arch, family):
+        raise ValueError(problem)
+    if missing := [weight.key for weight in weights(arch) if weight.key not in family.rows]:
+        raise ValueError(f"{family.model_type} has no tensor for {missing[0]}")
     config = dict(origin) if origin.get("model_type") == family.model_type else {}
     config |= {"model_type": family.model_type, "architectures": [family.architecture]}
     config |= {"vocab_size": num_rows(arch, origin), "torch_dtype": dtype, "dtype": dtype}
@@ -109,6 +113,17 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
         config.setdefault("sliding_window", None)
     _check_reads_back(arch, family, config)
     return config
+
+
+def broken_heads(arch: Arch, family: Family) -> str | None:
+    """Return why transformers would not load a model of these heads, or None."""
+    hidden, heads = arch.hidden_size, arch.num_attention_heads
+    if not family.whole_heads or hidden % heads == 0:
+        return None
+    return (
+        f"hidden_size {hidden} is no multiple of {heads} heads, which transformers asks of "
+        f"{family.model_type}"
+    )
 
 
 def num_rows(arch: Arch, origin: Config) -> int:
@@ -139,12 +154,6 @@ def _sizes(family: Family, config: Config) -> dict[str, Any]:
         if not isinstance(value, int | float):
             raise ValueError(f"{family.sizes[name][0]} {json.dumps(value)} is no number")
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    if family.whole_heads and hidden % heads:
-        hint = " (mistral is the same model without that condition)"
-        raise ValueError(
-            f"hidden_size {hidden} is no multiple of {heads} heads, which transformers asks of "
-            f"{family.model_type}{hint * (family.model_type == 'llama')}"
-        )
     sizes.setdefault("ffn_hidden_size", 4 * hidden)
     sizes.setdefault("num_query_groups", heads)
     sizes.setdefault("kv_channels", hidden // heads)

@@ -13,6 +13,7 @@ from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.slices import SliceReader, layer_key
 from megatron_ext.convert.config import config_of, num_rows
 from megatron_ext.convert.families import FAMILIES, Family
+from megatron_ext.convert.fit import holders
 from megatron_ext.convert.hf_files import CONFIG, tokenizer_files
 from megatron_ext.convert.hf_folder import INDEX, WEIGHTS, header_of, write_weights
 from megatron_ext.convert.importer import EMBEDDING
@@ -48,7 +49,7 @@ def export_folder(
     family = family_for(source, model_type)
     reader = on_all_ranks(lambda: SliceReader(source.folder))
     check_tensors(reader, source.arch)
-    origin = source.args.get("hf_config") or {}
+    origin = source.hf_config
     dtype = str(reader.shapes[EMBEDDING][1]).removeprefix("torch.")
     rows = num_rows(source.arch, origin)
     try:
@@ -56,8 +57,11 @@ def export_folder(
         work = list(pieces(source.arch, family))
         shards, headers = planned_shards(work, reader, source.arch, rows, max_shard_size)
     except ValueError as error:
+        others = [name for name in holders(source.arch) if name != family.model_type]
+        hint = f"; --model-type {others[0]} has such models" if others else ""
         raise UserError(
-            f"{source.folder} cannot be exported as {family.model_type}: {error}.", CHECKPOINT
+            f"{source.folder} cannot be exported as {family.model_type}: {error}{hint}.",
+            CHECKPOINT,
         ) from None
     names = shard_names(len(shards))
     index = index_of(headers, names)
@@ -78,7 +82,7 @@ def export_folder(
 
 def family_for(source: Checkpoint, model_type: str | None) -> Family:
     """Return the family to export to."""
-    chosen = model_type or (source.args.get("hf_config") or {}).get("model_type")
+    chosen = model_type or source.hf_config.get("model_type")
     if chosen is None:
         raise UserError(
             f"{source.folder} does not come from a Hugging Face model: give --model-type "

@@ -49,7 +49,8 @@ class Family:
     partial_rotary: bool = False
     """transformers reads partial_rotary_factor; of other families it computes all channels."""
     whole_heads: bool = False
-    """transformers refuses a hidden size that is no multiple of the heads."""
+    """transformers refuses to load a hidden size that is no multiple of the heads; of Llama from
+    5.0 on."""
 
 
 LAYER, ATTENTION, MLP = "decoder.layers.", "decoder.layers.self_attention.", "decoder.layers.mlp."
@@ -226,6 +227,7 @@ FAMILIES = {
                 },
             ),
             fixed={"position_embedding_type": "learned_absolute", "normalization": "LayerNorm"},
+            whole_heads=True,
             negated=TIED,
             only={
                 "scale_attn_weights": True,

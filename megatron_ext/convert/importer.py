@@ -17,7 +17,7 @@ from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.checkpoint.saved_args import complete
 from megatron_ext.checkpoint.writer import Readers
 from megatron_ext.cli.size_flags import megatron_command_line
-from megatron_ext.convert.config import arch_of, family_of, with_positions
+from megatron_ext.convert.config import arch_of, broken_heads, family_of, with_positions
 from megatron_ext.convert.families import Family
 from megatron_ext.convert.hf_files import CONFIG
 from megatron_ext.convert.hf_folder import HfFolder
@@ -59,6 +59,8 @@ def import_folder(
         arch = arch_of(config, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     except ValueError as error:
         raise UserError(f"{source.folder / CONFIG}: {error}.", CHECKPOINT) from None
+    if problem := broken_heads(arch, family):
+        warn(f"{source.folder}: {problem} from 5.0 on: an export needs another --model-type.")
     if vocab_size is not None:
         arch = replace(arch, vocab_size=min(vocab_size, config["vocab_size"]))
     tokenizer = Path(save).resolve() / checkpoints.RELEASE / checkpoints.TOKENIZER

@@ -23,6 +23,7 @@ from megatron_ext.cli.programs import (
     new_arch,
 )
 from megatron_ext.convert.config import arch_of, with_positions
+from megatron_ext.convert.fit import export_note
 from megatron_ext.data import data_check
 from megatron_ext.data.vocabulary import vocab_size
 from megatron_ext.distillation.settings import check_models, check_stored_teacher
@@ -70,6 +71,11 @@ def arch_at(flag: str, folder: str | None, step: int | None, config: str | None)
             f"{flag} {folder}: no checkpoint there yet; {option} can say the sizes.", CHECKPOINT
         )
     return config_arch(option, config), config
+
+
+def origin_of(where: str, step: int | None, config: str | None) -> dict[str, Any]:
+    """Return the config.json that a model of ``arch_at`` comes from; empty of another origin."""
+    return read_config("--load-config", where) if where == config else glance(where, step).hf_config
 
 
 def config_arch(
@@ -180,11 +186,12 @@ def prune(flags: PruneFlags, world_size: int) -> int:
     """Rehearse ``prune.py``; returns the exit code."""
     options, is_measured = flags.checkpoint, measures(flags.checkpoint, flags.prune)
     source, where = arch_at("--load", options.load, options.ckpt_step, flags.dry.load_config)
-    jobs, found = check_jobs(flags, source)
+    origin = origin_of(where, options.ckpt_step, flags.dry.load_config)
+    jobs, found = check_jobs(flags, source, origin)
     check_outputs(flags, jobs, found)
     residual, scores = flags.prune.head_residual, flags.prune.scores
     plans = [
-        given_plan(job, source, residual) if job.plan and Path(job.plan).exists() else None
+        given_plan(job, source, residual, origin) if job.plan and Path(job.plan).exists() else None
         for job in jobs
     ]
     if None in plans and scores and Path(scores).exists():
@@ -200,6 +207,9 @@ def prune(flags: PruneFlags, world_size: int) -> int:
         (plan.target if plan else job.target, job.save or job.plan or NEW)
         for job, plan in zip(jobs, plans, strict=True)
     ]
+    for target, _ in targets:
+        if note := export_note(target, source, origin):
+            print(f"NOTE: {note}")
     text, needs = report.of_pruning(flags, (source, where), targets, world_size)
     return finish(text, needs, absent, flags.dry.gpu)
 
