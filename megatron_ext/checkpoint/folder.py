@@ -59,8 +59,8 @@ class Checkpoint:
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Return the files of its ``tokenizer`` folder, by the name under its own folder."""
-        paths = sorted((self.folder / TOKENIZER).glob("*"))
-        return {f"{TOKENIZER}/{path.name}": path.read_bytes() for path in paths}
+        paths = sorted(p for p in (self.folder / TOKENIZER).rglob("*") if p.is_file())
+        return {p.relative_to(self.folder).as_posix(): p.read_bytes() for p in paths}
 
     @property
     def arch(self) -> Arch:

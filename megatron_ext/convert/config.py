@@ -20,6 +20,8 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# The version of transformers whose keys are written, beside those of older ones.
+WRITTEN_FOR = "5.0.0"
 # Fields of ``Arch`` that matter in training only, or not in the names and shapes of a model.
 NOT_COMPARED = {
     "vocab_size",
@@ -93,7 +95,8 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
         raise ValueError(problem)
     if missing := [weight.key for weight in weights(arch) if weight.key not in family.rows]:
         raise ValueError(f"{family.model_type} has no tensor for {missing[0]}")
-    config = dict(origin) if origin.get("model_type") == family.model_type else {}
+    is_own = origin.get("model_type") == family.model_type
+    config = {"transformers_version": WRITTEN_FOR, **(origin if is_own else {})}
     config |= {"model_type": family.model_type, "architectures": [family.architecture]}
     config |= {"vocab_size": num_rows(arch, origin), "torch_dtype": dtype, "dtype": dtype}
     for name, keys in family.sizes.items():

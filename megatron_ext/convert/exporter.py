@@ -18,9 +18,10 @@ from megatron_ext.convert.hf_files import CONFIG, tokenizer_files
 from megatron_ext.convert.hf_folder import INDEX, WEIGHTS, header_of, write_weights
 from megatron_ext.convert.importer import EMBEDDING
 from megatron_ext.convert.pieces import Piece, pieces
+from megatron_ext.convert.special_tokens import GENERATION, special_ids
 from megatron_ext.pruning.trim import check_tensors, read_piece
 from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
-from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
+from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError, warn
 
 
 def export_folder(
@@ -67,6 +68,11 @@ def export_folder(
     index = index_of(headers, names)
     weights = list(zip(names, headers, shards, strict=True))
     files = tokenizer_files(source, tokenizer)
+    config |= (ids := special_ids(origin, files, rows))
+    said = {**ids, "transformers_version": config["transformers_version"]}
+    files.setdefault(GENERATION, json.dumps(said, indent=2, sort_keys=True).encode() + b"\n")
+    if ids["eos_token_id"] is None and not source.arch.is_bert:
+        warn(f"--hf {folder}: no end-of-text token is known: generate() will not stop at one.")
     final = Path(folder)
     aside = final.with_name(f".{final.name}.tmp")
     on_first_rank(lambda: _make_empty(aside, final))
@@ -188,6 +194,7 @@ def _finish(
     files: Mapping[str, bytes],
 ) -> None:
     for name, content in files.items():
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
         (aside / name).write_bytes(content)
     if len(set(index["weight_map"].values())) > 1:
         (aside / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

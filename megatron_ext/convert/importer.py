@@ -19,7 +19,7 @@ from megatron_ext.checkpoint.writer import Readers
 from megatron_ext.cli.size_flags import megatron_command_line
 from megatron_ext.convert.config import arch_of, broken_heads, family_of, with_positions
 from megatron_ext.convert.families import Family
-from megatron_ext.convert.hf_files import CONFIG
+from megatron_ext.convert.hf_files import CONFIG, carried, has_tokenizer, read_files
 from megatron_ext.convert.hf_folder import HfFolder
 from megatron_ext.convert.pieces import Piece, pieces
 from megatron_ext.data.datasets import build_tokenizer
@@ -64,6 +64,7 @@ def import_folder(
     if vocab_size is not None:
         arch = replace(arch, vocab_size=min(vocab_size, config["vocab_size"]))
     tokenizer = Path(save).resolve() / checkpoints.RELEASE / checkpoints.TOKENIZER
+    files = on_all_ranks(lambda: read_files(source.folder))
     work = list(pieces(arch, family))
     on_all_ranks(lambda: check_tensors(source, arch, family, work))
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -83,7 +84,7 @@ def import_folder(
         readers=readers,
         files={
             "megatron_args.sh": megatron_command_line(arch) + "\n",
-            **{f"{checkpoints.TOKENIZER}/{n}": x for n, x in source.tokenizer_files().items()},
+            **{f"{checkpoints.TOKENIZER}/{name}": content for name, content in files.items()},
         },
     )
     return arch
@@ -112,7 +113,7 @@ def args_of(
 
 def tokenizer_size(source: HfFolder) -> int | None:
     """Return how many tokens the folder's tokenizer has; None without one that can be read."""
-    if not any(name.startswith(("tokenizer", "vocab")) for name in source.tokenizer_files()):
+    if not has_tokenizer(carried(source.folder)[0]):
         warn(f"{source.folder} has no tokenizer: every row of the embedding counts as a token.")
         return None
     data = SimpleNamespace(
