@@ -11,8 +11,9 @@ from sentencepiece import SentencePieceTrainer
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.hf_files import carried, has_tokenizer, read_files
 from megatron_ext.convert.special_tokens import KINDS, ids_in, special_ids
+from megatron_ext.runtime.errors import DATA
 from tests.models import LLAMA
-from tests.programs import succeed, write_model
+from tests.programs import fail, succeed, write_corpus, write_model
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(90)), "<pad>"]
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "w7", "pad_token": "<pad>"}
@@ -119,3 +120,37 @@ def test_generate_stops_at_a_models_own_end(tmp_path):
         said = json.loads((tmp_path / name / "config.json").read_text())
         assert said["transformers_version"] == "5.0.0"
         assert said["eos_token_id"] == expected["eos_token_id"]
+
+
+def test_a_tokenizer_with_more_tokens_than_rows(tmp_path):
+    """Llama 2 with a <pad>: its own tokenizer is the checkpoint's, in every program; its data not.
+
+    transformers#24899.
+    """
+    hf, teacher, pruned, student = (str(tmp_path / n) for n in ("hf", "teacher", "pruned", "out"))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 16}
+    config = transformers.LlamaConfig(vocab_size=len(WORDS) - 1, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(hf)
+    write_words(hf)
+    (outcome,) = succeed("tools.convert", ["import", "--hf", hf, "--save", teacher])
+    assert "the tokenizer 1 tokens more, without a row: <pad>" in outcome.stderr
+    own = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", hf]
+    few, many = (write_corpus(tmp_path / str(n), n) for n in (len(WORDS) - 1, len(WORDS)))
+    shape = ["--seq-length", "8", "--micro-batch-size", "1", "--num-workers", "0"]
+    cut = ["--load", teacher, "--target-ffn-hidden-size", "16", "--calibration-samples", "4"]
+    train = ["--load", pruned, "--teacher-load", teacher, "--train-iters", "1", "--lr", "1e-3"]
+    train += ["--global-batch-size", "1", "--eval-iters", "0", "--save-interval", "1"]
+    for program, flags in (
+        ("prune", [*cut, "--save", pruned, *shape, "--split", "1"]),
+        ("pretrain_distill", [*train, "--save", student, *shape, "--split", "1"]),
+        ("tools.evaluate", ["--load", student, "--teacher-load", teacher, *shape]),
+    ):
+        code, line = fail(program, [*flags, *own, "--data-path", many])
+        assert code == DATA
+        assert f"the model has tokens 0 to {len(WORDS) - 2}" in line
+        succeed(program, [*flags, *own, "--data-path", few])
+    succeed("tools.generate", ["--load", student, *own, "--prompt", "w1", "--max-new-tokens", "2"])
+    out = tmp_path / "exported"
+    succeed("tools.convert", ["export", "--load", student, "--hf", str(out)])
+    assert transformers.AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 93

@@ -50,6 +50,16 @@ class Checkpoint:
         is_counted = "tokenizer_sha256" in self.args or "tokenizer_type" not in self.args
         return is_counted and self.args.get("vocab_size") is not None
 
+    @property
+    def tokens_without_row(self) -> int:
+        """How many tokens its own tokenizer has beyond the rows of the model it was imported as."""
+        return self.args.get("tokens_without_row") or 0
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What every checkpoint that is made from this one keeps of its args."""
+        return {name: self.args.get(name) for name in ("hf_config", "tokens_without_row")}
+
     def with_tokens(self, vocab_size: int) -> "Checkpoint":
         """Return it with the number of its tokens, if it does not know; rows behind are padding."""
         if self.knows_tokens or vocab_size > self.args["padded_vocab_size"]:

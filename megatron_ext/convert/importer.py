@@ -22,6 +22,7 @@ from megatron_ext.convert.families import Family
 from megatron_ext.convert.hf_files import CONFIG, carried, has_tokenizer, read_files
 from megatron_ext.convert.hf_folder import HfFolder
 from megatron_ext.convert.pieces import Piece, pieces
+from megatron_ext.convert.special_tokens import tokens_from
 from megatron_ext.data.datasets import build_tokenizer
 from megatron_ext.pruning import trim
 from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
@@ -61,10 +62,18 @@ def import_folder(
         raise UserError(f"{source.folder / CONFIG}: {error}.", CHECKPOINT) from None
     if problem := broken_heads(arch, family):
         warn(f"{source.folder}: {problem} from 5.0 on: an export needs another --model-type.")
-    if vocab_size is not None:
-        arch = replace(arch, vocab_size=min(vocab_size, config["vocab_size"]))
-    tokenizer = Path(save).resolve() / checkpoints.RELEASE / checkpoints.TOKENIZER
     files = on_all_ranks(lambda: read_files(source.folder))
+    beyond = 0
+    if vocab_size is not None:
+        beyond = max(vocab_size - arch.vocab_size, 0)
+        arch = replace(arch, vocab_size=min(vocab_size, arch.vocab_size))
+    if beyond:
+        names = ", ".join(tokens_from(files, arch.vocab_size)[:8]) or f"{beyond} tokens"
+        warn(
+            f"{source.folder}: the embedding has {arch.vocab_size} rows, the tokenizer {beyond} "
+            f"tokens more, without a row: {names}. Data that holds them will be refused."
+        )
+    tokenizer = Path(save).resolve() / checkpoints.RELEASE / checkpoints.TOKENIZER
     work = list(pieces(arch, family))
     on_all_ranks(lambda: check_tensors(source, arch, family, work))
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -76,7 +85,10 @@ def import_folder(
             "model": share,
             "args": complete(
                 arch,
-                args_of(source, config, family, None if vocab_size is None else tokenizer),
+                {
+                    **args_of(source, config, family, None if vocab_size is None else tokenizer),
+                    "tokens_without_row": beyond,
+                },
             ),
             "checkpoint_version": 3.0,
             "iteration": 0,

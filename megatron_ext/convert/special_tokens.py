@@ -46,6 +46,13 @@ def ids_in(files: Mapping[str, bytes]) -> dict[str, int]:
     return found
 
 
+def tokens_from(files: Mapping[str, bytes], first: int) -> list[str]:
+    """Return the tokens with ids of ``first`` and more, as far as the files say them."""
+    contents = {name: _json(text) for name, text in files.items() if name.endswith(".json")}
+    vocabulary = _vocabulary(contents, files.get("vocab.txt", b""))
+    return sorted((t for t, n in vocabulary.items() if n >= first), key=vocabulary.get)
+
+
 def _vocabulary(contents: Mapping[str, Any], lines: bytes) -> dict[str, int]:
     """Return the ids of tokens by their text, in the layouts of all of Hugging Face's files."""
     whole = contents.get("tokenizer.json", {})

@@ -105,7 +105,7 @@ def check_data(
         data: a ``megatron_flags.Data``.
         seq_length: tokens of a sample.
         num_samples: requested of train, valid and test.
-        vocab_size: of the tokenizer, without padding.
+        vocab_size: tokens of the model, without padding.
 
     Raises:
         UserError: see the messages; the code is DATA.
@@ -241,7 +241,7 @@ def check_token_ids(prefix: str, vocab_size: int) -> None:
         if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
             raise UserError(
                 f"{prefix}.bin: document {document} has token ids from {ids.min()} to {ids.max()}, "
-                f"the tokenizer has {vocab_size}: wrong tokenizer for this data.",
+                f"the model has tokens 0 to {vocab_size - 1}: wrong tokenizer for this data.",
                 DATA,
             )
 

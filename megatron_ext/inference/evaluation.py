@@ -86,9 +86,10 @@ def evaluate_checkpoint(flags: Any, folder: Path, teacher_folder: Path | None) -
     flags = replace(flags, parallel=own)
     prefixes = [path.removesuffix(".bin").removesuffix(".idx") for path in options.data_path]
     place = join_ranks(flags, source.arch.num_layers)
-    on_all_ranks(lambda: [check_token_ids(path, tokenizer.vocab_size) for path in prefixes])
+    vocab_size = source.arch.vocab_size
+    on_all_ranks(lambda: [check_token_ids(path, vocab_size) for path in prefixes])
     modules = build(flags, others, source, teacher, place)
-    special = special_tokens(tokenizer) if source.arch.is_bert else None
+    special = special_tokens(tokenizer, vocab_size) if source.arch.is_bert else None
     figures = measure(flags, modules, prefixes, place, special, has_teacher=teacher is not None)
     if place.rank == 0:
         print(table(figures))

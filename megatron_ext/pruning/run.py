@@ -249,6 +249,7 @@ def calibration_data(flags: PruneFlags, source: Checkpoint, place: Platform) -> 
         num_samples=(num_samples, 0, 0),
         tokenizer=tokenizer,
         seed=flags.batch.seed,
+        vocab_size=source.arch.vocab_size,
         masked=source.arch.is_bert,
     )
     on_first_rank(

@@ -239,17 +239,18 @@ def check_data_there(
             not that of a model.
     """
     options, absent = flags.data, []
-    num_tokens = models[0][0].vocab_size
+    num_rows = models[0][0].vocab_size
     files = [f for f in (options.tokenizer_model, options.vocab_file, options.merge_file) if f]
     missing = [name for name in files if not Path(name).exists()]
     if missing:
         absent += [f"tokenizer {name}" for name in missing]
     else:
-        num_tokens = vocab_size(options)
+        num_tokens = num_rows = vocab_size(options)
         for arch, where in models:
             if Path(where).is_dir():
                 source = glance(where).with_tokens(num_tokens)
                 check_tokenizer(source, num_tokens, tokenizer_sha256(options))
+                num_rows = min(num_rows, source.arch.vocab_size)
             elif num_tokens > arch.padded_vocab_size:
                 raise UserError(
                     f"--tokenizer-type {options.tokenizer_type}: {num_tokens} tokens, {where} has "
@@ -261,7 +262,7 @@ def check_data_there(
     prefixes = data_check.all_prefixes(data_check.sources(options, num_samples))
     for prefix in prefixes:
         if any(Path(f"{prefix}.{end}").exists() for end in ("idx", "bin")):
-            data_check.check_token_ids(prefix, num_tokens)
+            data_check.check_token_ids(prefix, num_rows)
         else:
             absent.append(f"data {prefix}")
     if not absent:
@@ -269,6 +270,6 @@ def check_data_there(
             options,
             seq_length=flags.batch.seq_length,
             num_samples=num_samples,
-            vocab_size=num_tokens,
+            vocab_size=num_rows,
         )
     return absent
