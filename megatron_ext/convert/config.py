@@ -11,8 +11,7 @@ from typing import Any
 
 from megatron_ext.arch import Arch, weights
 from megatron_ext.convert.families import FAMILIES, Family
-
-Config = Mapping[str, Any]
+from megatron_ext.convert.types import ROPE_TYPES, Config, check_types, typed
 
 # The scaling of Llama 3.1 in megatron-core's rotary embedding, whose factor alone can change.
 LLAMA3_ROPE = {
@@ -37,7 +36,7 @@ NOT_COMPARED = {
 def family_of(config: Config) -> Family:
     """Return the family that ``model_type`` names."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not known; known are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
@@ -56,7 +55,7 @@ def arch_of(
         make_vocab_size_divisible_by: rows are added up to a multiple of this.
     """
     family = family_of(config)
-    config = {**family.defaults, **config}
+    config = typed(family, config)
     rows, multiple = _needed(config, "vocab_size"), make_vocab_size_divisible_by
     sizes = _sizes(family, config)
     _check_computed(family, config, sizes["num_layers"], sizes["max_position_embeddings"])
@@ -153,13 +152,10 @@ def _sizes(family: Family, config: Config) -> dict[str, Any]:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
         if name not in sizes:
             _needed(config, family.sizes[name][0])
-    for name, value in sizes.items():
-        if not isinstance(value, int | float):
-            raise ValueError(f"{family.sizes[name][0]} {json.dumps(value)} is no number")
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     sizes.setdefault("ffn_hidden_size", 4 * hidden)
     sizes.setdefault("num_query_groups", heads)
-    sizes.setdefault("kv_channels", hidden // heads)
+    sizes.setdefault("kv_channels", hidden // max(heads, 1))  # Arch refuses no heads
     return sizes
 
 
@@ -212,20 +208,24 @@ def _switches(family: Family, config: Config) -> dict[str, bool]:
 def _rope(family: Family, config: Config) -> dict[str, Any]:
     """Return the rotary fields from the keys of any version of transformers."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope = {key: value for key, value in rope.items() if value is not None}
+    check_types(rope, ROPE_TYPES)
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta"))
     percent = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if not isinstance(theta, int | float):
-        raise ValueError(f"rope_theta {theta} is no number")
-    if theta != int(theta):
-        raise ValueError(f"rope_theta {theta} is no whole number")
+    if theta is None:
+        raise ValueError("rope_theta None is no number")
+    if theta != int(theta) or theta < 1:
+        raise ValueError(f"rope_theta {theta} is no whole number from 1 on")
+    if not 0 < percent <= 1:
+        raise ValueError(f"partial_rotary_factor {percent} is not above 0 and at most 1")
     if percent != 1 and not family.partial_rotary:
         raise ValueError(
             f"partial_rotary_factor {percent}: transformers ignores it in {family.model_type} and "
             "rotates every channel"
         )
     sizes = {"rotary_base": int(theta), "rotary_percent": percent}
-    if kind == "default":
+    if kind == "default" or (kind == "linear" and rope.get("factor") == 1):
         return sizes
     if kind != "llama3":
         raise ValueError(f"rope_type {kind!r} is not computed here, only default and llama3")

@@ -74,6 +74,9 @@ def import_folder(
             f"tokens more, without a row: {names}. Data that holds them will be refused."
         )
     tokenizer = Path(save).resolve() / checkpoints.RELEASE / checkpoints.TOKENIZER
+    if arch.num_layers * (arch.num_experts or 1) > len(source.shapes):
+        counts = f"{arch.num_layers} layers"
+        _refuse(source, f"{CONFIG} calls for {counts}, there are {len(source.shapes)} tensors")
     work = list(pieces(arch, family))
     on_all_ranks(lambda: check_tensors(source, arch, family, work))
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()

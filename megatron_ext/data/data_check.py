@@ -241,7 +241,7 @@ def check_token_ids(prefix: str, vocab_size: int) -> None:
         if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
             raise UserError(
                 f"{prefix}.bin: document {document} has token ids from {ids.min()} to {ids.max()}, "
-                f"the model has tokens 0 to {vocab_size - 1}: wrong tokenizer for this data.",
+                f"the model has {vocab_size} tokens: wrong tokenizer for this data.",
                 DATA,
             )
 
