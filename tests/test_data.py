@@ -445,7 +445,7 @@ def test_sentencepiece(kind, tmp_path):
     assert tokenizer.tokenize("make words") == processor.encode("make words")
     assert tokenizer.detokenize(tokenizer.tokenize("make words")) == "make words"
     with pytest.raises(UserError, match="has no cls token"):
-        special_tokens(tokenizer)
+        special_tokens(tokenizer, tokenizer.vocab_size)
 
 
 def test_bad_tokenizers(tmp_path):

@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "checkpoint": {"cli"},
     "data": {"cli"},
     "model": {"cli", "checkpoint", "data"},
-    # distillation: the divergence by which layers are scored. training: weights into a model.
-    "pruning": {"cli", "checkpoint", "data", "model", "distillation", "training"},
+    # convert: whether a target can be exported. distillation: the divergence by which layers are
+    # scored. training: weights into a model.
+    "pruning": {"cli", "checkpoint", "convert", "data", "model", "distillation", "training"},
     # pruning: the plan, which says whose layers the student's were.
     "distillation": {"cli", "checkpoint", "model", "pruning"},
     # rehearsal: where a run starts, found out before torch is imported.

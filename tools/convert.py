@@ -24,8 +24,8 @@ from megatron_ext.cli.megatron_flags import trust_flag
 from megatron_ext.cli.parser import REQUIRED, flag, parse
 from megatron_ext.cli.size_flags import Sizes
 from megatron_ext.convert import gguf
-from megatron_ext.convert.config import config_of
 from megatron_ext.convert.families import FAMILIES
+from megatron_ext.convert.fit import problem_of
 from megatron_ext.convert.hf_files import CONFIG, read_json, tokenizer_files
 from megatron_ext.convert.options import check_free, with_tokens
 from megatron_ext.rehearsal.cost_report import model_line
@@ -184,14 +184,12 @@ def rehearse_export(options: Export, sizes: dict[str, Any], dry: Dry) -> None:
         if options.tokenizer_model is not None:
             tokenizer_files(source, options.tokenizer_model)
         arch = with_sizes(source.arch, sizes, may_cut=False)
-        origin = source.args.get("hf_config") or {}
+        origin = source.hf_config
     name = options.model_type or origin.get("model_type")
     if name not in FAMILIES:
         raise UserError(f"--model-type: choose one of {', '.join(FAMILIES)}.", USAGE)
-    try:
-        config_of(arch, FAMILIES[name], origin, "bfloat16")
-    except ValueError as error:
-        raise UserError(f"--model-type {name}: {error}.", USAGE) from None
+    if problem := problem_of(arch, FAMILIES[name], origin):
+        raise UserError(f"--model-type {name}: {problem}.", USAGE)
     finish(arch, where)
 
 

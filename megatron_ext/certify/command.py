@@ -141,7 +141,7 @@ def pruning_trials(argv: Sequence[str], max_ranks: int) -> tuple[Trials, list[st
             USAGE,
         )
     source = source_of(flags)
-    jobs, _ = check_jobs(flags, source)
+    jobs, _ = check_jobs(flags, source, {})  # a layout is the same whatever the origin
     targets = [job.target for job in jobs]
     trials = of_pruning(flags, source, targets, world_size, max_ranks)
     small = trials.reference

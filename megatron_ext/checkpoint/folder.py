@@ -37,6 +37,11 @@ class Checkpoint:
         return int(self.common.get("iteration", 0))
 
     @property
+    def hf_config(self) -> dict[str, Any]:
+        """The config.json of the Hugging Face model that it comes from; empty of any other."""
+        return self.args.get("hf_config") or {}
+
+    @property
     def knows_tokens(self) -> bool:
         """Whether it says how many tokens its tokenizer has.
 
@@ -45,6 +50,16 @@ class Checkpoint:
         """
         is_counted = "tokenizer_sha256" in self.args or "tokenizer_type" not in self.args
         return is_counted and self.args.get("vocab_size") is not None
+
+    @property
+    def tokens_without_row(self) -> int:
+        """How many tokens its own tokenizer has beyond the rows of the model it was imported as."""
+        return self.args.get("tokens_without_row") or 0
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What every checkpoint that is made from this one keeps of its args."""
+        return {name: self.args.get(name) for name in ("hf_config", "tokens_without_row")}
 
     def with_tokens(self, vocab_size: int) -> "Checkpoint":
         """Return it with the number of its tokens, if it does not know; rows behind are padding."""
@@ -55,8 +70,8 @@ class Checkpoint:
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Return the files of its ``tokenizer`` folder, by the name under its own folder."""
-        paths = sorted((self.folder / TOKENIZER).glob("*"))
-        return {f"{TOKENIZER}/{path.name}": path.read_bytes() for path in paths}
+        paths = sorted(p for p in (self.folder / TOKENIZER).rglob("*") if p.is_file())
+        return {p.relative_to(self.folder).as_posix(): p.read_bytes() for p in paths}
 
     @property
     def arch(self) -> Arch:

@@ -30,7 +30,8 @@ def check_tokenizer(source: Checkpoint, vocab_size: int, sha256: str | None) -> 
         sha256: of its files (``tokenizer_sha256``), or None if it has none.
     """
     saved = source.args.get("tokenizer_sha256")
-    if source.arch.vocab_size != vocab_size:
+    counts = (source.arch.vocab_size, source.arch.vocab_size + source.tokens_without_row)
+    if vocab_size not in counts:
         raise UserError(
             f"{source.folder} was trained with {source.arch.vocab_size} tokens, the tokenizer has "
             f"{vocab_size}: give the checkpoint's own --tokenizer-model.",

@@ -158,7 +158,7 @@ def _finish(aside: Path, final: Path, hashes: dict[str, str], files: Files) -> N
     integrity = json.dumps({"algorithm": "sha256", "files": hashes}, indent=1, sort_keys=True)
     for name, content in {INTEGRITY: integrity, **files}.items():
         path = aside / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     for path in aside.rglob("*"):
         _fsync(path)

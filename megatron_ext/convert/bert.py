@@ -80,6 +80,7 @@ SETTINGS = {
     },
     "defaults": {
         "hidden_act": "gelu",
+        "pad_token_id": 0,
         "type_vocab_size": 2,
         "layer_norm_eps": 1e-12,
         "initializer_range": 0.02,

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from megatron_ext.arch import Arch
+from megatron_ext.arch import Arch, weights
 from megatron_ext.convert.families import FAMILIES, Family
-
-Config = Mapping[str, Any]
+from megatron_ext.convert.types import ROPE_TYPES, Config, check_types, typed
 
 # The scaling of Llama 3.1 in megatron-core's rotary embedding, whose factor alone can change.
 LLAMA3_ROPE = {
@@ -20,6 +19,8 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# The version of transformers whose keys are written, beside those of older ones.
+WRITTEN_FOR = "5.0.0"
 # Fields of ``Arch`` that matter in training only, or not in the names and shapes of a model.
 NOT_COMPARED = {
     "vocab_size",
@@ -35,7 +36,7 @@ NOT_COMPARED = {
 def family_of(config: Config) -> Family:
     """Return the family that ``model_type`` names."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not known; known are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
@@ -54,12 +55,14 @@ def arch_of(
         make_vocab_size_divisible_by: rows are added up to a multiple of this.
     """
     family = family_of(config)
-    config = {**family.defaults, **config}
+    config = typed(family, config)
     rows, multiple = _needed(config, "vocab_size"), make_vocab_size_divisible_by
     sizes = _sizes(family, config)
     _check_computed(family, config, sizes["num_layers"], sizes["max_position_embeddings"])
     if family.fixed["position_embedding_type"] == "rope":
-        sizes |= _rope(config)
+        sizes |= _rope(family, config)
+        if sizes["rotary_percent"] == 1 and sizes["kv_channels"] % 2:
+            raise ValueError(f"head_dim {sizes['kv_channels']} is odd: channels rotate in pairs")
     return Arch(
         **{**family.fixed, **sizes},
         **_activation(family, config),
@@ -87,7 +90,12 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
     Raises:
         ValueError: the family has no such models.
     """
-    config = dict(origin) if origin.get("model_type") == family.model_type else {}
+    if problem := broken_heads(arch, family):
+        raise ValueError(problem)
+    if missing := [weight.key for weight in weights(arch) if weight.key not in family.rows]:
+        raise ValueError(f"{family.model_type} has no tensor for {missing[0]}")
+    is_own = origin.get("model_type") == family.model_type
+    config = {"transformers_version": WRITTEN_FOR, **(origin if is_own else {})}
     config |= {"model_type": family.model_type, "architectures": [family.architecture]}
     config |= {"vocab_size": num_rows(arch, origin), "torch_dtype": dtype, "dtype": dtype}
     for name, keys in family.sizes.items():
@@ -97,7 +105,7 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
     config |= family.only
     config |= _activation_config(arch, family, config)
     if arch.position_embedding_type == "rope":
-        config |= _rope_config(arch)
+        config |= _rope_config(arch, family)
     if "layer_types" in config:
         config["layer_types"] = ["full_attention"] * arch.num_layers
     # Layers below it have full attention: all that there are here.
@@ -107,6 +115,17 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
         config.setdefault("sliding_window", None)
     _check_reads_back(arch, family, config)
     return config
+
+
+def broken_heads(arch: Arch, family: Family) -> str | None:
+    """Return why transformers would not load a model of these heads, or None."""
+    hidden, heads = arch.hidden_size, arch.num_attention_heads
+    if not family.whole_heads or hidden % heads == 0:
+        return None
+    return (
+        f"hidden_size {hidden} is no multiple of {heads} heads, which transformers asks of "
+        f"{family.model_type}"
+    )
 
 
 def num_rows(arch: Arch, origin: Config) -> int:
@@ -133,19 +152,10 @@ def _sizes(family: Family, config: Config) -> dict[str, Any]:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
         if name not in sizes:
             _needed(config, family.sizes[name][0])
-    for name, value in sizes.items():
-        if not isinstance(value, int | float):
-            raise ValueError(f"{family.sizes[name][0]} {json.dumps(value)} is no number")
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    if family.whole_heads and hidden % heads:
-        hint = " (mistral is the same model without that condition)"
-        raise ValueError(
-            f"hidden_size {hidden} is no multiple of {heads} heads, which transformers asks of "
-            f"{family.model_type}{hint * (family.model_type == 'llama')}"
-        )
     sizes.setdefault("ffn_hidden_size", 4 * hidden)
     sizes.setdefault("num_query_groups", heads)
-    sizes.setdefault("kv_channels", hidden // heads)
+    sizes.setdefault("kv_channels", hidden // max(heads, 1))  # Arch refuses no heads
     return sizes
 
 
@@ -195,18 +205,27 @@ def _switches(family: Family, config: Config) -> dict[str, bool]:
     return switches | ({"add_bias_linear": any(on.values())} if on else {})
 
 
-def _rope(config: Config) -> dict[str, Any]:
+def _rope(family: Family, config: Config) -> dict[str, Any]:
     """Return the rotary fields from the keys of any version of transformers."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope = {key: value for key, value in rope.items() if value is not None}
+    check_types(rope, ROPE_TYPES)
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta"))
     percent = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if not isinstance(theta, int | float):
-        raise ValueError(f"rope_theta {theta} is no number")
-    if theta != int(theta):
-        raise ValueError(f"rope_theta {theta} is no whole number")
+    if theta is None:
+        raise ValueError("rope_theta None is no number")
+    if theta != int(theta) or theta < 1:
+        raise ValueError(f"rope_theta {theta} is no whole number from 1 on")
+    if not 0 < percent <= 1:
+        raise ValueError(f"partial_rotary_factor {percent} is not above 0 and at most 1")
+    if percent != 1 and not family.partial_rotary:
+        raise ValueError(
+            f"partial_rotary_factor {percent}: transformers ignores it in {family.model_type} and "
+            "rotates every channel"
+        )
     sizes = {"rotary_base": int(theta), "rotary_percent": percent}
-    if kind == "default":
+    if kind == "default" or (kind == "linear" and rope.get("factor") == 1):
         return sizes
     if kind != "llama3":
         raise ValueError(f"rope_type {kind!r} is not computed here, only default and llama3")
@@ -218,14 +237,15 @@ def _rope(config: Config) -> dict[str, Any]:
     return {**sizes, "use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
 
 
-def _rope_config(arch: Arch) -> dict[str, Any]:
+def _rope_config(arch: Arch, family: Family) -> dict[str, Any]:
     """Return the rotary keys, for transformers from 5.0 on and for the versions before it."""
     theta = float(arch.rotary_base)
     scaling = None
     if arch.use_rope_scaling:
         scaling = {"rope_type": "llama3", "factor": arch.rope_scaling_factor, **LLAMA3_ROPE}
     parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
-    partial = {"partial_rotary_factor": arch.rotary_percent} if arch.rotary_percent != 1 else {}
+    is_said = family.partial_rotary or arch.rotary_percent != 1
+    partial = {"partial_rotary_factor": arch.rotary_percent} if is_said else {}
     return {
         "rope_parameters": {**parameters, **partial},
         "rope_theta": theta,

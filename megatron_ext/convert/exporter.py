@@ -13,13 +13,15 @@ from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.slices import SliceReader, layer_key
 from megatron_ext.convert.config import config_of, num_rows
 from megatron_ext.convert.families import FAMILIES, Family
+from megatron_ext.convert.fit import holders
 from megatron_ext.convert.hf_files import CONFIG, tokenizer_files
 from megatron_ext.convert.hf_folder import INDEX, WEIGHTS, header_of, write_weights
 from megatron_ext.convert.importer import EMBEDDING
 from megatron_ext.convert.pieces import Piece, pieces
+from megatron_ext.convert.special_tokens import GENERATION, special_ids
 from megatron_ext.pruning.trim import check_tensors, read_piece
 from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
-from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
+from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError, warn
 
 
 def export_folder(
@@ -55,7 +57,7 @@ def export_folder(
         )
     reader = on_all_ranks(lambda: SliceReader(source.folder))
     check_tensors(reader, source.arch)
-    origin = source.args.get("hf_config") or {}
+    origin = source.hf_config
     dtype = str(reader.shapes[EMBEDDING][1]).removeprefix("torch.")
     rows = num_rows(source.arch, origin)
     try:
@@ -63,13 +65,21 @@ def export_folder(
         work = list(pieces(source.arch, family))
         shards, headers = planned_shards(work, reader, source.arch, rows, max_shard_size)
     except ValueError as error:
+        others = [name for name in holders(source.arch) if name != family.model_type]
+        hint = f"; --model-type {others[0]} has such models" if others else ""
         raise UserError(
-            f"{source.folder} cannot be exported as {family.model_type}: {error}.", CHECKPOINT
+            f"{source.folder} cannot be exported as {family.model_type}: {error}{hint}.",
+            CHECKPOINT,
         ) from None
     names = shard_names(len(shards))
     index = index_of(headers, names)
     weights = list(zip(names, headers, shards, strict=True))
     files = tokenizer_files(source, tokenizer)
+    config |= (ids := special_ids(origin, files, rows))
+    said = {**ids, "transformers_version": config["transformers_version"]}
+    files.setdefault(GENERATION, json.dumps(said, indent=2, sort_keys=True).encode() + b"\n")
+    if ids["eos_token_id"] is None and not source.arch.is_bert:
+        warn(f"--hf {folder}: no end-of-text token is known: generate() will not stop at one.")
     final = Path(folder)
     aside = final.with_name(f".{final.name}.tmp")
     on_first_rank(lambda: _make_empty(aside, final))
@@ -85,7 +95,7 @@ def export_folder(
 
 def family_for(source: Checkpoint, model_type: str | None) -> Family:
     """Return the family to export to."""
-    chosen = model_type or (source.args.get("hf_config") or {}).get("model_type")
+    chosen = model_type or source.hf_config.get("model_type")
     if chosen is None:
         raise UserError(
             f"{source.folder} does not come from a Hugging Face model: give --model-type "
@@ -191,6 +201,7 @@ def _finish(
     files: Mapping[str, bytes],
 ) -> None:
     for name, content in files.items():
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
         (aside / name).write_bytes(content)
     if len(set(index["weight_map"].values())) > 1:
         (aside / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

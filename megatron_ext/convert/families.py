@@ -46,8 +46,11 @@ class Family:
     """Weights (regular expressions) of other heads, which an import leaves out with a warning."""
     old_names: Mapping[str, str] = field(default_factory=dict)
     """End of a tensor's name: what old files have there."""
+    partial_rotary: bool = False
+    """transformers reads partial_rotary_factor; of other families it computes all channels."""
     whole_heads: bool = False
-    """transformers refuses a hidden size that is no multiple of the heads."""
+    """transformers refuses to load a hidden size that is no multiple of the heads; of Llama from
+    5.0 on."""
 
 
 LAYER, ATTENTION, MLP = "decoder.layers.", "decoder.layers.self_attention.", "decoder.layers.mlp."
@@ -136,6 +139,7 @@ UNTIED_BY_DEFAULT = {
     "hidden_act": "silu",
     "rope_theta": 10000.0,
 }
+BOS_1_EOS_2 = {"bos_token_id": 1, "eos_token_id": 2}
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -148,7 +152,7 @@ FAMILIES = {
             fixed={**ROTARY, "normalization": "RMSNorm"},
             biases=("attention_bias", "mlp_bias"),
             negated=TIED,
-            defaults=UNTIED_BY_DEFAULT,
+            defaults={**UNTIED_BY_DEFAULT, **BOS_1_EOS_2},
             whole_heads=True,
         ),
         Family(
@@ -159,7 +163,12 @@ FAMILIES = {
             activation=SILU,
             fixed=GATED_DECODER,
             negated=TIED,
-            defaults={**UNTIED_BY_DEFAULT, "num_key_value_heads": 8, "sliding_window": 4096},
+            defaults={
+                **UNTIED_BY_DEFAULT,
+                **BOS_1_EOS_2,
+                "num_key_value_heads": 8,
+                "sliding_window": 4096,
+            },
         ),
         Family(
             model_type="qwen2",
@@ -197,7 +206,10 @@ FAMILIES = {
                 "norm_eps": 1e-5,
                 "initializer_range": 0.0134,
                 "partial_rotary_factor": 0.5,
+                "bos_token_id": 2,
+                "eos_token_id": 3,
             },
+            partial_rotary=True,
         ),
         Family(
             model_type="gpt2",
@@ -223,6 +235,7 @@ FAMILIES = {
                 },
             ),
             fixed={"position_embedding_type": "learned_absolute", "normalization": "LayerNorm"},
+            whole_heads=True,
             negated=TIED,
             only={
                 "scale_attn_weights": True,
@@ -237,6 +250,8 @@ FAMILIES = {
                 "attn_pdrop": 0.1,
                 "resid_pdrop": 0.1,
                 "scale_attn_weights": True,
+                "bos_token_id": 50256,
+                "eos_token_id": 50256,
             },
             prefix="transformer.",
             ignored=(r"\.attn\.(masked_)?bias$",),
@@ -268,7 +283,12 @@ FAMILIES = {
             activation=SILU,
             fixed={**GATED_DECODER, "moe_router_pre_softmax": False},
             negated=TIED,
-            defaults={**UNTIED_BY_DEFAULT, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+            defaults={
+                **UNTIED_BY_DEFAULT,
+                **BOS_1_EOS_2,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 1e6,
+            },
         ),
         Family(
             model_type="qwen3_moe",

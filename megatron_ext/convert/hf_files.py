@@ -1,8 +1,10 @@
 """The small files of a Hugging Face folder: its config, its tokenizer. Pure."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +14,70 @@ from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError, warn
 
 CONFIG = "config.json"
-# What a folder holds beside config and weights, and what travels with a converted model.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+# What is read as config and weights, and is not spoken of.
+READ = (CONFIG, "*.safetensors", "*.safetensors.index.json", ".*")
+# Names of what does not travel with a converted model. A pickle is code.
+LEFT = {
+    "weights": r"\.(safetensors|index\.json|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|npz)$",
+    "code": r"\.(py|ipynb|sh|so|pkl|pickle)$",
+    "card of the model before": r"^readme\.md$",
+}
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "tekken.json", "*.model", "*.tiktoken")
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Return those of ``TOKENIZER_FILES`` that ``folder`` holds, by name."""
-    paths = (folder / name for name in TOKENIZER_FILES)
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    """Return what travels with a model of ``folder``, by its name there; warn of what does not."""
+    names, left = carried(folder)
+    if left:
+        warn(f"{folder}: not carried along: {', '.join(left)}.")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def carried(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of what travels with a model of ``folder``, and what does not and why.
+
+    Tokenizer, chat templates, settings of generation, licence: everything that is no weights, no
+    config, no code and no model card. A folder inside goes as a whole or not at all.
+    """
+    names, left = [], []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if any(path.match(pattern) for pattern in READ):
+            continue
+        parts = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files = [part for part in parts if not part.is_dir()]
+        reason = next(filter(None, (_reason(file, folder) for file in files)), None)
+        if reason:
+            left.append(f"{path.name} ({reason})")
+        else:
+            names += [file.relative_to(folder).as_posix() for file in files]
+    return names, left
+
+
+def _reason(file: Path, folder: Path) -> str | None:
+    """Return why ``file`` does not travel, or None."""
+    for reason, pattern in LEFT.items():
+        if re.search(pattern, file.name, re.IGNORECASE):
+            return reason
+    # The hub's cache links from snapshots/HASH/ to blobs/.
+    homes = [folder.resolve()]
+    homes += [folder.resolve().parents[1] / "blobs"] * (folder.resolve().parent.name == "snapshots")
+    if not any(file.resolve().is_relative_to(home) for home in homes):
+        return "a link out of the folder"
+    return None if file.is_file() else "no file"
+
+
+def has_tokenizer(names: Iterable[str]) -> bool:
+    """Whether the files of a folder hold a tokenizer."""
+    return any(fnmatch(name, pattern) for name in names for pattern in TOKENIZER)
 
 
 def tokenizer_files(source: Checkpoint, folder: str | None) -> dict[str, bytes]:
     """Return what to put beside the weights: the tokenizer and its like."""
     place = Path(folder) if folder else source.folder / "tokenizer"
-    files = read_files(place)
-    if folder and not files:
+    if folder and not has_tokenizer(carried(place)[0]):
         raise UserError(f"--tokenizer-model {folder}: no tokenizer files there.", USAGE)
-    if not files:
+    files = read_files(place)
+    if not has_tokenizer(files):
         warn(f"{source.folder} has no tokenizer beside it: give --tokenizer-model DIR to add one.")
     return files
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_ext.convert.hf_files import CONFIG, read_files, read_json, readable
+from megatron_ext.convert.hf_files import CONFIG, read_json, readable
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,10 +49,6 @@ class HfFolder:
         path = self._files[name]
         with readable(path), safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """Return the files of the tokenizer that are there, by name."""
-        return read_files(self.folder)
 
     def _paths(self) -> list[Path]:
         if (self.folder / WEIGHTS).exists():

@@ -18,11 +18,12 @@ from megatron_ext.checkpoint.finite import check_finite
 from megatron_ext.checkpoint.saved_args import complete
 from megatron_ext.checkpoint.writer import Readers
 from megatron_ext.cli.size_flags import megatron_command_line
-from megatron_ext.convert.config import arch_of, family_of, with_positions
+from megatron_ext.convert.config import arch_of, broken_heads, family_of, with_positions
 from megatron_ext.convert.families import Family
-from megatron_ext.convert.hf_files import CONFIG
+from megatron_ext.convert.hf_files import CONFIG, carried, has_tokenizer, read_files
 from megatron_ext.convert.hf_folder import HfFolder
 from megatron_ext.convert.pieces import Piece, pieces
+from megatron_ext.convert.special_tokens import tokens_from
 from megatron_ext.data.datasets import build_tokenizer
 from megatron_ext.pruning import trim
 from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
@@ -60,9 +61,23 @@ def import_folder(
         arch = arch_of(config, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     except ValueError as error:
         raise UserError(f"{source.folder / CONFIG}: {error}.", CHECKPOINT) from None
+    if problem := broken_heads(arch, family):
+        warn(f"{source.folder}: {problem} from 5.0 on: an export needs another --model-type.")
+    files = on_all_ranks(lambda: read_files(source.folder))
+    beyond = 0
     if vocab_size is not None:
-        arch = replace(arch, vocab_size=min(vocab_size, config["vocab_size"]))
+        beyond = max(vocab_size - arch.vocab_size, 0)
+        arch = replace(arch, vocab_size=min(vocab_size, arch.vocab_size))
+    if beyond:
+        names = ", ".join(tokens_from(files, arch.vocab_size)[:8]) or f"{beyond} tokens"
+        warn(
+            f"{source.folder}: the embedding has {arch.vocab_size} rows, the tokenizer {beyond} "
+            f"tokens more, without a row: {names}. Data that holds them will be refused."
+        )
     tokenizer = Path(save).resolve() / checkpoints.RELEASE / checkpoints.TOKENIZER
+    if arch.num_layers * (arch.num_experts or 1) > len(source.shapes):
+        counts = f"{arch.num_layers} layers"
+        _refuse(source, f"{CONFIG} calls for {counts}, there are {len(source.shapes)} tensors")
     work = list(pieces(arch, family))
     on_all_ranks(lambda: check_tensors(source, arch, family, work))
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -74,7 +89,10 @@ def import_folder(
             "model": share,
             "args": complete(
                 arch,
-                args_of(source, config, family, None if vocab_size is None else tokenizer),
+                {
+                    **args_of(source, config, family, None if vocab_size is None else tokenizer),
+                    "tokens_without_row": beyond,
+                },
             ),
             "checkpoint_version": 3.0,
             "iteration": 0,
@@ -82,7 +100,7 @@ def import_folder(
         readers=readers,
         files={
             "megatron_args.sh": megatron_command_line(arch) + "\n",
-            **{f"{checkpoints.TOKENIZER}/{n}": x for n, x in source.tokenizer_files().items()},
+            **{f"{checkpoints.TOKENIZER}/{name}": content for name, content in files.items()},
         },
     )
     return arch
@@ -111,7 +129,7 @@ def args_of(
 
 def tokenizer_size(source: HfFolder) -> int | None:
     """Return how many tokens the folder's tokenizer has; None without one that can be read."""
-    if not any(name.startswith(("tokenizer", "vocab")) for name in source.tokenizer_files()):
+    if not has_tokenizer(carried(source.folder)[0]):
         warn(f"{source.folder} has no tokenizer: every row of the embedding counts as a token.")
         return None
     data = SimpleNamespace(

@@ -107,7 +107,7 @@ def check_data(
         data: a ``megatron_flags.Data``.
         seq_length: tokens of a sample.
         num_samples: requested of train, valid and test.
-        vocab_size: of the tokenizer, without padding.
+        vocab_size: tokens of the model, without padding.
 
     Raises:
         UserError: see the messages; the code is DATA.
@@ -243,7 +243,7 @@ def check_token_ids(prefix: str, vocab_size: int) -> None:
         if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
             raise UserError(
                 f"{prefix}.bin: document {document} has token ids from {ids.min()} to {ids.max()}, "
-                f"the tokenizer has {vocab_size}: wrong tokenizer for this data.",
+                f"the model has {vocab_size} tokens: wrong tokenizer for this data.",
                 DATA,
             )
 

@@ -98,6 +98,7 @@ def build_datasets(
     num_samples: tuple[int, int, int],
     tokenizer: MegatronTokenizerBase,
     seed: int,
+    vocab_size: int | None = None,
     masked: bool = False,
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
     """Return the train, valid and test datasets, the same on every rank.
@@ -119,6 +120,7 @@ def build_datasets(
             more; a split without samples or with weight 0 is None.
         tokenizer: of ``build_tokenizer``.
         seed: of the order of documents and samples, and of what is masked.
+        vocab_size: tokens of the model, which may have fewer than its tokenizer; None for those.
         masked: samples of a masked language model, see ``masked``.
 
     Raises:
@@ -127,8 +129,9 @@ def build_datasets(
     """
     if not any(num_samples):
         return None, None, None
+    vocab_size = vocab_size or tokenizer.vocab_size
     if masked:
-        special = masked_view.special_tokens(tokenizer)
+        special = masked_view.special_tokens(tokenizer, vocab_size)
         _check_maskable(data)
         seq_length -= masked_view.FRAME
 
@@ -139,9 +142,7 @@ def build_datasets(
         return builder.build()
 
     def prepare() -> tuple[str, str | None]:
-        check_data(
-            data, seq_length=seq_length, num_samples=num_samples, vocab_size=tokenizer.vocab_size
-        )
+        check_data(data, seq_length=seq_length, num_samples=num_samples, vocab_size=vocab_size)
         return _reserve_cache(data, used, repr((seq_length, seed, tokenizer.unique_identifiers)))
 
     if data.mock_data:

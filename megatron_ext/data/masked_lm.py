@@ -39,8 +39,10 @@ class SpecialTokens:
     vocab_size: int
 
 
-def special_tokens(tokenizer: Any) -> SpecialTokens:
+def special_tokens(tokenizer: Any, vocab_size: int) -> SpecialTokens:
     """Return the special tokens of ``tokenizer``, as of ``data.build_tokenizer``.
+
+    ``vocab_size``: tokens of the model, from which random ones are drawn.
 
     Raises:
         UserError: it has no [CLS], [SEP] or [MASK].
@@ -55,7 +57,7 @@ def special_tokens(tokenizer: Any) -> SpecialTokens:
             DATA,
         )
     pad = _id_of(tokenizer, "pad") or 0
-    return SpecialTokens(**ids, pad=pad, eod=tokenizer.eod, vocab_size=tokenizer.vocab_size)
+    return SpecialTokens(**ids, pad=pad, eod=tokenizer.eod, vocab_size=vocab_size)
 
 
 def _id_of(tokenizer: Any, name: str) -> int | None:

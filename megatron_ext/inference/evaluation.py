@@ -89,11 +89,12 @@ def evaluate_checkpoint(flags: Any, folder: Path, teacher_folder: Path | None) -
     place = join_ranks(flags, source.arch.num_layers)
     for model in filter(None, (source, teacher)):
         checkpoints.verify_integrity(model.folder)
-    on_all_ranks(lambda: [check_token_ids(path, tokenizer.vocab_size) for path in prefixes])
-    part = partial(check_all_token_ids, prefixes, tokenizer.vocab_size)
+    vocab_size = source.arch.vocab_size
+    on_all_ranks(lambda: [check_token_ids(path, vocab_size) for path in prefixes])
+    part = partial(check_all_token_ids, prefixes, vocab_size)
     on_all_ranks(lambda: part(place.rank, place.world_size))
     modules = build(flags, others, source, teacher, place)
-    special = special_tokens(tokenizer) if source.arch.is_bert else None
+    special = special_tokens(tokenizer, vocab_size) if source.arch.is_bert else None
     figures = measure(flags, modules, prefixes, place, special, has_teacher=teacher is not None)
     if place.rank == 0:
         print(table(figures))

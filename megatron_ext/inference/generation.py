@@ -34,7 +34,7 @@ def generate(flags: Any, folder: Path) -> None:
     tokenizer = datasets.build_tokenizer(flags.tokenizer)
     source = source.with_tokens(tokenizer.vocab_size)
     check_tokenizer(source, tokenizer.vocab_size, tokenizer_sha256(flags.tokenizer))
-    prompts = [tokens_of(text, tokenizer) for text in options.prompt]
+    prompts = [tokens_of(text, tokenizer, source.arch.vocab_size) for text in options.prompt]
     for text, ids in zip(options.prompt, prompts, strict=True):
         check_length(text, len(ids), options.max_new_tokens, source.arch.max_position_embeddings)
 
@@ -47,7 +47,7 @@ def generate(flags: Any, folder: Path) -> None:
             ids,
             max_new_tokens=options.max_new_tokens,
             eod=tokenizer.eod,
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=source.arch.vocab_size,
             temperature=options.temperature,
             top_k=options.top_k,
             seed=options.seed,
@@ -58,8 +58,8 @@ def generate(flags: Any, folder: Path) -> None:
     platform.shut_down()
 
 
-def tokens_of(prompt: str, tokenizer: datasets.MegatronTokenizerBase) -> list[int]:
-    """Return the tokens of a prompt, at least one."""
+def tokens_of(prompt: str, tokenizer: datasets.MegatronTokenizerBase, vocab_size: int) -> list[int]:
+    """Return the tokens of a prompt, at least one, each below ``vocab_size``."""
     try:
         ids = tokenizer.tokenize(prompt) if prompt else []
     except ValueError as error:
@@ -68,8 +68,8 @@ def tokens_of(prompt: str, tokenizer: datasets.MegatronTokenizerBase) -> list[in
         ) from error
     if not ids:
         raise UserError(f"--prompt {prompt!r} has no tokens: give at least one.", USAGE)
-    if not all(0 <= token < tokenizer.vocab_size for token in ids):  # NullTokenizer takes any
-        raise UserError(f"--prompt {prompt!r}: tokens are 0 to {tokenizer.vocab_size - 1}.", USAGE)
+    if not all(0 <= token < vocab_size for token in ids):  # NullTokenizer takes any
+        raise UserError(f"--prompt {prompt!r}: tokens are 0 to {vocab_size - 1}.", USAGE)
     return ids
 
 

@@ -60,6 +60,7 @@ def store_teacher(flags: Any, folder: Path) -> None:
         num_samples=(index.num_samples, 0, 0),
         tokenizer=tokenizer,
         seed=batch.seed,
+        vocab_size=teacher.arch.vocab_size,
         masked=teacher.arch.is_bert,
     )
     missing = on_first_rank(lambda: stored.begin(options.kd_teacher_store, index))

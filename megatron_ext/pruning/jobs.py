@@ -14,6 +14,8 @@ from megatron_ext.cli.programs import (
     check_targets,
     virtual_pipeline_size,
 )
+from megatron_ext.convert.config import Config
+from megatron_ext.convert.fit import check_target
 from megatron_ext.pruning.plan import Plan, check_plan, load_plan
 from megatron_ext.pruning.search import as_yaml, candidates, read_space, table
 from megatron_ext.pruning.targets import read_targets, same_sizes, target_arch
@@ -42,16 +44,18 @@ class Found:
     """Text for the file of --targets."""
 
 
-def check_jobs(flags: PruneFlags, source: Arch) -> tuple[list[Job], Found | None]:
-    """Return what to prune to, checked against the model, the layout and the method.
+def check_jobs(flags: PruneFlags, source: Arch, origin: Config) -> tuple[list[Job], Found | None]:
+    """Return what to prune to, checked against the model, the layout, the method and an export.
 
-    With it what a search found, if there is one.
+    With it what a search found, if there is one. ``origin`` as for ``check_target``.
     """
     check_layout(source, flags.parallel, seq_length=flags.batch.seq_length)
     check_experts([source], flags.parallel)
-    found = search(flags, source)
+    found = search(flags, source, origin)
     jobs = find_jobs(flags, source, found)
     check_targets(source, [job.target for job in jobs], flags.prune)
+    for job in jobs:
+        check_target(job.target, source, origin)
     return jobs, found
 
 
@@ -74,7 +78,7 @@ def check_passes(flags: PruneFlags, num_layers: int, data_parallel_size: int) ->
         )
 
 
-def search(flags: PruneFlags, source: Arch) -> Found | None:
+def search(flags: PruneFlags, source: Arch, origin: Config) -> Found | None:
     """Return the candidates for --target-params; None without it, and where --targets exists."""
     options = flags.prune
     params, tolerance = options.target_params, options.target_tolerance
@@ -82,8 +86,27 @@ def search(flags: PruneFlags, source: Arch) -> Found | None:
         return None
     assert options.search_space is not None, "the flags were not checked"
     space = read_space(options.search_space, source)
-    targets = candidates(source, space, params * (1 - tolerance), params * (1 + tolerance))
+    band = params * (1 - tolerance), params * (1 + tolerance)
+    targets = exportable(candidates(source, space, *band), source, origin)
     return Found(targets, table(targets), as_yaml(targets, space))
+
+
+def exportable(targets: Mapping[str, Arch], source: Arch, origin: Config) -> dict[str, Arch]:
+    """Return those of ``targets`` that some family holds.
+
+    Raises:
+        UserError: none is; what is wrong with the last of them.
+    """
+    found, problem = {}, None
+    for name, target in targets.items():
+        try:
+            check_target(target, source, origin)
+            found[name] = target
+        except UserError as error:
+            problem = error
+    if not found:
+        raise UserError(f"--search-space: none of {len(targets)} candidates: {problem}", USAGE)
+    return found
 
 
 def find_jobs(flags: PruneFlags, source: Arch, found: Found | None) -> list[Job]:
@@ -105,7 +128,7 @@ def find_jobs(flags: PruneFlags, source: Arch, found: Found | None) -> list[Job]
     ]
 
 
-def given_plan(job: Job, source: Arch, head_residual: str) -> Plan:
+def given_plan(job: Job, source: Arch, head_residual: str, origin: Config) -> Plan:
     """Return the plan that is there for ``job``, checked against the model and the flags.
 
     Raises:
@@ -113,6 +136,7 @@ def given_plan(job: Job, source: Arch, head_residual: str) -> Plan:
     """
     plan = load_plan(job.plan)
     check_plan(plan, source)
+    check_target(plan.target, source, origin)
     if not any(same_sizes(job.target, arch) for arch in (source, plan.target)):
         raise UserError(
             f"--plan {job.plan} leads to other sizes than the --target flags: remove the file to "

@@ -15,6 +15,7 @@ from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256
 from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.cli.programs import PruneFlags, check_layout, format_flags, megatron_command_line
+from megatron_ext.convert.fit import export_note
 from megatron_ext.data import data_check, datasets
 from megatron_ext.data.masked_lm import FRAME
 from megatron_ext.model.build import build_model, model_state_dict
@@ -51,7 +52,7 @@ def prune(flags: PruneFlags, folder: Path) -> int:
     source = checkpoints.read(str(folder), sizes=flags.sizes)
     if flags.data.tokenizer_type and not source.knows_tokens:
         source = source.with_tokens(datasets.build_tokenizer(flags.data).vocab_size)
-    jobs, found = check_jobs(flags, source.arch)
+    jobs, found = check_jobs(flags, source.arch, source.hf_config)
     place = join_ranks(flags, source.arch.num_layers)
     on_first_rank(lambda: check_outputs(flags, jobs, found))
     say(format_flags(flags))
@@ -65,6 +66,9 @@ def prune(flags: PruneFlags, folder: Path) -> int:
         checkpoints.verify_integrity(source.folder)
     for reason in sorted({r for job in jobs if (r := layout_problem(flags, job.target))}):
         say(f"NOTE: what is pruned will not load under this layout: {reason}")
+    for job in jobs:
+        if note := export_note(job.target, source.arch, source.hf_config):
+            say(f"NOTE: {note}")
     targets = [job.target for job in jobs]
     scores = cache(lambda: get_scores(flags, source, place, targets))
     for job in jobs:
@@ -102,7 +106,7 @@ def get_plan(
     """Return the plan of --plan, or make one from scores and write it there. Collective."""
     path = job.plan
     if _exists(path):
-        return given_plan(job, source.arch, flags.prune.head_residual)
+        return given_plan(job, source.arch, flags.prune.head_residual, source.hf_config)
     plan = plan_from_scores(flags, source, place, job.target, scores())
     if path:
         on_first_rank(lambda: save_plan(path, plan))
@@ -261,6 +265,7 @@ def calibration_data(flags: PruneFlags, source: Checkpoint, place: Platform) -> 
         num_samples=(num_samples, 0, 0),
         tokenizer=tokenizer,
         seed=flags.batch.seed,
+        vocab_size=source.arch.vocab_size,
         masked=source.arch.is_bert,
     )
     on_first_rank(

@@ -24,6 +24,7 @@ from megatron_ext.cli.programs import (
 )
 from megatron_ext.cli.size_flags import check_source
 from megatron_ext.convert.config import arch_of, with_positions
+from megatron_ext.convert.fit import export_note
 from megatron_ext.data import data_check
 from megatron_ext.data.vocabulary import vocab_size
 from megatron_ext.distillation.settings import check_models, check_stored_teacher
@@ -83,6 +84,11 @@ def arch_at(
             f"{flag} {folder}: no checkpoint there yet; {option} can say the sizes.", CHECKPOINT
         )
     return config_arch(option, config), config
+
+
+def origin_of(where: str, step: int | None, config: str | None) -> dict[str, Any]:
+    """Return the config.json that a model of ``arch_at`` comes from; empty of another origin."""
+    return read_config("--load-config", where) if where == config else glance(where, step).hf_config
 
 
 def config_arch(
@@ -196,11 +202,12 @@ def prune(flags: PruneFlags, world_size: int) -> int:
         "--load", options.load, options.ckpt_step, flags.dry.load_config, flags.sizes
     )
     check_source(flags.sizes, source)
-    jobs, found = check_jobs(flags, source)
+    origin = origin_of(where, options.ckpt_step, flags.dry.load_config)
+    jobs, found = check_jobs(flags, source, origin)
     check_outputs(flags, jobs, found)
     residual, scores = flags.prune.head_residual, flags.prune.scores
     plans = [
-        given_plan(job, source, residual) if job.plan and Path(job.plan).exists() else None
+        given_plan(job, source, residual, origin) if job.plan and Path(job.plan).exists() else None
         for job in jobs
     ]
     if None in plans and scores and Path(scores).exists():
@@ -216,6 +223,9 @@ def prune(flags: PruneFlags, world_size: int) -> int:
         (plan.target if plan else job.target, job.save or job.plan or NEW)
         for job, plan in zip(jobs, plans, strict=True)
     ]
+    for target, _ in targets:
+        if note := export_note(target, source, origin):
+            print(f"NOTE: {note}")
     text, needs = report.of_pruning(flags, (source, where), targets, world_size)
     return finish(text, needs, absent, flags.dry.gpu)
 
@@ -245,17 +255,18 @@ def check_data_there(
             not that of a model.
     """
     options, absent = flags.data, []
-    num_tokens = models[0][0].vocab_size
+    num_rows = models[0][0].vocab_size
     files = [f for f in (options.tokenizer_model, options.vocab_file, options.merge_file) if f]
     missing = [name for name in files if not Path(name).exists()]
     if missing:
         absent += [f"tokenizer {name}" for name in missing]
     else:
-        num_tokens = vocab_size(options)
+        num_tokens = num_rows = vocab_size(options)
         for arch, where in models:
             if Path(where).is_dir():
                 source = glance(where, sizes=flags.sizes).with_tokens(num_tokens)
                 check_tokenizer(source, num_tokens, tokenizer_sha256(options))
+                num_rows = min(num_rows, source.arch.vocab_size)
             elif num_tokens > arch.padded_vocab_size:
                 raise UserError(
                     f"--tokenizer-type {options.tokenizer_type}: {num_tokens} tokens, {where} has "
@@ -267,7 +278,7 @@ def check_data_there(
     prefixes = data_check.all_prefixes(data_check.sources(options, num_samples))
     for prefix in prefixes:
         if any(Path(f"{prefix}.{end}").exists() for end in ("idx", "bin")):
-            data_check.check_token_ids(prefix, num_tokens)
+            data_check.check_token_ids(prefix, num_rows)
         else:
             absent.append(f"data {prefix}")
     if not absent:
@@ -275,6 +286,6 @@ def check_data_there(
             options,
             seq_length=flags.batch.seq_length,
             num_samples=num_samples,
-            vocab_size=num_tokens,
+            vocab_size=num_rows,
         )
     return absent

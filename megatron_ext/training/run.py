@@ -220,6 +220,7 @@ def go(run: state.Run, tokenizer: datasets.MegatronTokenizerBase, place: Platfor
         num_samples=(num_train, num_valid, num_valid),
         tokenizer=tokenizer,
         seed=batch.seed,
+        vocab_size=run.arch.vocab_size,
         masked=run.arch.is_bert,
     )
     store = flags.distill.kd_teacher_store

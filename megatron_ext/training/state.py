@@ -85,7 +85,7 @@ class Run:
     """Floating-point operations of one step on all ranks together."""
     hidden: HiddenLosses | None = None
     """Losses between hidden states, with maps that are trained too."""
-    hf_config: Mapping[str, Any] | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
     """config.json of the Hugging Face model that this one comes from."""
     tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
     """What stands beside every checkpoint, as ``Checkpoint.tokenizer_files``."""
@@ -141,7 +141,7 @@ def make_run(
         timers=timers,
         flops_per_step=flops_per_token * flags.batch.global_batch_size * flags.batch.seq_length,
         hidden=hidden,
-        hf_config=source and source.args.get("hf_config"),
+        origin=source.origin if source else {},
         tokenizer_files=source.tokenizer_files() if source else {},
     )
 
@@ -254,7 +254,7 @@ def saved_args(run: Run) -> Namespace:
             "consumed_data_samples": run.counters.consumed_data_samples,
             "hidden_loss_alpha": run.counters.alpha,
             "tokenizer_sha256": tokenizer_sha256(run.flags.data),
-            "hf_config": run.hf_config,
+            **run.origin,
         },
     )
 
