@@ -11,9 +11,11 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_ext.arch import Arch, forward_flops, num_parameters
+from megatron_ext.certify.trials import of_pruning
 from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.checkpoint.slices import SliceReader
-from megatron_ext.cli.programs import megatron_command_line
+from megatron_ext.cli.programs import megatron_command_line, parse_prune
+from megatron_ext.model import cuda_graphs
 from megatron_ext.model.build import ModelOptions, build_model
 from megatron_ext.pruning import depth
 from megatron_ext.pruning.calibrate import calibrate
@@ -717,6 +719,18 @@ def test_whole_layers_that_are_left_are_a_gpt_model():
     }
     expected = {("self_attention", 0): 0, ("self_attention", 1): 1, ("mlp", 0): 0, ("mlp", 1): 2}
     assert places == expected
+
+
+def test_what_else_is_refused(llama, sublayers):
+    argv = shlex.split(f"--load {llama['load']} {' '.join(llama['data'])} --save x")
+    flags = parse_prune(argv, 1)
+    for source, target in ((MIXED, MIXED), (LLAMA, with_pattern("*-**-"))):
+        with pytest.raises(UserError, match="has no form in small here"):
+            of_pruning(flags, source, [target], 1, 4)
+    graphs = cuda_graphs.Graphs(cuda_graph_impl="local")
+    for student, teacher in ((MIXED, None), (LLAMA, MIXED)):
+        with pytest.raises(UserError, match="not been tried with a model of sub-layers"):
+            cuda_graphs.check_models(graphs, student, teacher)
 
 
 @pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2 --world-size 2"])

@@ -115,11 +115,11 @@ def scores(trial: Trial) -> dict[str, Any]:
         seq_length=flags.batch.seq_length,
         num_workers=0,
     )
-    fewest = min(target.num_layers for target in trial.targets)
     tqdm.set_lock(threading.RLock())  # its own would outlive a rank that is ended
     with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
-        vectors, order = pruning.measure(flags, passes, fewest)
-    found = Scores(vectors=vectors, removal_order=order, source=arch, **pruning.scoring(flags))
+        vectors, order = pruning.measure(flags, passes, trial.targets)
+    settings = pruning.scoring(flags, sublayers=False)
+    found = Scores(vectors=vectors, removal_order=order, source=arch, **settings)
     residual = flags.prune.head_residual
     plans = [make_plan(found, arch, target, head_residual=residual) for target in trial.targets]
     return {"scores": vectors, "plans": [plan.to_json() for plan in plans]}

@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import SIZES
+from megatron_ext.axes import sizes_of
 from megatron_ext.certify.layouts import Ranks
 from megatron_ext.cli.flag_checks import ENDS, stages
 from megatron_ext.distillation.pairs import Pair
@@ -143,7 +143,7 @@ def small_target(source: Arch, target: Arch, small: Arch, num_layers: int) -> Ar
     Where something is cut, something is cut and something left.
     """
     sizes = {}
-    for name in SIZES:
+    for name in sizes_of(source):
         before, after, now = (getattr(arch, name) for arch in (source, target, small))
         if before != after:
             sizes[name] = min(max(1, now * after // before), now - (now > 1))

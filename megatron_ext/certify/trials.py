@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import SIZES
+from megatron_ext.axes import sizes_of
 from megatron_ext.certify.layouts import Ranks, envelope, ranks_of, small_layouts
 from megatron_ext.certify.shrink import (
     KEPT_TOP_K,
@@ -34,6 +34,7 @@ from megatron_ext.cli.programs import (
     virtual_pipeline_size,
 )
 from megatron_ext.distillation import settings
+from megatron_ext.runtime.errors import USAGE, UserError
 
 # Adam with an epsilon far above every gradient: a step of lr = epsilon takes off the gradient.
 EPSILON = 1e6
@@ -113,6 +114,17 @@ def cut_of(parallel: Parallel, num_layers: int, world_size: int, max_ranks: int)
     return Cut(real=real, layouts=layouts, small=small, virtual=virtual, pieces=pieces)
 
 
+def _check_whole(archs: Sequence[Arch]) -> None:
+    """Refuse what does not shrink to a few layers that are alike."""
+    for arch in archs:
+        if arch.is_hybrid:
+            raise UserError(
+                f"a model of sub-layers ({arch.pattern}) has no form in small here: certify the "
+                "layout with a run of whole layers.",
+                USAGE,
+            )
+
+
 def of_training(
     flags: TrainFlags, student: Arch, teacher: Arch | None, world_size: int, max_ranks: int
 ) -> Trials:
@@ -121,6 +133,7 @@ def of_training(
     Raises:
         UserError: the run's own layout cannot hold these models.
     """
+    _check_whole([student, *([teacher] if teacher else [])])
     placed, _ = settings.check_models(flags, student, teacher, has_weights=False)
     cut = cut_of(placed.parallel, student.num_layers, world_size, max_ranks)
     archs = [student, *([teacher] if teacher else [])]
@@ -229,6 +242,7 @@ def of_pruning(
     Raises:
         UserError: the run's own layout cannot hold the model.
     """
+    _check_whole([source, *targets])
     check_layout(source, flags.parallel, seq_length=flags.batch.seq_length)
     cut = cut_of(flags.parallel, source.num_layers, world_size, max_ranks)
     layout, (depth,) = _stages(flags.parallel, [source], cut, at_least=4)
@@ -300,6 +314,6 @@ def left_out(flags: Any, batch: Any) -> tuple[str, ...]:
 
 def sizes_in_words(before: Arch, after: Arch) -> str:
     """Return what became smaller: ``num_layers 32 -> 2, ...``."""
-    names = (*SIZES, "kv_channels")
+    names = (*sizes_of(before), "kv_channels")
     sizes = {name: (getattr(before, name), getattr(after, name)) for name in names}
     return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in sizes.items() if old != new)

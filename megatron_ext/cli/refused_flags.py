@@ -14,9 +14,8 @@ REFUSED = (
     ),
     ("no sliding windows here; leave it out", "--window-size= --window-attn-skip-freq="),
     (
-        "a model is built of attention and MLPs in turn here; type --num-layers instead",
-        "--hybrid-layer-pattern= --hybrid-override-pattern= --is-hybrid-model "
-        "--export-model-type=GPTModel --spec=...",
+        "a model is a GPTModel, or of the sub-layers of --hybrid-layer-pattern; leave it out",
+        "--hybrid-override-pattern= --is-hybrid-model --export-model-type=GPTModel --spec=...",
     ),
     (
         "every layer has the same sizes here; type --num-layers and the sizes",
