@@ -15,6 +15,7 @@ from megatron_ext.certify.trials import of_pruning
 from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.cli.programs import megatron_command_line, parse_prune
+from megatron_ext.convert.fit import check_target, export_note
 from megatron_ext.model import cuda_graphs
 from megatron_ext.model.build import ModelOptions, build_model
 from megatron_ext.pruning import depth
@@ -678,6 +679,14 @@ def test_export_is_refused(sublayers, tmp_path):
     assert "no Hugging Face family" in line
     assert "--target-num-layers" in line
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_model_that_came_from_elsewhere_is_told():
+    origin, cut = {"model_type": "llama"}, target_arch(LLAMA, attention_layers=3)
+    check_target(cut, LLAMA, origin)
+    assert "cannot be exported, unless" in export_note(cut, LLAMA, origin)
+    assert export_note(cut, LLAMA, {}) is None
+    assert export_note(target_arch(LLAMA, num_layers=3), LLAMA, origin) is None
 
 
 def test_hidden_states_of_a_sublayer_that_is_not_there(llama, sublayers, tmp_path):

@@ -23,7 +23,7 @@ def problem_of(arch: Arch, family: Family, origin: Config) -> str | None:
 
 
 def check_target(target: Arch, source: Arch, origin: Config) -> None:
-    """Refuse to prune to what cannot be exported.
+    """Refuse to prune to what cannot be exported, but for models of sub-layers: ``export_note``.
 
     Args:
         target: the sizes to prune to.
@@ -34,7 +34,7 @@ def check_target(target: Arch, source: Arch, origin: Config) -> None:
     Raises:
         UserError: no family holds the target; the nearest sizes that its own holds are named.
     """
-    problem = None if target == source else _problem(target, origin)
+    problem = None if target == source or target.is_hybrid else _problem(target, origin)
     if problem and not holders(target):
         sizes = fitting_sizes(target, source, origin)
         raise UserError(f"the target cannot be exported: {problem}{sizes}.", USAGE)
@@ -45,6 +45,11 @@ def export_note(target: Arch, source: Arch, origin: Config) -> str | None:
     problem = None if target == source else _problem(target, origin)
     if not problem:
         return None
+    if target.is_hybrid:
+        return (
+            "what is pruned cannot be exported, unless the sub-layers that stay are whole layers: "
+            "no Hugging Face family is here for the others."
+        )
     other, sizes = holders(target)[0], fitting_sizes(target, source, origin)
     return f"what is pruned can be exported with --model-type {other}: {problem}{sizes}."
 
