@@ -167,7 +167,7 @@ def check_resume(arch, world_size, extra, tmp_path):
 
 def resumed_without_optimizer(folder, extra):
     """Return how far a step with a fresh optimizer moves the weights, relative to their size."""
-    run = make_run(LLAMA, folder, [*extra, "--no-load-optim"], seed=99)
+    run = make_run(LLAMA, folder, [*extra, "--no-load-optim", "--lr", "0.002"], seed=99)
     state.restore(run, checkpoints.read(folder))
     before = weights_of(run)
     assert run.schedule.num_steps == 2 * 4, "the schedule begins anew"

@@ -326,13 +326,9 @@ def restore(run: Run, source: checkpoints.Checkpoint) -> None:
         run.schedule.step(increment=0)
     else:
         run.optimizer.reload_model_params()  # its float32 copies of what was there before
-        in_samples, batch_size = (
-            flags.batch.train_samples is not None,
-            flags.batch.global_batch_size,
-        )
-        done = (
-            source.args["consumed_train_samples"] if in_samples else source.iteration * batch_size
-        )
+        done = source.iteration * flags.batch.global_batch_size
+        if flags.batch.train_samples is not None:
+            done = source.args["consumed_train_samples"]
         run.schedule.step(increment=done)
     if "rng_state" in state:
         _set_rng_state(loaded["rng_state"])
