@@ -54,6 +54,7 @@ REFUSED = [
     ("--num-layers 1.5", 1, "--num-layers: invalid int value: '1.5'"),
     ("--normalization BatchNorm", 1, "--normalization: invalid choice: 'BatchNorm'"),
     ("--min-lr", 1, "--min-lr: expected one argument"),
+    ("--optimizer sgd --use-distributed-optimizer", 1, "--use-distributed-optimizer shards Adam"),
     ("--lr nan", 1, "--lr nan: must be a finite number"),
     ("--clip-grad inf", 1, "--clip-grad inf: must be a finite number"),
     ("--world-size 4", 1, "--world-size needs --dry-run."),

@@ -283,6 +283,31 @@ def test_the_third_ctrl_c_ends_the_run_at_once(place, tmp_path):
     assert latest(save) == 2
 
 
+def signal_in_evaluation(batch):
+    """Get SIGTERM on rank 1 in an evaluation behind the first."""
+
+    def counted(*args, **kwargs):
+        nonlocal left
+        left -= 1
+        if left == 0 and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    evaluate, loop.evaluate, left = loop.evaluate, counted, batch
+
+
+def test_sigterm_in_an_evaluation(place, whole, tmp_path):
+    """Regression: the evaluation came to its end first, longer than a launcher waits."""
+    save, extra = str(tmp_path / "save"), f"{ALONE} {DROPOUT}"
+    first = f"{extra} --eval-iters 9"  # 9 batches before the first step
+    outcomes = run_program(NAME, place.flags(save, first), 2, partial(signal_in_evaluation, 12))
+    assert [o.code for o in outcomes] == [INTERRUPTED] * 2
+    assert "leaving the validation after 3 of 9 batches" in outcomes[0].stdout
+    assert latest(save) == 2
+    succeed(NAME, place.flags(save, extra), 2)
+    assert_same_bytes(read_tensors(save), read_tensors(whole))
+
+
 def test_sigterm_to_a_process(place, tmp_path):
     """A scheduler signals the whole job: the process group, with its data loader workers."""
     save, extra = str(tmp_path / "save"), f"{ALONE} --global-batch-size 16 --num-workers 1"

@@ -174,6 +174,12 @@ def batch_problems(
         yield "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce."
 
 
+def optimizer_problems(optimizer: group.Optimizer, parallel: group.TrainParallel) -> Iterator[str]:
+    """What the update rule cannot do."""
+    if optimizer.optimizer == "sgd" and parallel.use_distributed_optimizer:
+        yield "--use-distributed-optimizer shards Adam's state only, not --optimizer sgd."
+
+
 def length_problems(batch: group.TrainBatch, optimizer: group.Optimizer) -> Iterator[str]:
     """A run in steps or in samples, not both."""
     o, in_samples = optimizer, batch.train_samples is not None

@@ -165,6 +165,7 @@ def parse_train(argv: Sequence[str], world_size: int) -> TrainFlags:
     batch = replace(batch, global_batch_size=batch_size)
     check.refuse(
         check.length_problems(batch, flags.optimizer),
+        check.optimizer_problems(flags.optimizer, flags.parallel),
         check.batch_problems(batch, parallel, dp),
     )
     if batch.train_samples is not None:

@@ -3,9 +3,11 @@
 ``flags`` are that program's.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -25,6 +27,9 @@ from megatron_ext.data.datasets import build_tokenizer
 from megatron_ext.runtime.errors import DATA, UserError
 
 CHUNK_BYTES = 1 << 20
+
+
+PR_SET_PDEATHSIG = 1  # of Linux' sys/prctl.h
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ def preprocess(flags: Any, paths: Sequence[str]) -> None:
     encode = partial(encode_chunk, tokenizer, files.json_keys, files.append_eod, dtype)
 
     start, progress = time.monotonic(), Progress(paths, files.log_interval)
-    with open_outputs(files.output_prefix, files.json_keys, dtype) as builders:
+    outputs = open_outputs(files.output_prefix, files.json_keys, dtype)
+    with ending_at_sigterm(), outputs as builders:
         for chunk, encoded in encode_in_order(encode, read_chunks(paths), files.workers):
             for document in encoded:
                 for builder, ids in zip(builders.values(), document, strict=True):
@@ -104,7 +110,7 @@ def encode_chunk(
             documents = [tokenizer.tokenize(text) if text else [] for text in texts]
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 ({error}).", DATA) from error
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:  # a lone surrogate is a TypeError
             raise UserError(f"{where}: the tokenizer refuses it ({error}).", DATA) from error
         eod = [tokenizer.eod] if append_eod else []
         encoded.append([numpy.array(ids + eod if ids else [], dtype) for ids in documents])
@@ -152,10 +158,23 @@ def encode_in_order(
 def _start_worker(encode: Callable[[Chunk], Encoded]) -> None:
     global _encode
     _encode = encode
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A worker whose parent was killed would wait for work for ever.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _work(chunk: Chunk) -> Encoded:
     return _encode(chunk)
+
+
+@contextmanager
+def ending_at_sigterm() -> Iterator[None]:
+    """Have SIGTERM end the block as Ctrl-C does: workers and unfinished files go."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -167,12 +186,9 @@ def open_outputs(
     paths = [f"{prefix}_{key}_document" for key in keys]
     builders: dict[str, IndexedDatasetBuilder] = {}
     try:
-        try:
-            os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
-            for path in paths:
-                builders[path] = IndexedDatasetBuilder(path + ".bin" + scratch, dtype)
-        except OSError as error:
-            raise UserError(f"--output-prefix {prefix}: cannot write: {error}.", DATA) from error
+        os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
+        for path in paths:
+            builders[path] = IndexedDatasetBuilder(path + ".bin" + scratch, dtype)
         yield builders
         for path, builder in builders.items():
             builder.finalize(path + ".idx" + scratch)
@@ -181,9 +197,12 @@ def open_outputs(
             Path(path + ".idx").unlink(missing_ok=True)
             os.replace(path + ".bin" + scratch, path + ".bin")
             os.replace(path + ".idx" + scratch, path + ".idx")
+    except OSError as error:
+        raise UserError(f"--output-prefix {prefix}: cannot write: {error}.", DATA) from error
     finally:
         for path, builder in builders.items():
-            builder.data_file.close()
+            with suppress(OSError):  # a full disk
+                builder.data_file.close()
             for suffix in (".bin", ".idx"):
                 with suppress(FileNotFoundError):
                     os.unlink(path + suffix + scratch)

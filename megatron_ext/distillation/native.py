@@ -23,6 +23,7 @@ import importlib
 import os
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 MOMENTS = {"none": 0, "gap": 1, "products": 3}
@@ -44,6 +45,17 @@ def kernels(
     if gradient_of is not None and gradient_of not in module.LOSSES:
         return None
     return module if student.is_contiguous() and teacher.is_contiguous() else None
+
+
+def name(device: torch.device | int | str) -> str:
+    """Return what computes losses on ``device``: a module of kernels, or torch.
+
+    They differ in the last bits.
+    """
+    module = _module(torch.device(device).type)
+    x = torch.empty(1, 1, 1, device="cpu")
+    is_there = module is not None and (module.__name__.endswith("triton") or module.takes(x, x))
+    return module.__name__.rpartition(".")[2] if is_there else "torch"
 
 
 @functools.cache

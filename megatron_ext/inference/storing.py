@@ -29,6 +29,7 @@ from megatron_ext.pruning.calibrate import evaluating
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
 from megatron_ext.runtime.errors import USAGE, UserError
+from megatron_ext.runtime.files import hold
 from megatron_ext.runtime.platform import Platform
 from megatron_ext.training.state import restore_weights
 from megatron_ext.training.step import Batch
@@ -63,6 +64,7 @@ def store_teacher(flags: Any, folder: Path) -> None:
         vocab_size=teacher.arch.vocab_size,
         masked=teacher.arch.is_bert,
     )
+    on_first_rank(lambda: hold(options.kd_teacher_store, "--kd-teacher-store"))
     missing = on_first_rank(lambda: stored.begin(options.kd_teacher_store, index))
     chunks = build_model(
         teacher.arch, model_options(flags, place, teacher.arch.num_layers), place.groups

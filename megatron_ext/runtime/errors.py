@@ -50,6 +50,12 @@ def warn(message: str) -> None:
         print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
+def note(message: str) -> None:
+    """Print what is worth knowing on rank 0; nothing is wrong."""
+    if is_first_rank():
+        print(f"NOTE: {message}", flush=True)
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Call ``main`` and exit: with its return value, or with a ``UserError``'s code and one line.
 
@@ -57,6 +63,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     it does: torchrun ends with 1 whatever its ranks return. Any other exception is a bug and keeps
     its traceback.
     """
+    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
     try:
         _take_rank_of_slurm()
         _check_rank_numbers()
@@ -68,6 +75,37 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.exit(error.code)
     _write_code(code)
     sys.exit(code)
+
+
+class _Lasting:
+    """stdout or stderr whose loss ends no run: what nobody reads any more goes to /dev/null.
+
+    ``... | head`` closes its pipe, a terminal hangs up, a log's disk fills: what is learnt is worth
+    more than what is said of it.
+    """
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write ``text`` if it is read."""
+        self._do(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        self._do(self.stream.flush)
+
+    def _do(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except OSError:
+            # What is buffered is written at the end of the process: not to where it fails again.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def _say(error: UserError) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_ext.checkpoint.folder import find
 from megatron_ext.distillation.model import KD_LOSS
 from megatron_ext.model import cuda_graphs
 from megatron_ext.runtime.errors import INTERRUPTED, RUNTIME, UserError
@@ -80,7 +81,7 @@ def train(
             if flags.batch.manual_gc and gc_is_due:
                 gc.collect()
             if evaluates:
-                validate(run, valid_batches, log, "validation")
+                validate(run, valid_batches, log, "validation", stop)
             if _is_due(counters.iteration, flags.checkpoint.save_interval):
                 save_unless_saved()
             reason = _reason_to_stop(flags.batch, counters.iteration, began, stop)
@@ -191,14 +192,27 @@ def step_shape(run: Run) -> StepShape:
     )
 
 
-def validate(run: Run, make_batches: MakeBatches, log: Log, split: str) -> None:
-    """Report the mean losses of ``--eval-iters`` global batches, always the same. Collective."""
+def validate(
+    run: Run,
+    make_batches: MakeBatches,
+    log: Log,
+    split: str,
+    stop: StopSignals | None = None,
+) -> None:
+    """Report the mean losses of ``--eval-iters`` global batches, always the same. Collective.
+
+    A run that is told to stop (``stop``) leaves its evaluation: what is trained is to be saved, and
+    a launcher waits for seconds only.
+    """
     batches = [make_batches(0) for _ in run.model]
     num_batches = run.flags.log.eval_iters
     names = [*run.eval_losses, *[HIDDEN_LOSS] * (run.hidden is not None)]
     totals = dict.fromkeys(names, 0.0)
     with gathered_parameters(run):
-        for _ in range(num_batches):
+        for done in range(num_batches):
+            if stop is not None and done and _caught(stop):
+                log.say(f"leaving the {split} after {done} of {num_batches} batches")
+                return
             for name, value in _evaluate(run, batches).items():
                 totals[name] += value / num_batches
     _check_finite(run, totals, f"the {split} of iteration {run.counters.iteration}")
@@ -258,19 +272,30 @@ def _check_finite(run: Run, values: Mapping[str, float], where: str) -> None:
     save = run.flags.checkpoint.save
     for name, value in values.items():
         if not math.isfinite(value):
-            saved = f"; the last checkpoint in {save} is good" if save else ""
+            last = find(save) if save else None
+            saved = f"; {last} is good" if last else ""
             raise UserError(
                 f"{name} is {value} at {where}: lower --lr or look at the data{saved}.", RUNTIME
             )
+
+
+def _caught(stop: StopSignals) -> bool:
+    """Whether any rank was told to stop: one small all-reduce."""
+    return bool(_highest(stop.caught)[0])
+
+
+def _highest(*values: int) -> list[int]:
+    """Return the highest of all ranks' values. Collective."""
+    highest = torch.tensor(values, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
+    return highest.tolist()
 
 
 def _reason_to_stop(batch: Any, iteration: int, began: float, stop: StopSignals) -> str | None:
     """Return why to stop, the same on every rank: one small all-reduce."""
     minutes = (time.perf_counter() - began) / 60
     late = batch.exit_duration_in_mins is not None and minutes > batch.exit_duration_in_mins
-    flag = torch.tensor([stop.caught, int(late)], device=torch.cuda.current_device())
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    caught, late = flag.tolist()
+    caught, late = _highest(stop.caught, int(late))
     if caught:
         return f"received {signal.Signals(caught).name}"
     if late:

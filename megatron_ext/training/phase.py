@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_ext.checkpoint.folder import Checkpoint
+from megatron_ext.cli.parser import dashed
 from megatron_ext.cli.programs import TrainFlags
 
 BLENDS = ("data_path", "train_data_path")
@@ -37,6 +38,63 @@ def changes(saved: Mapping[str, Any], flags: TrainFlags) -> dict[str, tuple[Any,
         for name, values in found.items()
         if _comparable(name, values[0]) != _comparable(name, values[1])
     }
+
+
+OBJECTIVE = "another objective from here on"
+# What follows from another value, where it is more than that the new one holds from here on.
+CONSEQUENCES = {
+    "seed": "another order of data and dropout: samples may come twice or not at all",
+    "teacher_load": OBJECTIVE,
+    "optimizer": "another update rule needs --no-load-optim",
+    "logit_kernels": "losses differ in their last bits",
+    "transformer_impl": "sums differ in their last bits",
+}
+# Where a run writes and what it says and checks: no number depends on them. And what is checked
+# or converted elsewhere.
+NOT_OF_THE_RUN = {
+    *("load", "save", "ckpt_step", "pretrained_checkpoint", "finetune", "save_interval"),
+    *("save_retain_interval", "verify_integrity", "trust_checkpoint", "exit_interval"),
+    *("exit_duration_in_mins", "exit_on_missing_checkpoint", "exit_signal_handler", "hf_config"),
+    *("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_cache_path"),
+    *("num_workers", "distributed_timeout_minutes", "padded_vocab_size", "params_dtype"),
+    *("tokenizer_model", "tokenizer_sha256", "vocab_file", "merge_file", "vocab_size"),
+    *("consumed_train_samples", "consumed_data_samples", "hidden_loss_alpha", "train_iters"),
+    *("data_parallel_size", "override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"),
+    *("manual_gc", "manual_gc_interval", "mmap_bin_files", "kd_teacher_store"),
+}
+NOT_OF_THE_RUN_PREFIXES = ("log_", "eval_", "tensorboard_", "wandb_", "profile", "timing_")
+
+
+def table_of_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return a line for each flag that differs: the flag, before, now, what follows; or nothing.
+
+    Args:
+        saved: a checkpoint's args.
+        now: those that the run would save. What only one of them names is taken to be the same.
+    """
+    names = [
+        name
+        for name in sorted(saved.keys() & now.keys())
+        if name not in NOT_OF_THE_RUN
+        and not name.startswith(NOT_OF_THE_RUN_PREFIXES)
+        and _plain(saved[name]) != _plain(now[name])
+    ]
+    rows = [("flag", "before", "now", "what follows")]
+    for name in names:
+        objective = OBJECTIVE if name.startswith("kd_") else "holds from here on"
+        change = str(saved[name]), str(now[name])
+        rows.append((dashed(name), *change, CONSEQUENCES.get(name, objective)))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "  " + "  ".join([*(x.ljust(w) for x, w in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    ]
+    return "\n".join(lines) if names else ""
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` as JSON would hold it; None, False, 0 and nothing are alike."""
+    return list(value) if isinstance(value, tuple | list) else value or None
 
 
 def consumed_data_samples(saved: Mapping[str, Any], flags: TrainFlags) -> int:

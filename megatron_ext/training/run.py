@@ -22,7 +22,8 @@ from megatron_ext.model.build import LanguageModel, ModelOptions, build_model
 from megatron_ext.model.options import batches_of_rank, check_fp8, join_ranks, model_options
 from megatron_ext.rehearsal.early import Start
 from megatron_ext.runtime import platform
-from megatron_ext.runtime.collective_errors import on_all_ranks
+from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
+from megatron_ext.runtime.files import hold
 from megatron_ext.runtime.platform import Platform
 from megatron_ext.training import phase, state
 from megatron_ext.training.log import Log
@@ -54,6 +55,8 @@ def pretrain(flags: TrainFlags, start: Start) -> int:
         flags, arch, teacher and teacher.arch, has_weights=start.source is not None
     )
     place = join_ranks(flags, arch.num_layers)
+    if flags.checkpoint.save:
+        on_first_rank(lambda: hold(flags.checkpoint.save, "--save"))
     if flags.checkpoint.verify_integrity:
         for source in filter(None, (start.source, teacher)):
             checkpoints.verify_integrity(source.folder)

@@ -29,12 +29,13 @@ from megatron_ext.checkpoint.identity import tokenizer_sha256
 from megatron_ext.checkpoint.saved_args import complete
 from megatron_ext.cli.parser import dashed
 from megatron_ext.cli.programs import TrainFlags, flags_as_dict, megatron_command_line
+from megatron_ext.distillation import native
 from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.model import cuda_graphs
 from megatron_ext.model.build import LanguageModel, model_state_dict
 from megatron_ext.model.fp8 import keep_exact_weights
 from megatron_ext.runtime.collective_errors import on_all_ranks
-from megatron_ext.runtime.errors import CHECKPOINT, UserError, warn
+from megatron_ext.runtime.errors import CHECKPOINT, UserError, note, warn
 from megatron_ext.training import phase, torch_adam
 from megatron_ext.training.step import wrap
 
@@ -255,6 +256,7 @@ def saved_args(run: Run) -> Namespace:
             "hidden_loss_alpha": run.counters.alpha,
             "tokenizer_sha256": tokenizer_sha256(run.flags.data),
             **run.origin,
+            "logit_kernels": native.name(torch.cuda.current_device()),
         },
     )
 
@@ -320,9 +322,14 @@ def restore(run: Run, source: checkpoints.Checkpoint) -> None:
         torch_adam.fuse(run.optimizer)
         _restore_schedule(run, loaded["opt_param_scheduler"], source)
         _set_rates(run, run.optimizer.param_groups)
+        _set_typed(run)
         run.schedule.step(increment=0)
     else:
         run.optimizer.reload_model_params()  # its float32 copies of what was there before
+        done = source.iteration * flags.batch.global_batch_size
+        if flags.batch.train_samples is not None:
+            done = source.args["consumed_train_samples"]
+        run.schedule.step(increment=done)
     if "rng_state" in state:
         _set_rng_state(loaded["rng_state"])
     run.counters.iteration = source.iteration
@@ -330,6 +337,8 @@ def restore(run: Run, source: checkpoints.Checkpoint) -> None:
     run.counters.consumed_data_samples = phase.consumed_data_samples(source.args, flags)
     for name, (before, now) in phase.changes(source.args, flags).items():
         warn(f"{dashed(name)}: {before} before, {now} from here on; the data begin anew.")
+    if table := phase.table_of_changes(source.args, vars(saved_args(run))):
+        note(f"going on from {source.folder} with other flags:\n{table}")
     run.counters.floating_point_operations = loaded["num_floating_point_operations_so_far"]
 
 
@@ -349,6 +358,18 @@ def _set_rates(run: Run, param_groups: Iterable[dict[str, Any]]) -> None:
             group["max_lr"] = options.decoupled_lr
             if options.decoupled_min_lr is not None:
                 group["min_lr"] = options.decoupled_min_lr
+
+
+def _set_typed(run: Run) -> None:
+    """Use the typed constants of the update rule; megatron-core's groups hold the saved ones."""
+    options = run.flags.optimizer
+    typed = {
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_eps,
+        "momentum": options.sgd_momentum,
+    }
+    for group in run.optimizer.param_groups:
+        group.update({name: value for name, value in typed.items() if name in group})
 
 
 def _param_groups(saved: dict[Any, Any]) -> Iterator[dict[str, Any]]:

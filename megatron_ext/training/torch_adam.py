@@ -2,10 +2,11 @@
 
 The distributed optimizer of megatron-core 0.19.2 saves and loads those of Transformer Engine and
 Apex, which keep one step count per parameter group. torch's, used where neither is installed, keeps
-one per parameter. Three places do not expect that:
+one per parameter. Places that do not expect that:
 
     planning a load        needs the state of a step that has not been taken: ``allocate``
     filling the state      looks for a step among the loaded tensors: ``_keep_step``
+    loading SGD            has no function that makes its state: ``allocate``
     after a load           all parameters share one step tensor, which each of them then counts up:
                            ``fuse`` gives each a copy
 """
@@ -36,6 +37,9 @@ def fuse(optimizer: MegatronOptimizer) -> None:
 
 def allocate(optimizer: MegatronOptimizer) -> None:
     """Give every parameter on this rank the empty state that its first step would make."""
+    for part in _parts(optimizer):
+        if part.init_state_fn is None:  # megatron-core has none for SGD, and calls it
+            part.init_state_fn = _allocate_momentum
     for inner in _torch_adams(optimizer):
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
@@ -45,6 +49,13 @@ def allocate(optimizer: MegatronOptimizer) -> None:
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
     _let_distributed_optimizer_keep_steps()
+
+
+def _allocate_momentum(inner: torch.optim.Optimizer, _: Any) -> None:
+    """Give every parameter of an SGD its momentum, zero: the first step makes the same of it."""
+    for group in inner.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            inner.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def _torch_adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
