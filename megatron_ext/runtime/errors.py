@@ -3,7 +3,7 @@
 Exit codes:
     0  done                         3   bad or missing checkpoint, plan or scores file
     1  runtime error                4   bad data
-    2  bad or contradictory flags   5   certify: the layout computes something else than one rank
+    2  bad or contradictory flags   5   certify, convert check: two that should compute the same do not
                                     75  interrupted after a good save: start again to go on
 """
 
