@@ -5,8 +5,8 @@
     python tools/convert.py check --hf student-hf --load ckpt/student
 
 One process, or several with torchrun, which share the reading and writing. No model is built and no
-GPU used. Weights are read from safetensors only. ``check`` is one process: it computes the logits of
-both models on the CPU, in float32, and ends with code 5 where they differ.
+GPU used. Weights are read from safetensors only. ``check`` is one process: it computes the logits
+of both models on the CPU, in float32, and ends with code 5 where they differ.
 """
 
 import os
@@ -28,7 +28,7 @@ from megatron_ext.cli.size_flags import Sizes
 from megatron_ext.convert import gguf
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.fit import problem_of
-from megatron_ext.convert.hf_files import CONFIG, read_json, tokenizer_files
+from megatron_ext.convert.hf_files import CONFIG, check_hf_folder, tokenizer_files
 from megatron_ext.convert.options import check_free, with_tokens
 from megatron_ext.rehearsal.cost_report import model_line
 from megatron_ext.rehearsal.dry_run import arch_at, config_arch, read_config, with_sizes
@@ -151,7 +151,7 @@ def run_check(argv: Sequence[str]) -> int:
         raise UserError("convert check: one process; start it without torchrun.", USAGE)
     trust(options.trust_checkpoint)
     folder = locate(options.load, options.ckpt_step)
-    read_json(Path(options.hf) / CONFIG)
+    check_hf_folder(options.hf)
     with heavy.imports():
         from megatron_ext.convert import compare
     return compare.check_model(options, folder)
@@ -170,7 +170,7 @@ def run_import(argv: Sequence[str]) -> None:
         if options.hf.endswith(gguf.SUFFIX):
             gguf.tensor_types(options.hf)
         else:
-            read_json(Path(options.hf) / CONFIG)
+            check_hf_folder(options.hf)
     with heavy.imports():
         from megatron_ext.convert import run
     run.import_model(options)

@@ -21,7 +21,7 @@ from megatron_ext.cli.size_flags import megatron_command_line
 from megatron_ext.convert.config import arch_of, broken_heads, family_of, with_positions
 from megatron_ext.convert.families import Family
 from megatron_ext.convert.hf_files import CONFIG, carried, has_tokenizer, read_files
-from megatron_ext.convert.hf_folder import HfFolder
+from megatron_ext.convert.hf_folder import ADAPTER, HfFolder
 from megatron_ext.convert.pieces import Piece, pieces
 from megatron_ext.convert.special_tokens import tokens_from
 from megatron_ext.data.datasets import build_tokenizer
@@ -153,6 +153,8 @@ def check_tensors(source: HfFolder, arch: Arch, family: Family, work: Sequence[P
     Raises:
         UserError: naming the first tensor that is missing, has another shape or dtype, or no row.
     """
+    if problem := other_kind(source, family, arch):
+        _refuse(source, problem)
     expected, num_rows = {}, source.config["vocab_size"]
     dtypes: dict[str, str] = {}
     for piece in work:
@@ -177,6 +179,24 @@ def check_tensors(source: HfFolder, arch: Arch, family: Family, work: Sequence[P
     for name in others:
         if name not in left and not any(re.search(p, name) for p in family.ignored):
             _refuse(source, f"{name} has no row in the table of {family.model_type} (families.py)")
+
+
+def other_kind(source: HfFolder, family: Family, arch: Arch) -> str | None:
+    """Return what a folder is that is no language model of ``arch``, as its tensors' names say."""
+    names, layers = list(source.shapes), [0]
+    for name in names:
+        if ".lora_" in name or name.startswith("base_model."):
+            return f"{name}: {ADAPTER}"
+        if re.match(r"(score|classifier|v_head|reward_head|qa_outputs)\.", name):
+            kinds = source.config.get("architectures") or ["another model"]
+            return f"{name} is a head of {kinds[0]}; only {family.architecture} is read here"
+        if re.match(r"(model\.)?(vision|visual|language_model|multi_modal|mm_)", name):
+            return f"{name} is part of a model of pictures and text, which is not read here"
+        layers += [int(found) for found in re.findall(r"(?:^|\.)(?:layers?|h)\.(\d+)\.", name)]
+    if max(layers) >= arch.num_layers:
+        key = family.sizes["num_layers"][0]
+        return f"its files hold {max(layers) + 1} layers, {CONFIG} says {key} {arch.num_layers}"
+    return None
 
 
 def _check_tied(source: HfFolder, family: Family, expected: dict[str, tuple[int, ...]]) -> None:
