@@ -18,7 +18,13 @@ from megatron_ext.checkpoint.finite import check_finite
 from megatron_ext.checkpoint.saved_args import complete
 from megatron_ext.checkpoint.writer import Readers
 from megatron_ext.cli.size_flags import megatron_command_line
-from megatron_ext.convert.config import arch_of, broken_heads, family_of, with_positions
+from megatron_ext.convert.config import (
+    arch_of,
+    broken_heads,
+    family_of,
+    with_positions,
+    without_biases,
+)
 from megatron_ext.convert.families import Family
 from megatron_ext.convert.hf_files import CONFIG, carried, has_tokenizer, read_files
 from megatron_ext.convert.hf_folder import ADAPTER, HfFolder
@@ -63,6 +69,9 @@ def import_folder(
         raise UserError(f"{source.folder / CONFIG}: {error}.", CHECKPOINT) from None
     if problem := broken_heads(arch, family):
         warn(f"{source.folder}: {problem} from 5.0 on: an export needs another --model-type.")
+    if absent := without_biases(config, family):
+        off = ", ".join(key for key in family.biases if not config.get(key))
+        warn(f"{source.folder}: {off} is off: {len(absent)} kinds of biases are zeros here.")
     files = on_all_ranks(lambda: read_files(source.folder))
     beyond = 0
     if vocab_size is not None:
@@ -158,6 +167,8 @@ def check_tensors(source: HfFolder, arch: Arch, family: Family, work: Sequence[P
     expected, num_rows = {}, source.config["vocab_size"]
     dtypes: dict[str, str] = {}
     for piece in work:
+        if is_zero_bias(piece, source, family):
+            continue
         for name, size in piece.shapes(arch, num_rows).items():
             found = name_in(source, family, name)
             expected[found] = size
@@ -209,6 +220,14 @@ def _check_tied(source: HfFolder, family: Family, expected: dict[str, tuple[int,
         expected[head] = source.shapes[head]
 
 
+def is_zero_bias(piece: Piece, source: HfFolder, family: Family) -> bool:
+    """Whether ``piece`` is a bias that the folder's model has not, while it has others."""
+    key = piece.weight.key
+    return key.endswith(".bias") and any(
+        part in key for part in without_biases(source.config, family)
+    )
+
+
 def name_in(source: HfFolder, family: Family, name: str) -> str:
     """Return the name of a tensor in the folder; files of the bare model leave out the prefix."""
     names = [name, name.removeprefix(family.prefix)]
@@ -232,13 +251,17 @@ def planned_share(
     """
     share, readers = extra_states(arch) if rank == 0 else {}, {}
     for piece in trim.deal(iter(work), arch, world_size)[rank]:
+        is_zero = is_zero_bias(piece, source, family)
         names = [name_in(source, family, name) for name in piece.names]
-        dtype = getattr(torch, source.dtypes[names[0]])
+        named = names[0].removesuffix("bias") + "weight" if is_zero else names[0]
+        dtype = getattr(torch, source.dtypes[named])
         empty = torch.empty(piece.shape(arch), dtype=dtype, device="meta")
         for name, tensor in trim.as_share(piece, empty, arch).items():
             share[name] = tensor
-            readers[tensor.key, tensor.global_offset] = functools.partial(
-                read_piece, source, arch, piece, names
+            readers[tensor.key, tensor.global_offset] = (
+                functools.partial(torch.zeros, piece.shape(arch), dtype=dtype)
+                if is_zero
+                else functools.partial(read_piece, source, arch, piece, names)
             )
     return share, readers
 
