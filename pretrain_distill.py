@@ -8,7 +8,9 @@ Started again with the same command, a run goes on from its last checkpoint in -
 
 import os
 import sys
+from dataclasses import replace
 
+from megatron_ext.checkpoint.identity import with_own_tokenizer
 from megatron_ext.checkpoint.unpickling import trust
 from megatron_ext.cli.programs import parse_train
 from megatron_ext.rehearsal import dry_run, early
@@ -24,6 +26,7 @@ def main() -> int:
     if flags.dry.dry_run:
         return dry_run.train(flags, flags.dry.world_size or world_size)
     start = early.find_start(flags)
+    flags = replace(flags, data=with_own_tokenizer(flags.data, start.teacher, start.source))
     early.check_training(flags, start, world_size)
     with heavy.imports():
         from megatron_ext.training import run

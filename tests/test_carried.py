@@ -1,6 +1,7 @@
 """What travels with a model beside its weights: files, and the ids of its special tokens."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from sentencepiece import SentencePieceTrainer
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.hf_files import carried, has_tokenizer, read_files
 from megatron_ext.convert.special_tokens import KINDS, ids_in, special_ids
-from megatron_ext.runtime.errors import DATA
+from megatron_ext.runtime.errors import DATA, USAGE
 from tests.models import LLAMA
-from tests.programs import fail, succeed, write_corpus, write_model
+from tests.programs import fail, run_here, succeed, write_corpus, write_model
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(90)), "<pad>"]
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "w7", "pad_token": "<pad>"}
@@ -146,11 +147,21 @@ def test_a_tokenizer_with_more_tokens_than_rows(tmp_path):
         ("pretrain_distill", [*train, "--save", student, *shape, "--split", "1"]),
         ("tools.evaluate", ["--load", student, "--teacher-load", teacher, *shape]),
     ):
-        code, line = fail(program, [*flags, *own, "--data-path", many])
+        code, line = fail(program, [*flags, "--data-path", many])
         assert code == DATA
         assert f"the model has {len(WORDS) - 1} tokens" in line
-        succeed(program, [*flags, *own, "--data-path", few])
-    succeed("tools.generate", ["--load", student, *own, "--prompt", "w1", "--max-new-tokens", "2"])
+        if program in ("prune", "pretrain_distill"):
+            dry = [*flags, "--data-path", few, "--dry-run", "--gpu", "A100"]
+            code, out, errors = run_here([f"{program}.py", *dry])
+            assert (code, "not checked" in out) == (0, False), errors
+        for typed in ((), own):
+            if program == "tools.evaluate" or not typed:
+                succeed(program, [*flags, *typed, "--data-path", few])
+    # One command for every tokenizer: none typed is the checkpoint's.
+    succeed("tools.generate", ["--load", student, "--prompt", "w1", "--max-new-tokens", "2"])
+    shutil.rmtree(f"{teacher}/release/tokenizer")
+    code, line = fail("tools.generate", ["--load", teacher, "--prompt", "w1"])
+    assert (code, "there is no tokenizer beside the checkpoint" in line) == (USAGE, True)
     out = tmp_path / "exported"
     succeed("tools.convert", ["export", "--load", student, "--hf", str(out)])
     assert transformers.AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 93

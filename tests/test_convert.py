@@ -28,7 +28,7 @@ from megatron_ext.convert.importer import import_folder
 from megatron_ext.inference.generation import continue_tokens, load_model
 from megatron_ext.model.build import ModelOptions, build_model
 from megatron_ext.runtime import platform
-from megatron_ext.runtime.errors import CHECKPOINT, RUNTIME, USAGE, UserError
+from megatron_ext.runtime.errors import CHECKPOINT, DIFFERS, RUNTIME, USAGE, UserError
 from megatron_ext.training.state import restore_weights
 from tests.models import LLAMA
 from tests.programs import (
@@ -705,3 +705,29 @@ def test_sizes_of_known_models():
     )
     gpt2 = {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12}
     assert num_parameters(arch_of({**gpt2, "n_positions": 1024})) == 124_439_808
+
+
+def test_check_compares_logits_with_transformers(folders, tmp_path):
+    """0 and small differences of the same model, 5 of another one; causal and masked."""
+    text = ["--seq-length", "24", "--tolerance", "1e-4"]
+    for name in ("qwen2.5 7B", "bert"):
+        flags = ["check", "--hf", str(folders / name / "hf"), *text]
+        (same,) = succeed("tools.convert", [*flags, "--load", str(folders / name / "megatron")])
+        assert "the same at 100.00% of 48 positions" in same.stdout
+        assert "OK: within 0.0001" in same.stdout
+    other = ["--load", str(folders / "mistral/megatron"), "--tokens", "5", "17", "60"]
+    (differs,) = run_program("tools.convert", ["check", "--hf", str(folders / "llama/hf"), *other])
+    assert differs.code == DIFFERS
+    figures = differs.stdout.split("mean loss")[1].split()
+    expected = hf_loss(folders / "llama/hf", [5, 17, 60])
+    assert float(figures[0]) == pytest.approx(expected, rel=1e-5)
+    assert "DIFFERS: not within 0.001" in differs.stdout
+    wrong = ["--hf", str(folders / "llama/hf"), *other[:-1], str(ROWS)]
+    code, line = fail("tools.convert", ["check", *wrong])
+    assert (code, f"tokens 0 to {ROWS - 1}" in line) == (USAGE, True)
+
+
+def hf_loss(folder, ids):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return float(model(torch.tensor([ids]), labels=torch.tensor([ids])).loss)

@@ -9,7 +9,7 @@ import transformers
 
 from megatron_ext.convert.config import arch_of
 from megatron_ext.convert.families import FAMILIES
-from megatron_ext.convert.fit import check_target, export_note, holders, problem_of
+from megatron_ext.convert.fit import check_target, export_note, holders, problem_of, serving_note
 from megatron_ext.pruning.targets import target_arch
 from megatron_ext.runtime.errors import USAGE, UserError
 from tests.programs import fail, run_here, succeed
@@ -88,6 +88,16 @@ def test_a_real_model_that_breaks_the_rule_of_its_family_comes_in(tmp_path):
     assert problem_of(arch, FAMILIES["llama"], {}) is not None
     assert holders(arch)[0] == "mistral"
     assert holders(replace(arch, kv_channels=7)) == []
+
+
+def test_a_serving_engine_that_reads_no_head_dim_is_named():
+    """vLLM's Qwen2, as its code reads: hidden_size // heads."""
+    for name, config in CONFIGS.items():
+        arch = arch_of({**config, "head_dim": 8})
+        assert serving_note(arch, FAMILIES[name]) is None
+        note = serving_note(replace(arch, hidden_size=48), FAMILIES[name])
+        assert (note is not None) == (name == "qwen2")
+    assert "takes 48 // 8, not 8" in serving_note(replace(arch, hidden_size=48), FAMILIES["qwen2"])
 
 
 HEADS = ["--target-num-attention-heads", "6", "--target-hidden-size", "64"]

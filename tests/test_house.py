@@ -26,7 +26,8 @@ MAY_IMPORT = {
     # rehearsal: where a run starts, found out before torch is imported.
     "training": {"cli", "checkpoint", "data", "model", "distillation", "rehearsal"},
     "inference": {"cli", "checkpoint", "data", "model", "pruning", "distillation", "training"},
-    "convert": {"cli", "checkpoint", "data", "pruning"},
+    # model, training: a checkpoint is computed beside transformers.
+    "convert": {"cli", "checkpoint", "data", "model", "pruning", "training"},
     "rehearsal": {"cli", "checkpoint", "data", "model", "pruning", "distillation", "convert"},
     # data: the samples of a masked language model.
     "certify": {

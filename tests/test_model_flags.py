@@ -301,3 +301,10 @@ def test_targets_that_can_be_cut():
     assert checked_targets(Prune()) == ARCH
     target = checked_targets(Prune(target_hidden_size=96, target_num_attention_heads=8))
     assert target == replace(ARCH, num_attention_heads=8)
+
+
+def test_a_model_of_one_layer_is_cut_in_width():
+    """Blocks of one layer, the default, leave none where one goes; but none goes."""
+    one = replace(ARCH, num_layers=1)
+    prune = Prune(target_hidden_size=64)
+    check_targets(one, [target_arch(one, **prune.target_sizes())], prune)

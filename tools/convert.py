@@ -2,9 +2,11 @@
 
     python tools/convert.py import --hf Llama-3.1-8B --save ckpt/teacher
     python tools/convert.py export --load ckpt/student --hf student-hf
+    python tools/convert.py check --hf student-hf --load ckpt/student
 
 One process, or several with torchrun, which share the reading and writing. No model is built and no
-GPU used. Weights are read from safetensors only.
+GPU used. Weights are read from safetensors only. ``check`` is one process: it computes the logits
+of both models on the CPU, in float32, and ends with code 5 where they differ.
 """
 
 import os
@@ -26,7 +28,7 @@ from megatron_ext.cli.size_flags import Sizes
 from megatron_ext.convert import gguf
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.fit import problem_of
-from megatron_ext.convert.hf_files import CONFIG, read_json, tokenizer_files
+from megatron_ext.convert.hf_files import CONFIG, check_hf_folder, tokenizer_files
 from megatron_ext.convert.options import check_free, with_tokens
 from megatron_ext.rehearsal.cost_report import model_line
 from megatron_ext.rehearsal.dry_run import arch_at, config_arch, read_config, with_sizes
@@ -87,6 +89,30 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Check:
+    """Check."""
+
+    hf: str = flag(REQUIRED, "Hugging Face folder, which transformers computes")
+    load: str = flag(REQUIRED, "folder of the Megatron checkpoint")
+    ckpt_step: int | None = flag(None, "iteration to read; default the latest", at_least=0)
+    tokens: tuple[int, ...] = flag((), "ids of one text; default random tokens")
+    samples: int = flag(2, "random texts", at_least=1)
+    seq_length: int = flag(128, "tokens of a random text, as far as the models go", at_least=2)
+    seed: int = flag(1234, "of random tokens", at_least=0)
+    tolerance: float = flag(
+        1e-3, "largest difference of two logits, as a share of the largest logit", at_least=0
+    )
+    trust_checkpoint: bool = trust_flag()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckFlags:
+    """Compare the logits of a Megatron checkpoint with those of transformers."""
+
+    options: Check
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImportFlags:
     """Write a Hugging Face model as a Megatron checkpoint."""
 
@@ -104,18 +130,31 @@ class ExportFlags:
     dry: Dry
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Convert in the direction that the first word names."""
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Do what the first word names; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"import": run_import, "export": run_export}
+    commands = {"import": run_import, "export": run_export, "check": run_check}
     if argv in (["-h"], ["--help"]):
         print(__doc__.strip())
-        print("\nconvert import --help and convert export --help list their flags.")
-        return
+        print("\nconvert import --help, export --help and check --help list their flags.")
+        return 0
     if not argv or argv[0] not in commands:
         said = argv[0] if argv else "nothing"
         raise UserError(f"{said}: the first word is one of {', '.join(commands)}.", USAGE)
-    commands[argv[0]](argv[1:])
+    return commands[argv[0]](argv[1:])
+
+
+def run_check(argv: Sequence[str]) -> int:
+    """Compare as ``argv`` says; returns the exit code."""
+    options = parse(CheckFlags, argv).options
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("convert check: one process; start it without torchrun.", USAGE)
+    trust(options.trust_checkpoint)
+    folder = locate(options.load, options.ckpt_step)
+    check_hf_folder(options.hf)
+    with heavy.imports():
+        from megatron_ext.convert import compare
+    return compare.check_model(options, folder)
 
 
 def run_import(argv: Sequence[str]) -> None:
@@ -131,7 +170,7 @@ def run_import(argv: Sequence[str]) -> None:
         if options.hf.endswith(gguf.SUFFIX):
             gguf.tensor_types(options.hf)
         else:
-            read_json(Path(options.hf) / CONFIG)
+            check_hf_folder(options.hf)
     with heavy.imports():
         from megatron_ext.convert import run
     run.import_model(options)

@@ -2,7 +2,7 @@ r"""Evaluate a checkpoint on a data set, alone or beside its teacher, under any 
 
     torchrun --nproc-per-node 2 tools/evaluate.py --load student --teacher-load teacher \
         --data-path corpus/valid_text_document --seq-length 4096 --micro-batch-size 1 \
-        --tensor-model-parallel-size 2 --tokenizer-type HuggingFaceTokenizer --tokenizer-model NAME
+        --tensor-model-parallel-size 2
 
 Every token of the data but the first is predicted once, in order, without shuffling. Figures are
 means over these tokens, in nats. A BertModel reads them in order too and predicts 15 % of them, the
@@ -56,7 +56,7 @@ class EvaluateFlags:
     parallel: group.Parallel
     batch: group.Batch
     precision: group.Precision
-    tokenizer: group.NeededTokenizer
+    tokenizer: group.Tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,8 +1,8 @@
 """Continue texts with a checkpoint, in one process; the likeliest token each time, or sampled.
 
-    python tools/generate.py --load ckpt/student --tokenizer-type HuggingFaceTokenizer \
-        --tokenizer-model NAME --prompt "def main(" "Once upon a time" --max-new-tokens 64
+    python tools/generate.py --load ckpt/student --prompt "def main(" "Once upon a time"
 
+The tokenizer is the one beside the checkpoint, unless --tokenizer-type and its files name another.
 Sizes and precision are the checkpoint's. Every token costs a forward pass over all tokens before
 it: this is for looking at a model, not for serving it.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_ext.checkpoint.folder import locate
 from megatron_ext.checkpoint.unpickling import trust
-from megatron_ext.cli.megatron_flags import NeededTokenizer, trust_flag
+from megatron_ext.cli.megatron_flags import Tokenizer, trust_flag
 from megatron_ext.cli.parser import REQUIRED, flag
 from megatron_ext.cli.parser import parse as parse_flags
 from megatron_ext.data.vocabulary import check_tokenizer_file
@@ -41,7 +41,7 @@ class GenerateFlags:
     """Continue texts with a checkpoint."""
 
     generation: Generation
-    tokenizer: NeededTokenizer
+    tokenizer: Tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,8 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.checkpoint.folder import Checkpoint
+from megatron_ext.checkpoint.folder import TOKENIZER, Checkpoint
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
+
+
+def with_own_tokenizer(options: Any, *sources: Checkpoint | None) -> Any:
+    """Return ``options``, a ``megatron_flags.Tokenizer``; where no type is typed, a checkpoint's.
+
+    That is the Hugging Face tokenizer beside the first of ``sources`` that has one. A teacher
+    stands before its student, whose folder changes whenever a run goes on.
+    """
+    for source in filter(None, sources) if options.tokenizer_type is None else ():
+        folder = source.folder / TOKENIZER
+        if any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")):
+            kind = "HuggingFaceTokenizer"
+            return replace(options, tokenizer_type=kind, tokenizer_model=str(folder))
+    return options
 
 
 def tokenizer_sha256(data: Any) -> str | None:

@@ -266,7 +266,9 @@ TOKENIZERS = (
 class Tokenizer:
     """Tokenizer."""
 
-    tokenizer_type: str | None = flag(None, "kind of tokenizer", choices=TOKENIZERS)
+    tokenizer_type: str | None = flag(
+        None, "kind of tokenizer; default the one beside the checkpoint", choices=TOKENIZERS
+    )
     tokenizer_model: str | None = flag(None, "tokenizer file, or a Hugging Face folder or name")
     vocab_file: str | None = flag(None, "vocab.json of GPT2BPETokenizer")
     merge_file: str | None = flag(None, "merges.txt of GPT2BPETokenizer")

@@ -292,7 +292,7 @@ def check_targets(arch: Arch, targets: Iterable[Arch], prune: own.Prune) -> None
         UserError: with code ``USAGE``, naming both numbers and the flag.
     """
     block, num_layers = prune.depth_block, arch.num_layers
-    if block >= num_layers:
+    if block > 1 and block >= num_layers:
         problem = f"--depth-block {block}: the checkpoint has only {num_layers} layers."
         raise UserError(problem, USAGE)
     for target in targets:

@@ -21,6 +21,8 @@ LLAMA3_ROPE = {
 }
 # The version of transformers whose keys are written, beside those of older ones.
 WRITTEN_FOR = "5.0.0"
+# Switches of biases: what the names of their weights hold.
+BIASED = {"attention_bias": ".self_attention.linear_", "mlp_bias": ".mlp.linear_"}
 # Fields of ``Arch`` that matter in training only, or not in the names and shapes of a model.
 NOT_COMPARED = {
     "vocab_size",
@@ -198,11 +200,17 @@ def _activation_config(arch: Arch, family: Family, config: Config) -> dict[str, 
 
 def _switches(family: Family, config: Config) -> dict[str, bool]:
     switches = {name: not _needed(config, key) for name, key in family.negated.items()}
-    on = {key: bool(config.get(key, False)) for key in family.biases}
-    if len(set(on.values())) > 1:
-        said = ", ".join(f"{key} {json.dumps(value)}" for key, value in on.items())
-        raise ValueError(f"{said}: only all biases or none are computed here")
-    return switches | ({"add_bias_linear": any(on.values())} if on else {})
+    on = [bool(config.get(key)) for key in family.biases]
+    return switches | ({"add_bias_linear": any(on)} if on else {})
+
+
+def without_biases(config: Config, family: Family) -> tuple[str, ...]:
+    """Return parts of the names of weights that have no biases where others of the model have.
+
+    Megatron's models have all or none: such a bias is zero, and computes the same.
+    """
+    off = [key for key in family.biases if not config.get(key)]
+    return tuple(BIASED[key] for key in off) if len(off) < len(family.biases) else ()
 
 
 def _rope(family: Family, config: Config) -> dict[str, Any]:

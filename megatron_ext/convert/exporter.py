@@ -13,7 +13,7 @@ from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.slices import SliceReader, layer_key
 from megatron_ext.convert.config import config_of, num_rows
 from megatron_ext.convert.families import FAMILIES, Family
-from megatron_ext.convert.fit import holders
+from megatron_ext.convert.fit import holders, serving_note
 from megatron_ext.convert.hf_files import CONFIG, tokenizer_files
 from megatron_ext.convert.hf_folder import INDEX, WEIGHTS, header_of, write_weights
 from megatron_ext.convert.importer import EMBEDDING
@@ -71,6 +71,8 @@ def export_folder(
             f"{source.folder} cannot be exported as {family.model_type}: {error}{hint}.",
             CHECKPOINT,
         ) from None
+    if note := serving_note(source.arch, family):
+        warn(f"--hf {folder}: {note}")
     names = shard_names(len(shards))
     index = index_of(headers, names)
     weights = list(zip(names, headers, shards, strict=True))

@@ -31,7 +31,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Fields of ``Arch`` that every model of the family has."""
     biases: tuple[str, ...] = ()
-    """Switches in config.json, which together are add_bias_linear: all on or all off."""
+    """Switches in config.json, any of which is add_bias_linear; biases that are off are zero."""
     negated: Mapping[str, str] = field(default_factory=dict)
     """Field of ``Arch``: the switch in config.json that says the opposite."""
     only: Mapping[str, Any] = field(default_factory=dict)
@@ -48,6 +48,8 @@ class Family:
     """End of a tensor's name: what old files have there."""
     partial_rotary: bool = False
     """transformers reads partial_rotary_factor; of other families it computes all channels."""
+    served_apart: str = ""
+    """An engine that computes head_dim as hidden_size // heads whatever config.json says."""
     whole_heads: bool = False
     """transformers refuses to load a hidden size that is no multiple of the heads; of Llama from
     5.0 on."""
@@ -177,6 +179,7 @@ FAMILIES = {
             sizes=SIZES,
             activation=SILU,
             fixed={**GATED_DECODER, "add_qkv_bias": True},
+            served_apart="vLLM",
             negated=TIED,
             defaults={**UNTIED_BY_DEFAULT, "use_sliding_window": False},
         ),

@@ -59,6 +59,17 @@ def holders(arch: Arch) -> list[str]:
     return [name for name, family in FAMILIES.items() if problem_of(arch, family, {}) is None]
 
 
+def serving_note(arch: Arch, family: Family) -> str | None:
+    """Return which engine cannot load a model of ``family`` that transformers loads, or None."""
+    hidden, heads = arch.hidden_size, arch.num_attention_heads
+    if not family.served_apart or arch.kv_channels == hidden // heads:
+        return None
+    return (
+        f"{family.served_apart} reads no head_dim of {family.model_type} and takes {hidden} // "
+        f"{heads}, not {arch.kv_channels}: it cannot load this model; transformers does."
+    )
+
+
 def fitting_sizes(target: Arch, source: Arch, origin: Config) -> str:
     """Return the nearest sizes that the family of ``origin`` holds, as the end of a message."""
     found = list(_nearest(target, source, origin))

@@ -82,6 +82,20 @@ def tokenizer_files(source: Checkpoint, folder: str | None) -> dict[str, bytes]:
     return files
 
 
+def check_hf_folder(folder: str | Path) -> dict[str, Any]:
+    """Return what config.json in ``folder`` holds.
+
+    Raises:
+        UserError: it is no folder on this machine, or has no such file.
+    """
+    if not Path(folder).is_dir():
+        name = Path(folder).as_posix()
+        is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+        how = f": hf download {name} --local-dir DIR, then --hf DIR" if is_name else ""
+        raise UserError(f"--hf {folder}: a folder on this machine is wanted{how}.", CHECKPOINT)
+    return read_json(Path(folder) / CONFIG)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object that a JSON file holds."""
     with readable(path):

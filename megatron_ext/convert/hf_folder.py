@@ -14,10 +14,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_ext.convert.hf_files import CONFIG, read_json, readable
+from megatron_ext.convert.hf_files import check_hf_folder, read_json, readable
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+ADAPTER = (
+    "an adapter (LoRA), not a model: merge it into its model first, with peft's "
+    "merge_and_unload() and save_pretrained()"
+)
 
 # safetensors' names of dtypes, and torch's.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -32,7 +37,7 @@ class HfFolder:
     def __init__(self, folder: str | Path):
         """Read config.json and the headers of all weight files."""
         self.folder = Path(folder)
-        self.config = read_json(self.folder / CONFIG)
+        self.config = check_hf_folder(folder)
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -54,6 +59,8 @@ class HfFolder:
         if (self.folder / WEIGHTS).exists():
             return [self.folder / WEIGHTS]
         if not (self.folder / INDEX).exists():
+            if (self.folder / "adapter_config.json").exists():
+                raise UserError(f"--hf {self.folder}: {ADAPTER}.", CHECKPOINT)
             pickled = sorted(path.name for path in self.folder.glob("pytorch_model*.bin"))
             hint = (
                 f"{pickled[0]} is a pickle, which may run code when it is read: load it with "

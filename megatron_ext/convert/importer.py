@@ -18,10 +18,16 @@ from megatron_ext.checkpoint.finite import check_finite
 from megatron_ext.checkpoint.saved_args import complete
 from megatron_ext.checkpoint.writer import Readers
 from megatron_ext.cli.size_flags import megatron_command_line
-from megatron_ext.convert.config import arch_of, broken_heads, family_of, with_positions
+from megatron_ext.convert.config import (
+    arch_of,
+    broken_heads,
+    family_of,
+    with_positions,
+    without_biases,
+)
 from megatron_ext.convert.families import Family
 from megatron_ext.convert.hf_files import CONFIG, carried, has_tokenizer, read_files
-from megatron_ext.convert.hf_folder import HfFolder
+from megatron_ext.convert.hf_folder import ADAPTER, HfFolder
 from megatron_ext.convert.pieces import Piece, pieces
 from megatron_ext.convert.special_tokens import tokens_from
 from megatron_ext.data.datasets import build_tokenizer
@@ -63,6 +69,9 @@ def import_folder(
         raise UserError(f"{source.folder / CONFIG}: {error}.", CHECKPOINT) from None
     if problem := broken_heads(arch, family):
         warn(f"{source.folder}: {problem} from 5.0 on: an export needs another --model-type.")
+    if absent := without_biases(config, family):
+        off = ", ".join(key for key in family.biases if not config.get(key))
+        warn(f"{source.folder}: {off} is off: {len(absent)} kinds of biases are zeros here.")
     files = on_all_ranks(lambda: read_files(source.folder))
     beyond = 0
     if vocab_size is not None:
@@ -153,9 +162,13 @@ def check_tensors(source: HfFolder, arch: Arch, family: Family, work: Sequence[P
     Raises:
         UserError: naming the first tensor that is missing, has another shape or dtype, or no row.
     """
+    if problem := other_kind(source, family, arch):
+        _refuse(source, problem)
     expected, num_rows = {}, source.config["vocab_size"]
     dtypes: dict[str, str] = {}
     for piece in work:
+        if is_zero_bias(piece, source, family):
+            continue
         for name, size in piece.shapes(arch, num_rows).items():
             found = name_in(source, family, name)
             expected[found] = size
@@ -179,6 +192,24 @@ def check_tensors(source: HfFolder, arch: Arch, family: Family, work: Sequence[P
             _refuse(source, f"{name} has no row in the table of {family.model_type} (families.py)")
 
 
+def other_kind(source: HfFolder, family: Family, arch: Arch) -> str | None:
+    """Return what a folder is that is no language model of ``arch``, as its tensors' names say."""
+    names, layers = list(source.shapes), [0]
+    for name in names:
+        if ".lora_" in name or name.startswith("base_model."):
+            return f"{name}: {ADAPTER}"
+        if re.match(r"(score|classifier|v_head|reward_head|qa_outputs)\.", name):
+            kinds = source.config.get("architectures") or ["another model"]
+            return f"{name} is a head of {kinds[0]}; only {family.architecture} is read here"
+        if re.match(r"(model\.)?(vision|visual|language_model|multi_modal|mm_)", name):
+            return f"{name} is part of a model of pictures and text, which is not read here"
+        layers += [int(found) for found in re.findall(r"(?:^|\.)(?:layers?|h)\.(\d+)\.", name)]
+    if max(layers) >= arch.num_layers:
+        key = family.sizes["num_layers"][0]
+        return f"its files hold {max(layers) + 1} layers, {CONFIG} says {key} {arch.num_layers}"
+    return None
+
+
 def _check_tied(source: HfFolder, family: Family, expected: dict[str, tuple[int, ...]]) -> None:
     """Expect a head in the folder to be the embedding, with which it is tied."""
     (head,), (embedding,) = family.rows[LM_HEAD].names, family.rows[EMBEDDING].names
@@ -187,6 +218,14 @@ def _check_tied(source: HfFolder, family: Family, expected: dict[str, tuple[int,
         if not torch.equal(source.read(head), source.read(embedding)):
             _refuse(source, f"{head} is not {embedding}, though tie_word_embeddings is true")
         expected[head] = source.shapes[head]
+
+
+def is_zero_bias(piece: Piece, source: HfFolder, family: Family) -> bool:
+    """Whether ``piece`` is a bias that the folder's model has not, while it has others."""
+    key = piece.weight.key
+    return key.endswith(".bias") and any(
+        part in key for part in without_biases(source.config, family)
+    )
 
 
 def name_in(source: HfFolder, family: Family, name: str) -> str:
@@ -212,13 +251,17 @@ def planned_share(
     """
     share, readers = extra_states(arch) if rank == 0 else {}, {}
     for piece in trim.deal(iter(work), arch, world_size)[rank]:
+        is_zero = is_zero_bias(piece, source, family)
         names = [name_in(source, family, name) for name in piece.names]
-        dtype = getattr(torch, source.dtypes[names[0]])
+        named = names[0].removesuffix("bias") + "weight" if is_zero else names[0]
+        dtype = getattr(torch, source.dtypes[named])
         empty = torch.empty(piece.shape(arch), dtype=dtype, device="meta")
         for name, tensor in trim.as_share(piece, empty, arch).items():
             share[name] = tensor
-            readers[tensor.key, tensor.global_offset] = functools.partial(
-                read_piece, source, arch, piece, names
+            readers[tensor.key, tensor.global_offset] = (
+                functools.partial(torch.zeros, piece.shape(arch), dtype=dtype)
+                if is_zero
+                else functools.partial(read_piece, source, arch, piece, names)
             )
     return share, readers
 

@@ -52,7 +52,9 @@ def build_tokenizer(data: Any) -> MegatronTokenizerBase:
     """
     kind = data.tokenizer_type
     if kind not in TOKENIZER_NEEDS:
-        raise UserError(f"--tokenizer-type {kind}: choose {', '.join(TOKENIZER_NEEDS)}.", USAGE)
+        beside = "; there is no tokenizer beside the checkpoint" if kind is None else ""
+        kinds = ", ".join(TOKENIZER_NEEDS)
+        raise UserError(f"--tokenizer-type {kind}: choose {kinds}{beside}.", USAGE)
     needed = {dashed(name): getattr(data, name) for name in TOKENIZER_NEEDS[kind]}
     if not all(needed.values()):
         raise UserError(f"--tokenizer-type {kind} needs {' '.join(needed)}.", USAGE)

@@ -23,6 +23,7 @@ from megatron_ext.checkpoint.identity import (
     check_tokenizer,
     padded_alike,
     tokenizer_sha256,
+    with_own_tokenizer,
 )
 from megatron_ext.cli import megatron_flags as group
 from megatron_ext.cli.programs import check_experts, check_layout
@@ -70,6 +71,7 @@ def evaluate_checkpoint(flags: Any, folder: Path, teacher_folder: Path | None) -
     options = flags.evaluation
     source = checkpoints.read(str(folder))
     teacher = checkpoints.read(str(teacher_folder)) if teacher_folder else None
+    flags = replace(flags, tokenizer=with_own_tokenizer(flags.tokenizer, teacher, source))
     tokenizer = datasets.build_tokenizer(flags.tokenizer)
     source = source.with_tokens(tokenizer.vocab_size)
     teacher = teacher and teacher.with_tokens(tokenizer.vocab_size)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
-from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256
+from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256, with_own_tokenizer
 from megatron_ext.data import datasets
 from megatron_ext.model.build import ModelOptions, build_model, choose_transformer_impl
 from megatron_ext.runtime import platform
@@ -31,6 +32,7 @@ def generate(flags: Any, folder: Path) -> None:
     source = checkpoints.read(str(folder))
     if source.arch.is_bert:
         raise UserError(f"{source.folder} is a BertModel, which continues no texts.", CHECKPOINT)
+    flags = replace(flags, tokenizer=with_own_tokenizer(flags.tokenizer, source))
     tokenizer = datasets.build_tokenizer(flags.tokenizer)
     source = source.with_tokens(tokenizer.vocab_size)
     check_tokenizer(source, tokenizer.vocab_size, tokenizer_sha256(flags.tokenizer))

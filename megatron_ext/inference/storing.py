@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
-from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256
+from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256, with_own_tokenizer
 from megatron_ext.cli.programs import check_experts, check_layout, virtual_pipeline_size
 from megatron_ext.data import datasets
 from megatron_ext.distillation import stored
@@ -42,6 +43,7 @@ def store_teacher(flags: Any, folder: Path) -> None:
     """Store what is not there yet of the teacher in ``folder``. Collective."""
     options, batch = flags.storing, flags.batch
     teacher = checkpoints.read(str(folder))
+    flags = replace(flags, data=with_own_tokenizer(flags.data, teacher))
     tokenizer = datasets.build_tokenizer(flags.data)
     teacher = teacher.with_tokens(tokenizer.vocab_size)
     check_tokenizer(teacher, tokenizer.vocab_size, tokenizer_sha256(flags.data))

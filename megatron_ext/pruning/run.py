@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import checkpoints, saved_args, writer
 from megatron_ext.checkpoint.folder import Checkpoint
-from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256
+from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256, with_own_tokenizer
 from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.cli.programs import PruneFlags, check_layout, format_flags, megatron_command_line
 from megatron_ext.convert.fit import export_note
@@ -50,6 +50,7 @@ from megatron_ext.training.state import restore_weights
 def prune(flags: PruneFlags, folder: Path) -> int:
     """Prune the checkpoint in ``folder``; returns the exit code."""
     source = checkpoints.read(str(folder), sizes=flags.sizes)
+    flags = replace(flags, data=with_own_tokenizer(flags.data, source))
     if flags.data.tokenizer_type and not source.knows_tokens:
         source = source.with_tokens(datasets.build_tokenizer(flags.data).vocab_size)
     jobs, found = check_jobs(flags, source.arch, source.hf_config)

@@ -6,13 +6,14 @@ do not exist yet, and the report.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.arch import Arch
 from megatron_ext.axes import SIZES
 from megatron_ext.checkpoint.folder import find
-from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256
+from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256, with_own_tokenizer
 from megatron_ext.checkpoint.quick_read import glance
 from megatron_ext.cli.flag_checks import model_parallel_size
 from megatron_ext.cli.programs import (
@@ -161,9 +162,19 @@ def teacher_of(flags: TrainFlags) -> Named | None:
     return arch_at("--teacher-load", folder, None, config) if folder or config else None
 
 
+def with_tokenizer_of(flags: Any, model: Named | None) -> Any:
+    """Return ``flags`` with the tokenizer beside a model, if none is typed and one is there."""
+    if model is None or not Path(model[1]).is_dir():
+        return flags
+    return replace(flags, data=with_own_tokenizer(flags.data, glance(model[1])))
+
+
 def train(flags: TrainFlags, world_size: int) -> int:
     """Rehearse ``pretrain_distill.py``; returns the exit code."""
-    student, teacher = student_of(flags), teacher_of(flags)
+    teacher = teacher_of(flags)
+    flags = with_tokenizer_of(flags, teacher)
+    student = student_of(flags)
+    flags = with_tokenizer_of(flags, student)
     flags, teacher_parallel = check_models(
         flags, student[0], teacher and teacher[0], has_weights=student[1] != NEW
     )
@@ -203,6 +214,7 @@ def prune(flags: PruneFlags, world_size: int) -> int:
     )
     check_source(flags.sizes, source)
     origin = origin_of(where, options.ckpt_step, flags.dry.load_config)
+    flags = with_tokenizer_of(flags, (source, where))
     jobs, found = check_jobs(flags, source, origin)
     check_outputs(flags, jobs, found)
     residual, scores = flags.prune.head_residual, flags.prune.scores

@@ -3,12 +3,13 @@
 Exit codes:
     0  done                         3   bad or missing checkpoint, plan or scores file
     1  runtime error                4   bad data
-    2  bad or contradictory flags   5   certify: the layout computes something else than one rank
+    2  bad or contradictory flags   5   certify, convert check: what should be equal differs
                                     75  interrupted after a good save: start again to go on
 """
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +36,8 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, code: int = RUNTIME):
-        super().__init__(message)
+        # Libraries end their reasons with a full stop, or not.
+        super().__init__(re.sub(r"(?<!\.)\.\.$", ".", message))
         self.code = code
 
 
