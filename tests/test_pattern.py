@@ -3,6 +3,7 @@
 import json
 import shlex
 from argparse import Namespace
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -561,23 +562,29 @@ def test_no_layout_changes_other_ways(way, llama, tmp_path):
         assert_same_run(other, found[0])
 
 
-def test_weights_score_sublayers(again, tmp_path):
-    source, _ = again
-    argv = "--target-mlp-layers 1 --importance magnitude"
-    one, two = (prune(tmp_path / x, source, argv, LAYOUTS[x]) for x in ("TP1", "TP2"))
-    assert_same_run(two, one)
-    arch, tensors = checkpoints.read(source["load"]).arch, read_tensors(source["load"])
-    vectors = load_scores(one["scores"]).vectors
-    for kind in ("attention", "mlp"):
-        squares = [
-            sum(
-                x.double().square().sum().item()
-                for key, x in tensors.items()
-                if key.startswith(f"decoder.layers.{layer}.")
-            )
-            for layer in arch.layers_of(kind)
-        ]
-        assert vectors[kind].square().tolist() == pytest.approx(squares, rel=1e-5)
+def test_weights_score_sublayers(llama, again, tmp_path):
+    hybrid, _ = again
+    for name, source in (("gpt", llama), ("hybrid", hybrid)):
+        argv = "--target-mlp-layers 1 --importance magnitude"
+        one, two = (prune(tmp_path / name / x, source, argv, LAYOUTS[x]) for x in ("TP1", "TP2"))
+        assert_same_run(two, one)
+        vectors, tensors = load_scores(one["scores"]).vectors, read_tensors(source["load"])
+        for kind, parts in {"attention": "self_attention", "mlp": "mlp"}.items():
+            totals = defaultdict(float)
+            for key, x in tensors.items():
+                if f".{parts}." in key:
+                    number = key.removeprefix("decoder.layers.").partition(".")[0]
+                    stack = {int(number): x} if number.isdigit() else dict(enumerate(x))
+                    for layer, each in stack.items():
+                        totals[layer] += each.double().square().sum().item()
+            expected = [totals[layer] for layer in sorted(totals)]
+            assert vectors[kind].square().tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_chance_scores_sublayers(llama, tmp_path):
+    files = prune(tmp_path, llama, f"{SUBLAYERS} --importance random")
+    plan = load_plan(files["plan"])
+    assert (len(plan.kept["attention"]), len(plan.kept["mlp"])) == (3, 2)
 
 
 def test_fused_output_distils_alike(runs, llama, tmp_path):
@@ -651,7 +658,6 @@ REFUSED = {
     "--target-num-layers 3 --target-mlp-layers 2": ["whole layers or sub-layers, not both"],
     "--target-attention-layers 5": ["--target-attention-layers 5", "1 to the checkpoint's 4"],
     f"{SUBLAYERS} --depth-block 2": ["--depth-block 2", "one by one"],
-    f"{SUBLAYERS} --importance random": ["--importance random", "--importance activation"],
 }
 
 

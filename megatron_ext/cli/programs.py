@@ -298,7 +298,7 @@ def check_targets(arch: Arch, targets: Iterable[Arch], prune: own.Prune) -> None
     for target in targets:
         check.refuse(
             _residual_problems(arch, target, prune.head_residual),
-            _sublayer_problems(arch, prune)
+            _sublayer_problems(prune)
             if target.is_hybrid
             else _depth_problems(num_layers, target.num_layers, prune),
         )
@@ -328,17 +328,12 @@ def _depth_problems(num_layers: int, target: int, prune: own.Prune) -> Iterator[
         )
 
 
-def _sublayer_problems(arch: Arch, prune: own.Prune) -> Iterator[str]:
+def _sublayer_problems(prune: own.Prune) -> Iterator[str]:
     ones = "sub-layers are removed one by one, by scores that are measured once"
     if prune.depth_block > 1:
         yield f"--depth-block {prune.depth_block}: {ones}; leave it out."
     if prune.depth_rescore:
         yield f"--depth-rescore: {ones}; leave it out."
-    if prune.importance != "activation" and not arch.is_hybrid:
-        yield (
-            f"--importance {prune.importance} scores the whole layers of a GPTModel; "
-            "--target-attention-layers and --target-mlp-layers need --importance activation."
-        )
 
 
 def _missing(options: Sequence[str]) -> Iterator[str]:

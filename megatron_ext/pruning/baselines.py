@@ -19,20 +19,22 @@ from megatron_ext.runtime.collective_errors import on_all_ranks
 from megatron_ext.runtime.errors import UserError
 
 
-def random_scores(arch: Arch, seed: int) -> dict[str, Tensor]:
+def random_scores(arch: Arch, seed: int, *, sublayers: bool = False) -> dict[str, Tensor]:
     """Return scores drawn from [0, 1), each vector from a generator of (seed, its name)."""
     vectors = {}
-    for name, length in lengths(arch).items():
+    for name, length in lengths(arch, sublayers=sublayers).items():
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         vectors[name] = torch.rand(length, generator=generator)
     return vectors
 
 
-def magnitude_scores(reader: SliceReader, arch: Arch, device: torch.device) -> dict[str, Tensor]:
+def magnitude_scores(
+    reader: SliceReader, arch: Arch, device: torch.device, *, sublayers: bool = False
+) -> dict[str, Tensor]:
     """Return the L2 norm of the weights that go when a unit goes. Collective over all ranks.
 
-    A layer's score is the norm of all its weights, as is that of a HybridModel's sub-layer. A key
+    The score of a layer or sub-layer is the norm of all its weights. A key
     and value that several heads share belong to none of them. Padding rows of the vocabulary do not
     count, and a norm's gamma counts as it multiplies, also where gamma - 1 is stored.
 
@@ -43,6 +45,7 @@ def magnitude_scores(reader: SliceReader, arch: Arch, device: torch.device) -> d
         reader: of the checkpoint, this rank's.
         arch: its sizes.
         device: where this rank's collectives run.
+        sublayers: score those of a GPTModel too.
 
     Returns:
         Float32 vectors on the CPU, the same on every rank.
@@ -52,7 +55,8 @@ def magnitude_scores(reader: SliceReader, arch: Arch, device: torch.device) -> d
             NaN or infinite.
     """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    sums = on_all_ranks(lambda: _share(reader, arch, rank, world_size))
+    names = lengths(arch, sublayers=sublayers)
+    sums = on_all_ranks(lambda: _share(reader, arch, names, rank, world_size))
     flat = torch.cat(list(sums.values())).to(device)
     torch.distributed.all_reduce(flat)
     vectors = dict(zip(sums, flat.cpu().split([len(x) for x in sums.values()]), strict=True))
@@ -64,10 +68,12 @@ def magnitude_scores(reader: SliceReader, arch: Arch, device: torch.device) -> d
     return {name: vector.sqrt().float() for name, vector in vectors.items()}
 
 
-def _share(reader: SliceReader, arch: Arch, rank: int, world_size: int) -> dict[str, Tensor]:
+def _share(
+    reader: SliceReader, arch: Arch, names: Mapping[str, int], rank: int, world_size: int
+) -> dict[str, Tensor]:
     """Return this rank's sums of squares, float64, under the names of the scores."""
     check_tensors(reader, arch)
-    sums = {name: torch.zeros(n, dtype=torch.float64) for name, n in lengths(arch).items()}
+    sums = {name: torch.zeros(n, dtype=torch.float64) for name, n in names.items()}
     everything = make_plan(None, arch, arch)
     for piece in deal(pieces(everything), arch, world_size)[rank]:
         _add_squares(sums, piece, _read(reader, piece, arch), arch)
@@ -85,8 +91,8 @@ def _read(reader: SliceReader, piece: Piece, arch: Arch) -> Tensor:
 def _add_squares(sums: Mapping[str, Tensor], piece: Piece, weight: Tensor, arch: Arch) -> None:
     squares = weight.square()
     if piece.layer is not None:
-        depth = piece.weight.kind if arch.is_hybrid else "layers"
-        sums[depth][piece.layer] += squares.sum(dtype=torch.float64)
+        for depth in {"layers", piece.weight.kind} & sums.keys():
+            sums[depth][piece.layer] += squares.sum(dtype=torch.float64)
     if piece.expert is not None:
         sums[f"experts.{piece.layer}"][piece.expert] += squares.sum(dtype=torch.float64)
     for number, dim in enumerate(piece.dims):

@@ -4,11 +4,10 @@
     loss    language-model loss of the model without the layers, nats per token
     kl      KL(whole model || model without the layers) of the next token, nats per token
 
-"Layers" may be sub-layers: the attention or the MLP of a layer alone.
-
-Means are over the unmasked tokens of the calibration samples. Higher means keep. loss orders layers
-as the perplexity of arXiv:2407.14679 does, block is its block importance over contiguous layers, kl
-the metric of arXiv:2504.11409.
+Layers here may be sub-layers, the attention or the MLP of a layer alone. Means are over the
+unmasked tokens of the calibration samples. Higher means keep. loss orders layers as the perplexity
+of arXiv:2407.14679 does, block is its block importance over contiguous layers, kl the metric of
+arXiv:2504.11409.
 
 No second model is built: a layer is left out by handing its input through, on the pipeline stage
 where it lives.
@@ -141,7 +140,7 @@ def skipped(chunks: Sequence[nn.Module], layers: Layers) -> Iterator[None]:
         stand_ins = {
             number: ("forward", _hand_through),
             (number, "attention"): ("_forward_attention", _hand_through),
-            (number, "mlp"): ("_forward_mlp", _hand_on),
+            (number, "mlp"): ("_forward_mlp", lambda hidden_states, *args, **kwargs: hidden_states),
         }
         mine += [(layer, *stand_ins[each]) for each in stand_ins if each in layers]
     for layer, method, stand_in in mine:
@@ -155,10 +154,6 @@ def skipped(chunks: Sequence[nn.Module], layers: Layers) -> Iterator[None]:
 
 def _hand_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
     return hidden_states, kwargs.get("context")
-
-
-def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
 
 
 def _layers_of(chunks: Sequence[nn.Module]) -> Iterator[tuple[int, nn.Module]]:

@@ -158,9 +158,9 @@ def get_scores(
         vectors, order = measure(flags, passes_over(flags, source, place), targets)
     elif flags.prune.importance == "magnitude":
         reader = on_all_ranks(lambda: SliceReader(source.folder))
-        vectors = magnitude_scores(reader, source.arch, place.device)
+        vectors = magnitude_scores(reader, source.arch, place.device, sublayers=sublayers)
     else:
-        vectors = random_scores(source.arch, flags.batch.seed)
+        vectors = random_scores(source.arch, flags.batch.seed, sublayers=sublayers)
     scores = Scores(vectors=vectors, removal_order=order, source=source.arch, **settings)
     if path:
         on_first_rank(lambda: save_scores(path, scores))

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ext.arch import Arch
 from megatron_ext.axes import axes_of
+from megatron_ext.pattern import KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,13 +61,14 @@ def depth_method(importance: str, block: int, *, rescore: bool, sublayers: bool 
     return how + ", sub-layers" * sublayers
 
 
-def lengths(arch: Arch) -> dict[str, int]:
-    """Return the name and length of every score vector of ``arch``."""
+def lengths(arch: Arch, *, sublayers: bool = False) -> dict[str, int]:
+    """Return the name and length of every score vector of ``arch``, if asked of sub-layers too."""
     units: dict[str, range] = {}
     for axis in axes_of(arch):
         for name in axis.vectors(units):
             units[name] = range(axis.length(arch))
-    return {name: len(each) for name, each in units.items()}
+    kinds = {kind: len(arch.layers_of(kind)) for kind in KINDS} if sublayers else {}
+    return {name: len(each) for name, each in units.items()} | kinds
 
 
 def arch_from_json(values: Any) -> Arch:

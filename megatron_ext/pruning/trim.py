@@ -37,7 +37,6 @@ from megatron_ext.pruning.kept import kept_indices
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 
-OUTPUT = "output_layer."
 # numpy gathers columns 4x faster than torch on CPUs and has no bfloat16: it moves integers.
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -204,12 +203,12 @@ def empty_extra_states(reader: SliceReader, target: Arch) -> dict[str, ShardedOb
 def empty_states(names: Iterable[str], target: Arch) -> dict[str, ShardedObject]:
     """Return an empty object of ``target`` for each of the names that is an ``_extra_state``.
 
-    As its weights, a GPTModel's are stacked and a HybridModel's have names of their own. That of
-    the output layer, a HybridModel and a BertModel have, and a GPTModel leaves out.
+    As its weights, a GPTModel's are stacked and a HybridModel's have names of their own. A
+    HybridModel asks for that of the output layer too, which a GPTModel leaves out.
     """
-    states, names = {}, {name for name in names if target.is_bert or not name.startswith(OUTPUT)}
+    states, names = {}, set(names)
     if target.is_hybrid and any("_extra_state" in name for name in names):
-        names.add(f"{OUTPUT}_extra_state")
+        names.add("output_layer._extra_state")
     for name in sorted(names):
         key = re.sub(r"^(\w+\.layers\.)\d+\.", r"\1", name.split("/")[0])
         if not key.endswith("_extra_state"):
