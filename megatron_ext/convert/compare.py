@@ -91,6 +91,7 @@ def hf_logits(folder: str, tokens: Tensor, *, masked: bool) -> Tensor:
 def megatron_logits(source: Checkpoint, tokens: Tensor) -> Tensor:
     """Return the checkpoint's logits [n, s, padded rows], computed in float32 on this CPU."""
     place = platform.initialize(device="cpu")
+    checkpoints.verify_integrity(source.folder)
     options = ModelOptions(transformer_impl=choose_transformer_impl(None, place.device))
     (model,) = build_model(source.arch, options, place.groups)
     restore_weights([model], source)
