@@ -196,6 +196,11 @@ def _tap(
             return (act(output[0]), *output[1:])
         return act(output)
 
+    def on_sum(_: nn.Module, args: Any, output: tuple[Tensor, Tensor | None]) -> tuple:
+        """Add the bias of the projection, which megatron-core leaves to what comes behind."""
+        x, bias = output
+        return act(x if bias is None else x + bias), None
+
     def on_input(_: nn.Module, args: tuple) -> tuple:
         return (act(args[0]), *args[1:])
 
@@ -207,7 +212,7 @@ def _tap(
         layer.pre_mlp_layernorm.register_forward_pre_hook(on_input)
     else:
         module = layer if kind == BLOCK else layer.self_attention
-        module.register_forward_hook(on_output)
+        module.register_forward_hook(on_output if kind == BLOCK else on_sum)
 
 
 class HiddenLosses:
