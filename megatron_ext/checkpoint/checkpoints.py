@@ -37,6 +37,7 @@ from megatron_ext.checkpoint.folder import (  # noqa: F401 (checkpoints.find sta
     Checkpoint,
     find,
     iteration_name,
+    iterations,
     locate,
 )
 from megatron_ext.checkpoint.slices import FIRST_WEIGHT, LAYER_NUMBER, SliceReader
@@ -145,7 +146,9 @@ def verify_integrity(folder: Path) -> None:
             problems.append(f"{path} cannot be read: {error.strerror}")
     problems = [problem for part in gather(problems) for problem in part]
     if problems:
-        raise UserError(f"{problems[0]}.", CHECKPOINT)
+        older = [path.name for path in iterations(str(folder.parent)) if path.name < folder.name]
+        way_out = f"; --ckpt-step takes an older one, {older[0]}" if older else ""
+        raise UserError(f"{problems[0]}{way_out}.", CHECKPOINT)
 
 
 def load(

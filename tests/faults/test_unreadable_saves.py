@@ -117,3 +117,17 @@ def test_a_release_in_a_save_is_a_start(saved, tmp_path):
     """What was pruned or converted into --save is where a run begins."""
     write_model(str(tmp_path), LLAMA)
     assert find(str(tmp_path)).name == checkpoints.RELEASE
+
+
+def test_a_damaged_iteration_names_the_one_before(tmp_path):
+    save = tmp_path / "save"
+    argv = [*RUN.split(), "--train-iters", "2", "--save", str(save), "--load", str(save)]
+    succeed("pretrain_distill", argv)
+    shard = next((save / "iter_0000002").glob("*.distcp"))
+    half_of_it(shard)
+    code, message = fail("pretrain_distill", argv)
+    assert code == CHECKPOINT
+    assert f"{shard} is damaged" in message
+    assert "--ckpt-step takes an older one, iter_0000001" in message
+    succeed("pretrain_distill", [*argv, "--ckpt-step", "1"])
+    assert [line["iteration"] for line in read_metrics(save)] == [1, 2]
