@@ -18,7 +18,7 @@ from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.scores_file import check_scores, load_scores
 from megatron_ext.runtime import platform
-from megatron_ext.runtime.errors import RUNTIME
+from megatron_ext.runtime.errors import CHECKPOINT
 from tests.models import BERT, GPT2, LLAMA, MOE, NEMOTRON
 from tests.programs import fail, read_tensors, succeed, write_model
 from tests.ranks import run_ranks
@@ -196,6 +196,7 @@ def test_weights_that_are_not_finite(tmp_path):
     argv = ["--load", str(tmp_path / "nan"), "--seq-length", "16", "--micro-batch-size", "1"]
     argv += ["--importance", "magnitude", "--scores", str(tmp_path / "scores")]
     code, message = fail("prune", argv, 2)
-    assert code == RUNTIME
-    assert "NaN or infinite: check the weights under --load" in message
+    assert code == CHECKPOINT
+    assert str(tmp_path / "nan") in message
+    assert "decoder.layers.mlp.linear_fc2.weight of layer 1" in message
     assert not (tmp_path / "scores").exists()
