@@ -135,7 +135,8 @@ def test_few_samples_are_a_spread_of_the_data(root):
     whole = Documents(prefixes, 7, 1)
     few = Documents(prefixes, 7, 1, limit=4)
     found = [few[i]["tokens"].tolist() for i in range(4)]
-    places = [[each["tokens"].tolist() for each in whole].index(piece) for piece in found]
+    pieces = [whole[i]["tokens"].tolist() for i in range(len(whole))]
+    places = [pieces.index(piece) for piece in found]
     assert places[0] == 0
     assert places[-1] > len(whole) * 0.6
 

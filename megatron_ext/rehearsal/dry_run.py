@@ -87,9 +87,13 @@ def arch_at(
     return config_arch(option, config), config
 
 
-def origin_of(where: str, step: int | None, config: str | None) -> dict[str, Any]:
+def origin_of(
+    where: str, step: int | None, config: str | None, sizes: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the config.json that a model of ``arch_at`` comes from; empty of another origin."""
-    return read_config("--load-config", where) if where == config else glance(where, step).hf_config
+    if where == config:
+        return read_config("--load-config", where)
+    return glance(where, step, sizes).hf_config
 
 
 def config_arch(
@@ -166,7 +170,8 @@ def with_tokenizer_of(flags: Any, model: Named | None) -> Any:
     """Return ``flags`` with the tokenizer beside a model, if none is typed and one is there."""
     if model is None or not Path(model[1]).is_dir():
         return flags
-    return replace(flags, data=with_own_tokenizer(flags.data, glance(model[1])))
+    source = glance(model[1], sizes=flags.sizes)
+    return replace(flags, data=with_own_tokenizer(flags.data, source))
 
 
 def train(flags: TrainFlags, world_size: int) -> int:
@@ -213,7 +218,7 @@ def prune(flags: PruneFlags, world_size: int) -> int:
         "--load", options.load, options.ckpt_step, flags.dry.load_config, flags.sizes
     )
     check_source(flags.sizes, source)
-    origin = origin_of(where, options.ckpt_step, flags.dry.load_config)
+    origin = origin_of(where, options.ckpt_step, flags.dry.load_config, flags.sizes)
     flags = with_tokenizer_of(flags, (source, where))
     jobs, found = check_jobs(flags, source, origin)
     check_outputs(flags, jobs, found)
