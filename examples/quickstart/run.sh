@@ -7,7 +7,7 @@
 # The same command goes on where it ended. QUICK=1: the flow alone.
 set -euo pipefail
 ROOT=$(realpath "$(dirname "$0")/../..")
-export CORPUS=${CORPUS:-python} TARGETS=${TARGETS:-$ROOT/examples/quickstart/targets.yaml}
+export CORPUS=${CORPUS:-python} TARGETS=${TARGETS:-examples/quickstart/targets.yaml}
 if [ "${QUICK:-0}" != 1 ]; then
     export ITERS=${ITERS:-32} RANK_ITERS=${RANK_ITERS:-16} WARMUP=${WARMUP:-4}
     export NEW_TOKENS=${NEW_TOKENS:-32}

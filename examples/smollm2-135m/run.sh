@@ -36,7 +36,7 @@ fi
 : "${RANKS:=2}" "${SEQ_LENGTH:=256}" "${MICRO_BATCH:=4}" "${BATCH:=8}" "${ITERS:=240}"
 : "${RANK_ITERS:=24}" "${LR:=6e-4}" "${MIN_LR:=6e-5}" "${WARMUP:=10}" "${CORPUS:=debian}"
 : "${CALIBRATION_SAMPLES:=64}" "${EVAL_ITERS:=4}" "${EVAL_SAMPLES:=32}" "${NEW_TOKENS:=60}"
-: "${MEGABYTES:=8}" "${TARGETS:=$ROOT/examples/smollm2-135m/targets.yaml}" "${CONTROLS:=random}"
+: "${MEGABYTES:=8}" "${TARGETS:=examples/smollm2-135m/targets.yaml}" "${CONTROLS:=random}"
 SETTINGS="RANKS SEQ_LENGTH MICRO_BATCH BATCH ITERS RANK_ITERS LR MIN_LR WARMUP CORPUS
     CALIBRATION_SAMPLES EVAL_ITERS EVAL_SAMPLES NEW_TOKENS MEGABYTES TARGETS CONTROLS HF TEXTS"
 # shellcheck disable=SC2034 # read by its name
