@@ -32,9 +32,8 @@ from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.runtime import platform
 from megatron_ext.training import run as training
-from megatron_ext.training.loop import first_alpha, step_shape
+from megatron_ext.training.loop import first_alpha, step_of
 from megatron_ext.training.state import Run
-from megatron_ext.training.step import train_step
 
 SEEDS = STUDENT, TEACHER, DATA = 7, 8, 9
 STORED_TOKENS = 8
@@ -72,17 +71,7 @@ def gradients(trial: Trial) -> dict[str, Any]:
     states = {name: States(each, place.groups) for name, each in models.items()}
     before = trained_pieces(run)
     batches = [make_batches(0) for _ in run.model]
-    losses, apply = train_step(
-        run.model,
-        run.optimizer,
-        batches,
-        step_shape(run),
-        run.objective,
-        run.groups,
-        run.hidden,
-        alpha,
-        run.forward_backward,
-    )
+    losses, apply = step_of(run, batches, alpha)
     _, grad_norm, _ = apply()
     if flags.parallel.overlap_param_gather:
         for chunk in run.model:

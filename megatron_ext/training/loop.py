@@ -99,17 +99,7 @@ def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
     counters, batch_size = run.counters, run.flags.batch.global_batch_size
     log_interval = run.flags.log.log_interval
     alpha = 0.0 if run.hidden is None else run.hidden.constant or counters.alpha
-    losses, apply = train_step(
-        run.model,
-        run.optimizer,
-        batches,
-        step_shape(run),
-        run.objective,
-        run.groups,
-        run.hidden,
-        alpha,
-        run.forward_backward,
-    )
+    losses, apply = step_of(run, batches, alpha)
     first = counters.consumed_data_samples
     where = (
         f"iteration {counters.iteration + 1} (training samples {first} to {first + batch_size - 1})"
@@ -180,6 +170,23 @@ def _evaluate(run: Run, batches: list[Iterator[Batch]]) -> dict[str, float]:
 def alpha_of(losses: Mapping[str, float]) -> float:
     """Return L_logits / L_is (arXiv:2407.14679, section 3); 0 where the states are equal."""
     return losses[KD_LOSS] / losses[HIDDEN_LOSS] if losses[HIDDEN_LOSS] else 0.0
+
+
+def step_of(
+    run: Run, batches: list[Iterator[Batch]], alpha: float
+) -> tuple[dict[str, float], Callable]:
+    """Return what ``train_step`` does for ``run``; ``alpha`` weighs its hidden-state losses."""
+    return train_step(
+        run.model,
+        run.optimizer,
+        batches,
+        step_shape(run),
+        run.objective,
+        run.groups,
+        run.hidden,
+        alpha,
+        run.forward_backward,
+    )
 
 
 def step_shape(run: Run) -> StepShape:
