@@ -180,12 +180,12 @@ class Arch:
 
     @property
     def attention_layers(self) -> int:
-        """How many sub-layers are attention."""
+        """Number of attention sub-layers."""
         return len(self.layers_of("attention"))
 
     @property
     def mlp_layers(self) -> int:
-        """How many sub-layers are an MLP."""
+        """Number of MLP sub-layers."""
         return len(self.layers_of("mlp"))
 
     def layers_of(self, kind: str) -> tuple[int, ...]:

@@ -39,9 +39,9 @@ class Size:
     letter: str
     """In the name of a candidate of a search."""
     help: str
-    """What is counted, in the help of its --target- flag."""
+    """Text of its --target- flag's help: the thing that is counted."""
     rows: Callable[[Arch], int] | None = None
-    """How many rows of a matrix product each of them is; None where no product grows with it."""
+    """Rows of a matrix product that one of them is; None where no product grows with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +51,12 @@ class Axis:
     name: str
     """In scores, plans and error messages."""
     size: Size
-    """How many units there are."""
+    """Number of units."""
     within: Size | None = None
     """Groups of neighbouring units; units are ranked within their group, and each group that stays
     keeps as many. What a group shares is unit ``size`` + group: it stays with any unit of it."""
     scope: Literal["model", "layer", "expert"] = "layer"
-    """What has units of its own: the model, each layer, each expert of each layer."""
+    """Owner of a set of units: the model, each layer, each expert of each layer."""
     kind: str | None = None
     """The kind of sub-layer that has the units (``pattern.KINDS``); None of the model's."""
     dims: Mapping[str, Sections]
@@ -121,7 +121,7 @@ def head_outputs(arch: Arch) -> list[Sequence[int]]:
 
 
 def queries_keys_values(arch: Arch) -> list[Sequence[int]]:
-    """Of each query group its queries, its key, its value: kv_channels positions each.
+    """Queries, key and value of one query group after another: kv_channels positions each.
 
     A key and value belong to the group, or to the head where every head has its own.
     """

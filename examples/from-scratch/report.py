@@ -52,7 +52,7 @@ class ReportFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What from-scratch left in its folder."""
+    """Settings, plan, scores and metrics of a finished run, read from its folder."""
 
     folder: Path
     settings: dict[str, str]

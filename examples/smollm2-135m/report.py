@@ -1,4 +1,4 @@
-"""What became of a pruned and distilled model, as report.md and report.png.
+"""Sizes, losses and texts of a pruned and distilled model, as report.md and report.png.
 
 python examples/smollm2-135m/report.py best --out runs/smollm2-135m     the best candidate's name
 python examples/smollm2-135m/report.py write --out runs/smollm2-135m    the report

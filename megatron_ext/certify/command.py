@@ -20,9 +20,9 @@ from megatron_ext.runtime.errors import USAGE, UserError
 
 TRAIN, PRUNE = ("distill", "pretrain_distill.py"), ("prune", "prune.py")
 PRELOAD = ("megatron_ext.certify.ranks", "torch._dynamo")
-"""What ranks import before they are forked."""
+"""Modules that ranks import before they are forked."""
 UNKNOWN_TOKENS = 1000
-"""Of a tokenizer whose files are not here; it decides whether the vocabulary is padded."""
+"""Vocabulary assumed for a tokenizer whose files are not here; it decides about padding."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What ranks computed, put together and held against one rank."""
+"""Results of all ranks of a layout, put together and compared with those of one rank."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Pieces = Mapping[tuple[str, tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one result of a layout is from that of one rank."""
+    """Distance of one result of a layout from that of one rank."""
 
     name: str
     error: float

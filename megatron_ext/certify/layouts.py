@@ -11,14 +11,14 @@ from megatron_ext.cli.flag_checks import model_parallel_size
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """How many ranks share what."""
+    """Sizes of a layout: ranks of each kind of parallelism."""
 
     tp: int = 1
     pp: int = 1
     cp: int = 1
     dp: int = 1
     ep: int = 1
-    """Of the cp x dp ranks, those that share the experts."""
+    """Ranks that share the experts, a divisor of cp x dp."""
 
     @property
     def total(self) -> int:

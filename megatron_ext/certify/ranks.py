@@ -1,4 +1,4 @@
-"""What a rank computes: one step of training, or scores and plans; in float64.
+"""Work of one rank in float64: one step of training, or scores and plans.
 
 Float64 separates mistakes from rounding. megatron-core turns tensors into float32 in places (its
 cross entropy, optimizers), whatever they are: here float64 stands for float32.

@@ -18,7 +18,7 @@ from megatron_ext.cli.flag_checks import ENDS, stages
 from megatron_ext.distillation.pairs import Pair
 
 POSITIONS, TOKENS = 16, 48
-"""Of a sample and of the vocabulary, at least."""
+"""Least number of tokens of a sample, and of the vocabulary."""
 KEPT_EXPERTS, KEPT_TOP_K = 16, 8
 """Above these, fewer."""
 

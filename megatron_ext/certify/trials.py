@@ -48,7 +48,7 @@ STEP = Optimizer(
 )
 GPU_GROUPS = ("precision", "fp8", "graphs", "overlap")
 NEED_ENGINE = ("layernorm", "moe_act")
-"""What only layers of Transformer Engine compute again."""
+"""Recomputation that only layers of Transformer Engine offer."""
 
 
 def in_words(ranks: Ranks, virtual: int | None, parallel: Parallel) -> str:
@@ -66,7 +66,7 @@ class Trial:
     flags: Any
     """``TrainFlags`` or ``PruneFlags``, checked."""
     arch: Arch
-    """Of the student, or of the model that is scored."""
+    """Sizes of the student, or of the model that is scored."""
     teacher: Arch | None = None
     teacher_parallel: Parallel | None = None
     targets: tuple[Arch, ...] = ()
@@ -80,7 +80,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Trials:
-    """What is run and compared, and what of the run it leaves out."""
+    """Runs in small that are compared, and the flags of the real run that they leave out."""
 
     real: str
     """The run's layout in words."""
@@ -92,7 +92,7 @@ class Trials:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How a run's layout becomes small ones."""
+    """Real and small layout of a run."""
 
     real: Ranks
     layouts: tuple[Ranks, ...]

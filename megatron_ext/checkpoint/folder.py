@@ -53,12 +53,12 @@ class Checkpoint:
 
     @property
     def tokens_without_row(self) -> int:
-        """How many tokens its own tokenizer has beyond the rows of the model it was imported as."""
+        """Number of tokens of its own tokenizer beyond the rows of the imported model."""
         return self.args.get("tokens_without_row") or 0
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What every checkpoint that is made from this one keeps of its args."""
+        """Args of this checkpoint that every one made from it keeps."""
         return {name: self.args.get(name) for name in ("hf_config", "tokens_without_row")}
 
     def with_tokens(self, vocab_size: int) -> "Checkpoint":

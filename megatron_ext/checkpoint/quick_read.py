@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, read without torch, whose import alone takes over a second.
+"""Args of a checkpoint, read without torch, whose import alone takes over a second.
 
 For programs that look at sizes and touch no weights. Nothing is built but plain data and stand-ins
 that do nothing. A file that asks for more, is damaged, or has no args is left to ``checkpoint``,

@@ -1,4 +1,4 @@
-"""What checkpoints may ask for when they are unpickled: plain data, unless the user trusts them.
+"""Unpickling of checkpoints: they may ask for plain data alone, unless the user trusts them.
 
 ``safe_load`` reads with torch, ``quick_read`` without; both keep to this.
 """

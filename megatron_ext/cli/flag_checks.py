@@ -1,4 +1,4 @@
-"""What may not go together between flags. No file, no device and no checkpoint is looked at.
+"""Flags that may not go together. No file, no device and no checkpoint is looked at.
 
 Each function yields one line per problem: the flags, their values, and the fix where it is not
 obvious. ``refuse`` raises the first.
@@ -175,7 +175,7 @@ def batch_problems(
 
 
 def optimizer_problems(optimizer: group.Optimizer, parallel: group.TrainParallel) -> Iterator[str]:
-    """What the update rule cannot do."""
+    """Problems of the update rule."""
     if optimizer.optimizer == "sgd" and parallel.use_distributed_optimizer:
         yield "--use-distributed-optimizer shards Adam's state only, not --optimizer sgd."
 
@@ -278,7 +278,7 @@ def model_problems(sizes: Mapping[str, Any]) -> Iterator[str]:
 
 
 def checkpoint_problems(checkpoint: group.TrainCheckpoint, *, training: bool) -> Iterator[str]:
-    """What is read and written, and when."""
+    """Problems of reading and writing."""
     c = checkpoint
     if training and c.save and c.save_interval is None:
         yield "--save needs --save-interval."
@@ -366,7 +366,7 @@ def log_problems(log: Log, profile: Profile, checkpoint: group.TrainCheckpoint) 
 
 
 def dry_run_problems(dry: Any) -> Iterator[str]:
-    """What only a dry run asks; ``dry``: a ``method_flags.DryRun`` or the like."""
+    """Problems of a dry run's own flags; ``dry``: a ``method_flags.DryRun`` or the like."""
     for field in fields(dry):
         if not dry.dry_run and getattr(dry, field.name) != field.default:
             yield f"{dashed(field.name)} needs --dry-run."

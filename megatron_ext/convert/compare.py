@@ -20,7 +20,7 @@ from megatron_ext.training.state import restore_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """What tells two models' logits of the same tokens apart."""
+    """Differences between two models' logits of the same tokens."""
 
     largest: float
     """Difference of two logits."""

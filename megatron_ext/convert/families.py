@@ -16,7 +16,7 @@ from megatron_ext.convert.rows import Row, both
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What is common to the models of one ``model_type``."""
+    """One ``model_type``: all that its models have in common."""
 
     model_type: str
     architecture: str
@@ -37,9 +37,9 @@ class Family:
     only: Mapping[str, Any] = field(default_factory=dict)
     """Key in config.json: the one value that is computed here."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What config.json stands for where it leaves a key out."""
+    """Values of the keys that a config.json leaves out."""
     prefix: str = "model."
-    """Of the tensors' names; files of the bare model leave it out."""
+    """Prefix of the tensors' names; files of the bare model leave it out."""
     ignored: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
     """Tensors (regular expressions) that files may hold and that are no weights."""
     left_out: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""How the tensors of a Hugging Face model lie in one of Megatron's: pure rearrangements.
+"""Rearrangements of Hugging Face's tensors into Megatron's, and back. Pure.
 
 ``merge`` takes Hugging Face's tensors of one weight and returns Megatron's, ``split`` is its
 inverse, bit for bit. Either may return views. Weights [out, in] and biases [out] alike.

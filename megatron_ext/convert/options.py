@@ -1,4 +1,4 @@
-"""What is checked of a conversion's flags against folders; in a dry run too. Pure."""
+"""Checks of a conversion's flags against folders; in a dry run too. Pure."""
 
 from megatron_ext.checkpoint.folder import Checkpoint, find
 from megatron_ext.runtime.errors import USAGE, UserError

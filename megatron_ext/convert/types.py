@@ -1,4 +1,4 @@
-"""What kind of value each key of a config.json holds. Pure; raises ``ValueError`` with one line."""
+"""Type of each key of a config.json. Pure; raises ``ValueError`` with one line."""
 
 import json
 import math

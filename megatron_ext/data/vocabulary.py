@@ -1,4 +1,4 @@
-"""How many tokens a tokenizer has, for programs that turn no text into tokens."""
+"""Number of tokens of a tokenizer, for programs that turn no text into tokens."""
 
 from contextlib import suppress
 from pathlib import Path

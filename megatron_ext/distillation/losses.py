@@ -25,11 +25,11 @@ class LogitLoss:
     temperature_squared: bool = False
     """Multiply by temperature**2 (Hinton et al. 2015): the gradient then keeps its size."""
     beta: float = 0.5
-    """Of jsd."""
+    """Weight of the teacher in jsd's mixture."""
     top_k: int | None = None
     """Forward KL over the teacher's likeliest tokens; None for the whole vocabulary."""
     top_k_rest: str = DROP
-    """What becomes of the other tokens, see ``topk``."""
+    """Treatment of the other tokens, see ``topk``."""
 
     def __call__(
         self,

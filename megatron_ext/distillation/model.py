@@ -35,7 +35,7 @@ OF_STUDENT = ("decoder", "position_embedding_type", "rotary_pos_emb")
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """What is distilled and how much each loss weighs; equal on all ranks."""
+    """Losses of a distillation and their weights; equal on all ranks."""
 
     logit_loss: LogitLoss = field(default_factory=LogitLoss)
     loss_weight: float = 1.0
@@ -43,7 +43,7 @@ class Distillation:
     lm_loss_weight: float = 0.0
     """Weight of the language-model loss; at 0 a training step does not compute it."""
     hidden_states: HiddenStates | None = None
-    """What else is compared, on any stage."""
+    """Pairs of hidden states that are compared too, on any stage."""
     fused_output: bool = False
     """Never hold all logits, see ``fused``."""
     vocab_size: int

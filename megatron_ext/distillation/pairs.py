@@ -54,7 +54,7 @@ def parse_pairs(text: str, last: tuple[int, int]) -> tuple[Pair, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStates:
-    """What is compared and how; equal on all ranks."""
+    """Pair of hidden states and the loss between them; equal on all ranks."""
 
     pairs: tuple[Pair, ...]
     loss: str = "cosine"

@@ -1,4 +1,4 @@
-"""What the flags ask of distillation, checked against the two models."""
+"""Settings of a distillation, from the flags, checked against the two models."""
 
 from dataclasses import replace
 

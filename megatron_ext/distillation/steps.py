@@ -1,4 +1,4 @@
-"""What each logit loss computes: statistics of rows with a gather, and a closed-form gradient.
+"""The steps of each logit loss: statistics of rows with a gather, and a closed-form gradient.
 
 ``per_token_loss`` has the one autograd function around them; a new loss is a new ``Steps``. Shape
 letters are those of ``chunks``; formulas stand at the public functions of ``losses``.
@@ -28,7 +28,7 @@ from megatron_ext.distillation.row_stats import gathered_stats
 
 
 class Steps(NamedTuple):
-    """What distinguishes one loss from another."""
+    """The steps in which one loss differs from another."""
 
     loss: str
     """Its name in ``native``."""
@@ -39,7 +39,7 @@ class Steps(NamedTuple):
     """Bits s, t [n, B, c] and rows [k, n, B, 1] of a chunk -> T times d loss / d student logits.
     May overwrite s and t."""
     beta: float = 0.0
-    """Of jsd."""
+    """Weight of the teacher in jsd's mixture."""
 
 
 def per_token_loss(

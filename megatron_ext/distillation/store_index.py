@@ -1,4 +1,4 @@
-"""What a stored teacher is of (``stored``), compared with the run that reads it. Pure."""
+"""Index of a stored teacher (``stored``), compared with the run that reads it. Pure."""
 
 import json
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ INDEX = "index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class StoreIndex:
-    """What a store holds."""
+    """Contents of a store."""
 
     top_k: int
     temperature: float
-    """Of the teacher's distribution."""
+    """Temperature of the teacher's distributions."""
     seq_length: int
     vocab_size: int
     tokenizer_sha256: str | None
     num_samples: int
-    """Of the training data set, from its first on."""
+    """Samples of the training data set, from its first on."""
     samples_per_file: int
     teacher: str
     """Where it was loaded from; for people."""

@@ -36,7 +36,7 @@ TOKENS, LOG_PROBS = STORED = ("teacher_tokens", "teacher_log_probs")
 
 CONTENT = {"tokens", "log_probs", "digests"}
 SHA256 = "sha256"
-"""Of a file's tensors, in its metadata."""
+"""Name of the tensors' hash in a file's metadata."""
 ROUNDING = 1e-3
 """Nats by which a log-probability may be above 0."""
 

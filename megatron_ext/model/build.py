@@ -34,7 +34,7 @@ from megatron_ext.runtime.errors import USAGE, UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """How a run holds its models; teacher and student share them."""
+    """Options of a run for its models; teacher and student share them."""
 
     params_dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False

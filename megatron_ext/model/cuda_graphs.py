@@ -70,7 +70,7 @@ def of_student(graphs: Graphs) -> dict[str, Any]:
 
 
 def problems(graphs: Graphs, flags: Any) -> Iterator[str]:
-    """What may not go together, a line each; ``flags`` are ``pretrain_distill.py``'s."""
+    """Problems of flags among each other, a line each; ``flags`` are ``pretrain_distill.py``'s."""
     impl, scope = graphs.cuda_graph_impl, graphs.cuda_graph_scope
     name, typed = f"--cuda-graph-impl {impl}", f"--cuda-graph-scope {' '.join(scope)}"
     if impl == "none":

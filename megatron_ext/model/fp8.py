@@ -87,7 +87,7 @@ def of_teacher(fp8: Fp8) -> dict[str, Any]:
 
 
 def problems(fp8: Fp8, *, bf16: bool, distributed: bool, has_teacher: bool) -> Iterator[str]:
-    """What may not go together, a line each.
+    """Problems of flags that may not go together, a line each.
 
     Args:
         fp8: the flags.

@@ -1,4 +1,4 @@
-"""What programs do alike around a model: join the ranks, choose how to hold it, feed it.
+"""Steps of all programs around a model: join the ranks, choose its options, feed it.
 
 ``flags`` are a program's, with the groups ``parallel``, ``batch`` and ``precision``.
 """

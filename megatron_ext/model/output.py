@@ -1,4 +1,4 @@
-"""What our language models do at their end, whichever of megatron-core's models they are."""
+"""Output layer and loss, shared by GPT, BERT and hybrid models."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ class VocabularyOutput:
     """
 
     num_tokens: int
-    """Of the vocabulary, without padding."""
+    """Tokens of the vocabulary, without padding."""
     leaves_out_output_layer = False
     """Whether ``forward`` without labels returns what the output layer would take."""
 

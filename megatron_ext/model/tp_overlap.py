@@ -67,7 +67,7 @@ def of_student(overlap: TpOverlap) -> dict[str, Any]:
 
 
 def problems(overlap: TpOverlap, parallel: Any) -> Iterator[str]:
-    """What may not go together, a line each; ``parallel`` are the flags of the layout."""
+    """Problems of flags among each other, a line each; ``parallel`` are the flags of the layout."""
     if not overlap.tp_comm_overlap:
         for field in fields(overlap):
             if getattr(overlap, field.name) != field.default:

@@ -1,4 +1,4 @@
-"""How the values of a unit over positions and samples become one score.
+"""Aggregation of a unit's values over positions and samples to one score.
 
 Shape letters in this file:
     s  positions on this rank     n  sample, over the whole calibration set
@@ -27,7 +27,7 @@ from megatron_ext.pruning import native
 
 @dataclass(frozen=True)
 class Aggregation:
-    """What is taken from activations, and how it becomes one score per unit."""
+    """Choices of an aggregation: which activations, and how they become one score per unit."""
 
     batch: str = "l2"
     """Over samples: mean, l2 or var."""
@@ -88,7 +88,7 @@ def aggregate(kind: str, sums: Sequence[Tensor] | Tensor, count: Tensor) -> Tens
 
 
 class OverSamples:
-    """What aggregating over samples needs of v, the aggregate over the positions of each sample.
+    """Sums over samples of v, the aggregate over the positions of each sample.
 
         sums = [ sum_n w v, sum_n w v^2 ]     count = sum_n w
 

@@ -33,7 +33,7 @@ class Passes:
     dataset: Dataset
     place: Platform
     num_samples: int
-    """Of ``dataset``, dealt to the data-parallel ranks."""
+    """Samples of ``dataset`` that are read, dealt to the data-parallel ranks."""
     micro_batch_size: int
     seq_length: int
     num_workers: int

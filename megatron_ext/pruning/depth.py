@@ -40,7 +40,7 @@ Layer = int | tuple[int, str]
 """A layer, its global number from 0; or one kind of sub-layer (``pattern.KINDS``) of a layer that
 has both."""
 Layers = tuple[Layer, ...]
-"""What is left out together."""
+"""Layers or sub-layers that are left out together."""
 Job = tuple[Batch, Layers]
 """One forward pass: what goes in, and which layers are left out."""
 

@@ -1,4 +1,4 @@
-"""What the experts of a layer compute, summed per sample although tokens were sent to other ranks.
+"""Sums per sample of what the experts compute, although tokens were sent to other ranks.
 
 Shape letters in this file:
     R  ranks that exchange tokens (tp x ep)     E  experts of a layer     c  values of an expert

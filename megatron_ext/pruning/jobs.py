@@ -1,4 +1,4 @@
-"""What one run of prune.py makes: one target or several, and where each goes."""
+"""Jobs of one run of prune.py: one target or several, and where each goes."""
 
 import os
 from collections.abc import Mapping, Sequence

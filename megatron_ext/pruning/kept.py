@@ -1,4 +1,4 @@
-"""What a plan keeps of a tensor's axis, from the unit of every position (``axes``)."""
+"""Indices that a plan keeps of a tensor's dim, from the unit of every position (``axes``)."""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache

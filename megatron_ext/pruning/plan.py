@@ -35,18 +35,18 @@ NOT_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is kept of ``source`` so that ``target`` is left."""
+    """Units of ``source`` that are kept so that ``target`` is left."""
 
     source: Arch
     target: Arch
     kept: Mapping[str, tuple[int, ...]]
     """Name -> kept units: of the model, of each kept layer, of each kept expert of a kept layer."""
     head_residual: str = NONE
-    """How pruned heads are folded into kept ones, see ``pruning.residual``."""
+    """Way of folding pruned heads into kept ones, see ``pruning.residual``."""
     residual_pairs: Mapping[int, Pairs] = field(default_factory=dict)
     """(kept head, pruned head) of each kept layer; empty without ``head_residual``."""
     made: Mapping[str, Any] = field(default_factory=dict)
-    """How it was made: aggregation, calibration samples, ..."""
+    """Record of how it was made: aggregation, calibration samples, ..."""
 
     @property
     def axes(self) -> list[Axis]:

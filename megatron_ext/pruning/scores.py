@@ -43,14 +43,14 @@ class Scores:
     source: Arch
     """The model that was scored."""
     aggregation: str
-    """How token scores became one score, e.g. ``batch=l2,seq=mean``."""
+    """Aggregation of token scores to one score, e.g. ``batch=l2,seq=mean``."""
     samples: int
     """Calibration samples."""
     seq_length: int
     """Tokens per sample."""
     depth: str = "block"
-    """How layers were scored, see ``depth_method``. (Single layers beside blocks of several, or
-    beside sub-layers: by block importance.)"""
+    """Method by which layers were scored, see ``depth_method``. (Single layers beside blocks of
+    several, or beside sub-layers: by block importance.)"""
     removal_order: tuple[tuple[int, ...], ...] = ()
     """Layers to remove together, the first to go first; empty: one by one, by their scores."""
 

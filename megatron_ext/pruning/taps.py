@@ -151,21 +151,21 @@ def expert_neurons(layer: nn.Module, arch: Arch, how: Aggregation) -> list[Exper
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """How the units of an axis are measured."""
+    """Measurement of the units of an axis."""
 
     taps: Callable[[nn.Module, Arch, Aggregation], Sequence[Tap | ExpertTap]]
-    """Of one layer."""
+    """Taps of one layer."""
     count: Callable[[Arch], int] = lambda arch: 1
-    """How many taps a layer has; a unit's score is the sum of theirs."""
+    """Number of taps of a layer; a unit's score is the sum of theirs."""
     tp_split: bool = False
     """A tensor-parallel rank sees its own share of the units, at all positions; otherwise it sees
     all units, under sequence parallelism at its own positions."""
     of_layer: bool = False
     """The unit is the layer: one mean over positions and samples, whatever the aggregation."""
     numbers: Callable[[Arch, Aggregation], int] = lambda arch, how: 1
-    """How many numbers are aggregated of a unit."""
+    """Number of values that are aggregated of a unit."""
     scores: Callable[[Tensor, Arch], Tensor] = lambda x, arch: x
-    """What the aggregation made of the numbers, [layers, taps, c] -> scores [layers, taps, units].
+    """Unit scores from the aggregated values, [layers, taps, c] -> scores [layers, taps, units].
     """
 
 

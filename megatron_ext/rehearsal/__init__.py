@@ -1,1 +1,1 @@
-"""What a run will do and cost, before it does. See README.md."""
+"""Rehearsal of a run: its steps and its cost, before it starts. See README.md."""

@@ -1,4 +1,4 @@
-"""What a run of given sizes and layout needs: bytes on the fullest rank, seconds of a step.
+"""Cost of a run of given sizes and layout: bytes on the fullest rank, seconds of a step.
 
 Arithmetic on sizes, before anything is built. Not counted: fragmentation, buffers of collectives
 and of FP8, the CUDA context, maps between hidden states.
@@ -32,7 +32,7 @@ SPLIT_DIMS = {"vocab", *(dim for axis in AXES if axis.tp_split for dim in axis.d
 
 @dataclass(frozen=True)
 class Gpu:
-    """What one GPU can do at best."""
+    """Peak rates and memory of one GPU."""
 
     memory: int
     """Bytes: the vendor's GB as 10^9. torch finds some 5 % more, which is left for what is not
@@ -75,7 +75,7 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a run is spread over ranks and what it holds. Names are the flags'."""
+    """Layout of a run and the choices that decide what a rank holds. Names are the flags'."""
 
     world_size: int
     tensor_model_parallel_size: int = 1
