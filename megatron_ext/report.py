@@ -4,7 +4,6 @@ Nothing here knows where a run ran: files in, Markdown and matplotlib Axes out. 
 argument, so that a caller decides what stands beside what.
 """
 
-import importlib
 import json
 import math
 import os
@@ -189,10 +188,10 @@ def times_table(folder: Path) -> str:
     return markdown_table(["step", "seconds"], rows)
 
 
-def machine_lines(root: Path, settings: Mapping[str, str]) -> str:
+def machine_lines(root: Path, own_version: str, settings: Mapping[str, str]) -> str:
     """Return machine, date, commit of ``root``, versions and settings as a list."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
-    versions += f", megatron-minitron {importlib.import_module('megatron_ext').__version__}"
+    versions += f", megatron-minitron {own_version}"
     rows = [
         ["CPU", f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores"],
         ["date", f"{datetime.now():%F %R}"],

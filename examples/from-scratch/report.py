@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ext import __version__
 from megatron_ext.arch import num_parameters
 from megatron_ext.cli.parser import REQUIRED, flag, parse
 from megatron_ext.pruning.plan import Plan, load_plan
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "## Wall time, seconds",
             times_table(results.folder),
             "## Where",
-            machine_lines(Path(__file__).parent, results.settings),
+            machine_lines(Path(__file__).parent, __version__, results.settings),
         ]
     )
     (results.folder / "report.md").write_text(text + "\n")

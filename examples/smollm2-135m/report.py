@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ext import __version__
 from megatron_ext.arch import num_parameters
 from megatron_ext.cli.parser import REQUIRED, flag, parse
 from megatron_ext.pruning.plan import Plan, load_plan
@@ -95,7 +96,7 @@ def write(folder: Path) -> None:
         # A run that was made elsewhere says where.
         machine.read_text().rstrip()
         if machine.exists()
-        else machine_lines(Path(__file__).parent, settings),
+        else machine_lines(Path(__file__).parent, __version__, settings),
     ]
     text = "\n\n".join(parts) + "\n"
     (folder / "report.md").write_text(text)
