@@ -67,6 +67,23 @@ def corpus(tmp_path):
 # ---------------------------------------------------------------------------- datasets
 
 
+def test_a_token_that_the_model_has_no_row_for(tmp_path, monkeypatch):
+    """Regression: all data was compared with the tokenizer's tokens, which may be more.
+
+    Also not where another model's run has left the indices of the same data.
+    """
+    for name in ("SAMPLED_DOCUMENTS", "SAMPLED_TOKENS"):
+        monkeypatch.setattr(f"megatron_ext.data.data_check.{name}", 1)
+    few = [numpy.full(9, 3) for _ in range(40)]
+    few[25] = numpy.full(9, VOCAB - 3)
+    data = flags(train_data_path=(write(tmp_path / "few", few),))
+    sizes = {"seq_length": SEQ, "num_samples": (30, 0, 0), "seed": 5}
+    build(data)
+    with pytest.raises(UserError, match=f"document 25 has token id {VOCAB - 3}") as caught:
+        build_datasets(data, tokenizer=build_tokenizer(data), vocab_size=VOCAB - 3, **sizes)
+    assert caught.value.code == DATA
+
+
 def test_samples_are_the_windows_of_the_shuffled_documents(corpus):
     train, valid, test = build(flags(data_path=(corpus,), split="70,30,0"), (30, 10, 10))
     assert test is None

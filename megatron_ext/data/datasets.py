@@ -145,7 +145,8 @@ def build_datasets(
 
     def prepare() -> tuple[str, str | None]:
         check_data(data, seq_length=seq_length, num_samples=num_samples, vocab_size=vocab_size)
-        return _reserve_cache(data, used, repr((seq_length, seed, tokenizer.unique_identifiers)))
+        settings = (seq_length, seed, tokenizer.unique_identifiers, vocab_size)
+        return _reserve_cache(data, used, repr(settings))
 
     if data.mock_data:
         used = tuple(Source((), None, (0.0, 1.0), n) if n else None for n in num_samples)
@@ -153,8 +154,8 @@ def build_datasets(
     else:
         used = sources(data, num_samples)
         cache, scratch = on_first_rank(prepare)
-        if scratch:  # what is cached was read with this tokenizer before
-            check = partial(check_all_token_ids, all_prefixes(used), tokenizer.vocab_size)
+        if scratch:  # what is cached was read with this vocabulary before
+            check = partial(check_all_token_ids, all_prefixes(used), vocab_size)
             try:
                 on_all_ranks(lambda: check(_rank(), _world_size()))
             except UserError:
