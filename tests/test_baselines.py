@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ext.arch import dim_sizes
-from megatron_ext.axes import axes_of
+from megatron_ext.arch.axes import axes_of
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.pruning.baselines import magnitude_scores, random_scores

@@ -6,12 +6,10 @@ from collections import defaultdict
 from tests.programs import ROOT
 
 PACKAGE = ROOT / "megatron_ext"
-BASE = {"arch", "axes", "pattern", "runtime"}
+BASE = {"arch", "runtime"}
 # From the ground up. Each may import BASE; what points upwards has its reason behind it.
 MAY_IMPORT = {
     "arch": set(),
-    "axes": set(),
-    "pattern": set(),
     "runtime": set(),
     # model: features that bring their own flags. rehearsal: the names of the GPUs it knows.
     "cli": {"model", "rehearsal"},

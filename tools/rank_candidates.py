@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.axes import sizes_of
+from megatron_ext.arch.axes import sizes_of
 from megatron_ext.checkpoint.quick_read import glance
 from megatron_ext.checkpoint.unpickling import trust
 from megatron_ext.cli.megatron_flags import trust_flag

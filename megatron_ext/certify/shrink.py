@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import sizes_of
+from megatron_ext.arch.axes import sizes_of
 from megatron_ext.certify.layouts import Ranks
 from megatron_ext.cli.flag_checks import ENDS, stages
 from megatron_ext.distillation.pairs import Pair

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import sizes_of
+from megatron_ext.arch.axes import sizes_of
 from megatron_ext.certify.layouts import Ranks, envelope, ranks_of, small_layouts
 from megatron_ext.certify.shrink import (
     KEPT_TOP_K,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import axes_of
+from megatron_ext.arch.axes import axes_of
 from megatron_ext.cli import flag_checks as check
 from megatron_ext.cli import megatron_flags as group
 from megatron_ext.cli import method_flags as own

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megatron_ext import pattern as patterns
+from megatron_ext.arch import pattern as patterns
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import check_comparable, padded_alike, tokenizer_sha256

@@ -331,7 +331,7 @@ def initialize_weights(chunks: list[LanguageModel], arch: Arch, seed: int) -> No
     stds = {"normal": std, "scaled": std / len(arch.pattern) ** 0.5}
     for shard in sharded_tensors(model_state_dict(chunks)):
         if shard.key not in rows:
-            raise ValueError(f"{shard.key} has no row in the table of weights (arch.py).")
+            raise ValueError(f"{shard.key} has no row in the table of weights (megatron_ext/arch).")
         weight, number = rows[shard.key]
         init = weight.init
         if init in ("ones", "zeros"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import axes_of
+from megatron_ext.arch.axes import axes_of
 from megatron_ext.cli.parser import dashed, flag, option
 from megatron_ext.runtime.errors import USAGE, UserError
 

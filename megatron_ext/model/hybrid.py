@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ext.arch import Arch
 from megatron_ext.model.layers import Norm, engine_layer_spec, local_layer_spec
 from megatron_ext.model.output import VocabularyOutput
-from megatron_ext.pattern import in_stages
+from megatron_ext.arch.pattern import in_stages
 
 
 class HybridLanguageModel(VocabularyOutput, HybridModel):

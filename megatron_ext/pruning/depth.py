@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from megatron_ext.arch import Arch
 from megatron_ext.distillation.losses import vocab_parallel_kl
 from megatron_ext.model.build import LanguageModel
-from megatron_ext.pattern import KINDS
+from megatron_ext.arch.pattern import KINDS
 from megatron_ext.pruning.calibrate import Batch, Passes, counted_positions, evaluating
 from megatron_ext.pruning.planner import lowest
 from megatron_ext.runtime.errors import UserError

@@ -43,8 +43,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import Axis, axes_of
-from megatron_ext.pattern import KINDS
+from megatron_ext.arch.axes import Axis, axes_of
+from megatron_ext.arch.pattern import KINDS
 from megatron_ext.pruning.aggregation import (
     DEFAULT,
     Aggregation,

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import AXES, SIZES, Axis, axes_of, has_sublayers, kept_layers
-from megatron_ext.pattern import KINDS, kept_of
+from megatron_ext.arch.axes import AXES, SIZES, Axis, axes_of, has_sublayers, kept_layers
+from megatron_ext.arch.pattern import KINDS, kept_of
 from megatron_ext.pruning.residual import MODES, NONE, Pairs, bad_pairs
 from megatron_ext.pruning.scores import arch_from_json
 from megatron_ext.runtime.errors import CHECKPOINT, UserError

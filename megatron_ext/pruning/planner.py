@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.axes import HEADS, Axis, axes_of, kept_layers
-from megatron_ext.pattern import KINDS, kept_of
+from megatron_ext.arch.axes import HEADS, Axis, axes_of, kept_layers
+from megatron_ext.arch.pattern import KINDS, kept_of
 from megatron_ext.pruning.plan import Plan, contradiction
 from megatron_ext.pruning.residual import NONE, Pairs, mirrored_pairs
 from megatron_ext.pruning.scores import Scores

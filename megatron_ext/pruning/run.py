@@ -20,7 +20,7 @@ from megatron_ext.data import data_check, datasets
 from megatron_ext.data.masked_lm import FRAME
 from megatron_ext.model.build import build_model, model_state_dict
 from megatron_ext.model.options import join_ranks, model_options
-from megatron_ext.pattern import KINDS
+from megatron_ext.arch.pattern import KINDS
 from megatron_ext.pruning.aggregation import Aggregation
 from megatron_ext.pruning.baselines import magnitude_scores, random_scores
 from megatron_ext.pruning.calibrate import Passes, calibrate

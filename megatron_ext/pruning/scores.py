@@ -25,8 +25,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import axes_of
-from megatron_ext.pattern import KINDS
+from megatron_ext.arch.axes import axes_of
+from megatron_ext.arch.pattern import KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor

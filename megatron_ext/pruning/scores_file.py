@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import SIZES
+from megatron_ext.arch.axes import SIZES
 from megatron_ext.pruning.scores import FORMAT, Scores, arch_from_json, lengths
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 from megatron_ext.runtime.files import written_aside

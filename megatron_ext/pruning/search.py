@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.axes import SIZES, sizes_of
+from megatron_ext.arch.axes import SIZES, sizes_of
 from megatron_ext.pruning.targets import check_size, target_arch
 from megatron_ext.runtime.errors import USAGE, UserError
 

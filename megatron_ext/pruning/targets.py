@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import DEPTH_SIZES, SIZES, has_sublayers, sizes_of
-from megatron_ext.pattern import KINDS, without_last
+from megatron_ext.arch.axes import DEPTH_SIZES, SIZES, has_sublayers, sizes_of
+from megatron_ext.arch.pattern import KINDS, without_last
 from megatron_ext.runtime.errors import USAGE, UserError
 
 

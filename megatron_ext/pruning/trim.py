@@ -28,7 +28,7 @@ from megatron_ext.arch import (
     shape,
     weights,
 )
-from megatron_ext.axes import kept_layers
+from megatron_ext.arch.axes import kept_layers
 from megatron_ext.checkpoint.checkpoints import NOT_WEIGHTS, sharded_tensors
 from megatron_ext.checkpoint.finite import check_finite
 from megatron_ext.checkpoint.slices import SliceReader
@@ -284,7 +284,7 @@ def check_tensors(reader: SliceReader, arch: Arch) -> None:
     for key in reader.shapes:
         if key not in expected and not key.startswith(NOT_WEIGHTS) and "_extra_state" not in key:
             raise UserError(
-                f"{reader.folder}: the tensor {key} has no row in the table of weights (arch.py): "
+                f"{reader.folder}: the tensor {key} has no row in the table of weights (megatron_ext/arch): "
                 "it is not known how to trim it.",
                 CHECKPOINT,
             )

@@ -19,8 +19,8 @@ from megatron_ext.arch import (
     shape,
     weights,
 )
-from megatron_ext.axes import AXES
-from megatron_ext.pattern import STAGE, in_stages
+from megatron_ext.arch.axes import AXES
+from megatron_ext.arch.pattern import STAGE, in_stages
 
 WIDE = 4
 """Bytes of float32."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.axes import SIZES
+from megatron_ext.arch.axes import SIZES
 from megatron_ext.checkpoint.folder import find
 from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256, with_own_tokenizer
 from megatron_ext.checkpoint.quick_read import glance

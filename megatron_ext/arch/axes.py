@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_ext.arch import Arch
+from megatron_ext.arch.sizes import Arch
 
 Sections = Callable[[Arch], list[Sequence[int]]]
 

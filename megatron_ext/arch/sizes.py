@@ -23,7 +23,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from math import prod
 from typing import Any
 
-from megatron_ext import pattern as patterns
+from megatron_ext.arch import pattern as patterns
 
 # Of a weight of every layer; the second in a BertModel.
 LAYER_PREFIXES = ("decoder.layers.", "encoder.layers.")

@@ -1,0 +1,39 @@
+"""A model's sizes, its sub-layers and the one table of its weights: plain data, without torch."""
+
+from megatron_ext.arch.sizes import (
+    LAYER_PREFIXES,
+    LEFT_OUT,
+    LOAD_BALANCING,
+    Arch,
+    Weight,
+    check_left_out,
+    count,
+    dim_sizes,
+    forward_flops,
+    is_gelu,
+    is_of_experts,
+    layer_key,
+    names_on_disk,
+    num_parameters,
+    shape,
+    weights,
+)
+
+__all__ = [
+    "LAYER_PREFIXES",
+    "LEFT_OUT",
+    "LOAD_BALANCING",
+    "Arch",
+    "Weight",
+    "check_left_out",
+    "count",
+    "dim_sizes",
+    "forward_flops",
+    "is_gelu",
+    "is_of_experts",
+    "layer_key",
+    "names_on_disk",
+    "num_parameters",
+    "shape",
+    "weights",
+]
