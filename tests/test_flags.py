@@ -443,9 +443,9 @@ PRUNE_OPTIONS = """
     --qk-layernorm --reset-attention-mask --reset-position-ids --rope-scaling-factor --rotary-base
     --rotary-percent --save --scores --search-space --seed --seq-length --sequence-parallel --split
     --squared-relu --swiglu --target-attention-layers --target-ffn-hidden-size --target-hidden-size
-    --target-mlp-layers --target-moe-ffn-hidden-size --target-moe-shared-expert-intermediate-size
-    --target-num-attention-heads --target-num-experts --target-num-layers --target-num-query-groups
-    --target-params --target-tolerance --targets --tensor-model-parallel-size --tokenizer-model
+    --target-mlp-layers --target-moe-ffn-hidden-size --target-moe-layers
+    --target-moe-shared-expert-intermediate-size --target-num-attention-heads --target-num-experts
+    --target-num-layers --target-num-query-groups --target-params --target-tolerance --targets --tensor-model-parallel-size --tokenizer-model
     --tokenizer-type --train-data-path --transformer-impl --trust-checkpoint --trust-remote-code
     --untie-embeddings-and-output-weights --use-rope-scaling --use-rotary-position-embeddings
     --vocab-file --vocab-size --world-size

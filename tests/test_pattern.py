@@ -53,7 +53,7 @@ from tests.ranks import run_ranks
 from tests.test_depth import CP2, PP2, TOLERANCE, TP2, batch_of, passes_of
 
 ROPE = replace(LLAMA, use_rope_scaling=True, num_layers=2)
-PLAIN = {"llama": ROPE, "gpt2": replace(GPT2, num_layers=3), "nemotron": NEMOTRON}
+PLAIN = {"llama": ROPE, "gpt2": replace(GPT2, num_layers=3), "nemotron": NEMOTRON, "moe": MOE}
 DOUBLE = {"params_dtype": torch.float64}
 
 
@@ -109,28 +109,33 @@ def naive_scores(arch):
         return logits[..., : arch.vocab_size].log_softmax(-1)
 
     stream, whole = residual_stream(model, log_probabilities)
-    outputs = {"attention": [], "mlp": []}
+    outputs = defaultdict(list)  # matrices that are zero together
     for layer in model.decoder.layers:
         if hasattr(layer.self_attention, "linear_proj"):
-            outputs["attention"].append(layer.self_attention.linear_proj)
+            outputs["attention"].append([layer.self_attention.linear_proj])
         if hasattr(layer.mlp, "linear_fc2"):
-            outputs["mlp"].append(layer.mlp.linear_fc2)
+            outputs["mlp"].append([layer.mlp.linear_fc2])
+        if hasattr(layer.mlp, "experts"):
+            modules = layer.mlp.named_modules()
+            outputs["moe"].append([m for name, m in modules if name.endswith("linear_fc2")])
     scores = {"block": {}, "loss": {}, "kl": {}}
-    for kind, linears in outputs.items():
-        places = [i for i, symbol in enumerate(arch.pattern) if symbol == "*-"[kind == "mlp"]]
+    symbols = {"attention": "*", "mlp": "-", "moe": "E"}
+    for kind, sublayers in outputs.items():
+        places = [i for i, symbol in enumerate(arch.pattern) if symbol == symbols[kind]]
         scores["block"][kind] = [
             mean(1 - torch.cosine_similarity(*stream[i : i + 2], dim=-1)) for i in places
         ]
-        for linear in linears:
-            before = [p.clone() for p in linear.parameters()]
-            for p in linear.parameters():
+        for matrices in sublayers:
+            parameters = [p for matrix in matrices for p in matrix.parameters()]
+            before = [p.clone() for p in parameters]
+            for p in parameters:
                 p.zero_()
             without = log_probabilities()
             loss = -without.gather(-1, batch["labels"].unsqueeze(-1)).squeeze(-1)
             kl = (whole.exp() * (whole - without)).sum(-1)
             scores["loss"].setdefault(kind, []).append(mean(loss))
             scores["kl"].setdefault(kind, []).append(mean(kl))
-            for p, x in zip(linear.parameters(), before, strict=True):
+            for p, x in zip(parameters, before, strict=True):
                 p.copy_(x)
     return scores
 
@@ -142,7 +147,8 @@ def residual_stream(model, run):
     norms = [getattr(model.decoder, last)]
     for layer in model.decoder.layers:
         norms += [layer.input_layernorm] if hasattr(layer.self_attention, "linear_proj") else []
-        norms += [layer.pre_mlp_layernorm] if hasattr(layer.mlp, "linear_fc2") else []
+        has_mlp = hasattr(layer.mlp, "linear_fc2") or hasattr(layer.mlp, "experts")
+        norms += [layer.pre_mlp_layernorm] if has_mlp else []
 
     def keep(_, args):
         states.append(args[0].clone().transpose(0, 1))
@@ -161,7 +167,9 @@ def score(arch, layout, options):
 
 
 MIXED = replace(LLAMA, num_layers=7, hybrid_layer_pattern="*-**--*")
-SCORED = {"llama": LLAMA, "gpt2": GPT2, "mixed": MIXED}
+# A plain MLP first, as DeepSeek's models have it; a mixture without attention before it.
+EXPERTS = replace(MOE, num_layers=6, hybrid_layer_pattern="*-*EE*")
+SCORED = {"llama": LLAMA, "gpt2": GPT2, "mixed": MIXED, "experts": EXPERTS, "moe": MOE}
 SPLIT = {
     "serial": (1, {}, {}),
     "TP2+SP": (2, TP2, {"sequence_parallel": True}),
@@ -183,7 +191,14 @@ def naive():
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [*(("llama", x) for x in SPLIT), ("gpt2", "serial"), *(("mixed", x) for x in SPLIT)],
+    [
+        *(("llama", x) for x in SPLIT),
+        ("gpt2", "serial"),
+        *(("mixed", x) for x in SPLIT),
+        *(("experts", x) for x in SPLIT if "PP2" not in x),
+        ("moe", "serial"),
+        ("moe", "DP2"),
+    ],
 )
 def test_a_sublayer_scores_as_one_whose_output_is_zero(name, layout, naive):
     arch, (world_size, sizes, options) = SCORED[name], SPLIT[layout]
@@ -353,6 +368,7 @@ TRAINED = {
     "alone": (EIGHT, None),
     "gpt2": (replace(GPT2, num_layers=4, hybrid_layer_pattern="*--*"), None),
     "beside a GPTModel": (replace(EIGHT, hidden_size=32, ffn_hidden_size=48), LLAMA),
+    "experts": (EXPERTS, None),
 }
 
 
@@ -371,11 +387,13 @@ def gradients():
         ("gpt2", "TP2+SP"),
         ("gpt2", "PP2xVPP2"),
         *(("beside a GPTModel", x) for x in ("TP2+SP", "PP2", "PP2xVPP2")),
+        *(("experts", x) for x in ("TP2+SP", "PP2", "EP2")),
     ],
 )
 def test_loss_and_gradients_equal_serial(name, layout, gradients):
     (arch, teacher), (losses, expected) = TRAINED[name], gradients[name]
-    world_size, sizes, options = test_layouts.LAYOUTS[layout]
+    layouts = test_layouts.LAYOUTS | test_layouts.EXPERT_LAYOUTS
+    world_size, sizes, options = layouts[layout]
     found = run_ranks(world_size, test_layouts.gradients_of_one_step, arch, sizes, options, teacher)
     for rank_losses, _ in found:
         assert rank_losses == pytest.approx(losses, rel=1e-7)
@@ -649,9 +667,14 @@ def test_what_saved_args_say():
             replace(LLAMA, hybrid_layer_pattern=pattern)
     with pytest.raises(ValueError, match="3 sub-layers, num_layers is 4"):
         replace(LLAMA, hybrid_layer_pattern="*-*")
-    for arch, flag in ((BERT, "--bert-no-binary-head"), (MOE, "--num-experts")):
-        with pytest.raises(ValueError, match=f"--hybrid-layer-pattern does not go with {flag}"):
-            arch.by_sublayers()
+    with pytest.raises(ValueError, match="--hybrid-layer-pattern does not go with --bert-no-b"):
+        BERT.by_sublayers()
+    with pytest.raises(ValueError, match="an E needs --num-experts"):
+        replace(LLAMA, hybrid_layer_pattern="*-*E")
+    with pytest.raises(ValueError, match="an E goes with --num-experts"):
+        replace(MOE, hybrid_layer_pattern="*-*-")
+    # Sizes of experts go with the last mixture.
+    assert replace(MOE, hybrid_layer_pattern="*-*E").with_pattern("*-*-").num_experts is None
 
 
 REFUSED = {
@@ -673,9 +696,11 @@ def test_what_is_refused(targets, llama, tmp_path):
 def test_whole_layers_of_sublayers_are_refused():
     with pytest.raises(UserError, match=r"sub-layers, .*; use --target-attention-layers"):
         target_arch(MIXED, num_layers=5)
-    for arch in (BERT, MOE):
-        with pytest.raises(UserError, match="whole layers are removed; use --target-num-layers"):
-            target_arch(arch, attention_layers=3)
+    with pytest.raises(UserError, match="whole layers are removed; use --target-num-layers"):
+        target_arch(BERT, attention_layers=3)
+    assert target_arch(MOE, attention_layers=3, moe_layers=2).pattern == "*E*E*"
+    with pytest.raises(UserError, match=r"--target-mlp-layers 1: the checkpoint's model has none"):
+        target_arch(MOE, mlp_layers=1)
 
 
 def test_export_is_refused(sublayers, tmp_path):

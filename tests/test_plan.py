@@ -6,9 +6,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from megatron_ext import axes
-from megatron_ext.arch import dim_sizes
-from megatron_ext.arch.axes import Axis, Size, one_each
+from megatron_ext.arch import axes, dim_sizes
+from megatron_ext.arch.rows import Axis, Size, one_each
 from megatron_ext.pruning.kept import kept_indices, units_on
 from megatron_ext.pruning.plan import Plan, check_plan, contradiction, load_plan, save_plan
 from megatron_ext.pruning.planner import highest, lowest, make_plan

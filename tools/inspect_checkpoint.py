@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from megatron_ext.arch import Arch, num_parameters
+from megatron_ext.arch.kinds import KINDS
 from megatron_ext.checkpoint.folder import Checkpoint, locate
 from megatron_ext.checkpoint.unpickling import trust
 from megatron_ext.cli.megatron_flags import trust_flag
 from megatron_ext.cli.parser import REQUIRED, flag, parse
-from megatron_ext.arch.pattern import KINDS
 from megatron_ext.pruning.plan import Plan, load_plan
 from megatron_ext.runtime import heavy
 from megatron_ext.runtime.errors import run_main

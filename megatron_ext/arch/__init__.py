@@ -1,17 +1,16 @@
 """A model's sizes, its sub-layers and the one table of its weights: plain data, without torch."""
 
-from megatron_ext.arch.sizes import (
+from megatron_ext.arch.mlp import is_gelu
+from megatron_ext.arch.moe import LOAD_BALANCING
+from megatron_ext.arch.rows import Weight
+from megatron_ext.arch.sizes import LEFT_OUT, Arch, check_left_out
+from megatron_ext.arch.table import (
     LAYER_PREFIXES,
-    LEFT_OUT,
-    LOAD_BALANCING,
-    Arch,
-    Weight,
-    check_left_out,
     count,
     dim_sizes,
     forward_flops,
-    is_gelu,
     is_of_experts,
+    kind_of,
     layer_key,
     names_on_disk,
     num_parameters,
@@ -31,6 +30,7 @@ __all__ = [
     "forward_flops",
     "is_gelu",
     "is_of_experts",
+    "kind_of",
     "layer_key",
     "names_on_disk",
     "num_parameters",

@@ -3,106 +3,38 @@
 import contextlib
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, fields, make_dataclass, replace
 from typing import Any
 
-from megatron_ext.arch import LOAD_BALANCING, Arch, is_gelu
+from megatron_ext.arch import Arch, is_gelu
 from megatron_ext.cli.parser import dashed, flag, option
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError, warn
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Model sizes, as in the checkpoint where not typed; defaults for a new model."""
-
-    num_layers: int | None = flag(None, "transformer layers", at_least=1)
-    hybrid_layer_pattern: str | None = flag(
-        None,
-        "in place of num-layers: sub-layers, * attention and - MLP, as '*-**-', each a layer of a "
-        "HybridModel; pipeline stages are cut by --pipeline-model-parallel-layout, a t for each",
-    )
-    hidden_size: int | None = flag(None, "channels of the residual stream", at_least=1)
-    ffn_hidden_size: int | None = flag(
-        None, "neurons of an MLP; default 4 hidden-size, with --swiglu 2/3 of it", at_least=1
-    )
-    num_attention_heads: int | None = flag(None, "query heads", at_least=1)
-    group_query_attention: bool = flag(False, "share keys and values between query heads")
-    num_query_groups: int = flag(
-        1, "key/value heads; counts only with --group-query-attention", at_least=1
-    )
-    kv_channels: int | None = flag(
-        None, "channels of one head; default hidden-size / num-attention-heads", at_least=1
-    )
-    max_position_embeddings: int | None = flag(None, "longest sequence, in tokens", at_least=1)
-    position_embedding_type: str = flag(
-        "learned_absolute",
-        "how positions enter",
-        choices=("learned_absolute", "rope", "none"),
-        shorthands={"--use-rotary-position-embeddings": "rope"},
-    )
-    rotary_base: int = flag(10000, "base of the rotary periods (theta)", at_least=1)
-    rotary_percent: float = flag(
-        1.0, "share of a head's channels that rotate, 0 to 1", above=0, at_most=1
-    )
-    use_rope_scaling: bool = flag(False, "scale rotary frequencies as Llama 3.1 does")
-    rope_scaling_factor: float = flag(8.0, "factor of --use-rope-scaling", at_least=1)
-    normalization: str = flag("LayerNorm", "kind of norm", choices=("LayerNorm", "RMSNorm"))
-    norm_epsilon: float = flag(1e-5, "added to the variance in norms", above=0)
-    apply_layernorm_1p: bool = flag(False, "norm weights are stored as gamma - 1")
-    swiglu: bool = flag(False, "gated MLP with SiLU instead of GELU")
-    squared_relu: bool = flag(False, "squared ReLU instead of GELU")
-    bias_gelu_fusion: bool = flag(
-        True,
-        "exact GELU; without it a GELU with biases is its tanh approximation",
-        off="--no-bias-gelu-fusion",
-    )
-    add_bias_linear: bool = flag(True, "no bias in linear layers", off="--disable-bias-linear")
-    add_qkv_bias: bool = flag(False, "a bias on query, key and value even without the others")
-    qk_layernorm: bool = flag(False, "a norm on the query and the key of each head")
-    untie_embeddings_and_output_weights: bool = flag(
-        False, "an output matrix of its own instead of the embedding's"
-    )
-    bert_binary_head: bool = flag(
-        True,
-        "a BertModel without next-sentence head: a masked language model",
-        off="--bert-no-binary-head",
-    )
-    apply_residual_connection_post_layernorm: bool = flag(
-        False, "post-norm, with --bert-no-binary-head: add to the output of each norm"
-    )
-    num_experts: int | None = flag(
-        None, "experts of every layer's MLP; default a plain MLP", at_least=1
-    )
-    moe_router_topk: int = flag(2, "experts that compute a token", at_least=1)
-    moe_ffn_hidden_size: int | None = flag(
-        None, "neurons of an expert; default ffn-hidden-size", at_least=1
-    )
-    moe_shared_expert_intermediate_size: int | None = flag(
-        None, "neurons of all shared experts together, which compute every token", at_least=1
-    )
-    moe_router_pre_softmax: bool = flag(
-        False, "softmax over all experts instead of the chosen ones"
-    )
-    moe_router_load_balancing_type: str = flag(
-        "aux_loss", "load-balancing loss over a micro-batch or each sample", choices=LOAD_BALANCING
-    )
-    moe_aux_loss_coeff: float = flag(0.0, "weight of the load-balancing loss", at_least=0)
-    init_method_std: float = flag(0.02, "standard deviation of a new model's weights", above=0)
-    attention_dropout: float = flag(
-        0.1, "share of attention weights dropped in training", at_least=0, below=1
-    )
-    hidden_dropout: float = flag(
-        0.1, "share of layer outputs dropped in training", at_least=0, below=1
-    )
-    make_vocab_size_divisible_by: int = flag(
+# Words of the command line that are no size: what sizes follow from.
+OWN = {
+    "group_query_attention": flag(False, "share keys and values between query heads"),
+    "make_vocab_size_divisible_by": flag(
         128,
         "pad a new vocabulary to a multiple of this (whatever the layout)",
         at_least=1,
         shorthands={"--no-pad-vocab-size": 1, "--disable-pad-vocab-size": 1},
-    )
-    padded_vocab_size: int | None = flag(
-        None, "rows of a new vocabulary; default by --make-vocab-size-divisible-by", at_least=1
-    )
+    ),
+}
+
+
+def _size_flags() -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, type and field of a flag for each size of ``Arch`` that is declared as one."""
+    for f in fields(Arch):
+        if "flag" in f.metadata:
+            declared = f.metadata["flag"]
+            optional = declared["default"] is None
+            yield f.name, f.type | None if optional else f.type, flag(**declared)
+    for name, own in OWN.items():
+        yield name, type(own.default), own
+
+
+Sizes = make_dataclass("Sizes", list(_size_flags()), frozen=True, kw_only=True)
+Sizes.__doc__ = "Model sizes, as in the checkpoint where not typed; defaults for a new model."
 
 
 REQUIRED_SIZES = (
@@ -125,7 +57,7 @@ NOT_COMPARED = (*FREE, "make_vocab_size_divisible_by")
 def missing_sizes(sizes: Mapping[str, Any]) -> list[str]:
     """Return the options that a new model needs and that were not typed."""
     typed = {*sizes, *({"num_layers"} if "hybrid_layer_pattern" in sizes else ())}
-    return [option(f) for f in fields(Sizes) if f.name in REQUIRED_SIZES and f.name not in typed]
+    return [dashed(name) for name in REQUIRED_SIZES if name not in typed]
 
 
 def new_arch(sizes: Mapping[str, Any], vocab_size: int) -> Arch:

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 
 BLOCK, EMBEDDING, MLP, ATTENTION = KINDS = ("block", "embedding", "mlp", "attention")
+# Kinds of sub-layers in which a state stands; the others stand between any.
+WITHIN = {MLP: ("mlp", "moe"), ATTENTION: ("attention",)}
 
 
 @dataclass(frozen=True)

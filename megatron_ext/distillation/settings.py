@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 
-from megatron_ext.arch import pattern as patterns
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import check_comparable, padded_alike, tokenizer_sha256
 from megatron_ext.cli.megatron_flags import Parallel
 from megatron_ext.cli.programs import TrainFlags, check_experts, check_layout
-from megatron_ext.distillation.pairs import MLP, HiddenStates, Pair, parse_pairs
+from megatron_ext.distillation.pairs import MLP, WITHIN, HiddenStates, Pair, parse_pairs
 from megatron_ext.distillation.placement import layouts_of_both
 from megatron_ext.distillation.store_index import check_store, read_index
 from megatron_ext.model import cuda_graphs, fp8
@@ -96,7 +95,8 @@ def pairs(flags: TrainFlags, student: Arch, teacher: Arch) -> tuple[Pair, ...]:
                     f"--kd-hidden-states {pair}: the {who} has layers 0 to {arch.num_layers - 1}.",
                     USAGE,
                 )
-            if pair.kind in patterns.KINDS and layer not in arch.layers_of(pair.kind):
+            within = [arch.layers_of(kind) for kind in WITHIN.get(pair.kind, ())]
+            if within and not any(layer in layers for layers in within):
                 raise UserError(
                     f"--kd-hidden-states {pair}: layer {layer} of the {who} is no {pair.kind}; its "
                     f"sub-layers are {arch.pattern}.",

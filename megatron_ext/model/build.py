@@ -145,7 +145,7 @@ def _transformer_config(
         normalization=arch.normalization,
         layernorm_epsilon=arch.norm_epsilon,
         layernorm_zero_centered_gamma=arch.apply_layernorm_1p,
-        gated_linear_unit=arch.swiglu,
+        gated_linear_unit=arch.is_gated,
         activation_func=squared_relu if arch.squared_relu else gate,
         # Not of gelu: megatron-core's fused kernel is the tanh approximation, whoever asks for it.
         bias_activation_fusion=options.fuse_kernels and arch.swiglu,
@@ -247,7 +247,7 @@ def _build_gpt(
     arch: Arch, config: TransformerConfig, num_layers: int, **place: Any
 ) -> LanguageModel:
     if config.transformer_impl == "transformer_engine":
-        spec = engine_layer_spec(config)
+        spec = engine_layer_spec(config, config.num_moe_experts)
     else:
         spec = local_block_spec(config, num_layers)
     return LanguageModel(
@@ -350,7 +350,7 @@ def draw(
     """
     axes = shard.prepend_axis_num
     key, number = name or (shard.key, "")
-    which = " ".join(map(str, shard.global_offset[:axes])) or number or "0"
+    which = " ".join([number, *map(str, shard.global_offset[:axes])]).strip() or "0"
     digest = hashlib.sha256(f"{seed} {key} {which}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     whole = torch.empty(shard.global_shape[axes:]).normal_(std=std, generator=generator)

@@ -17,9 +17,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_ext.arch import Arch
+from megatron_ext.arch.pattern import in_stages
 from megatron_ext.model.layers import Norm, engine_layer_spec, local_layer_spec
 from megatron_ext.model.output import VocabularyOutput
-from megatron_ext.arch.pattern import in_stages
 
 
 class HybridLanguageModel(VocabularyOutput, HybridModel):
@@ -115,29 +115,28 @@ def build_hybrid(
 
 
 def _stack(config: TransformerConfig) -> ModuleSpec:
-    """Return the stack whose attention and MLP layers are the halves of a GPTModel's layer."""
+    """Return the stack whose layers are the halves of a GPTModel's layer, by kind of sub-layer."""
     is_local = config.transformer_impl == "local"
-    layer = local_layer_spec(config) if is_local else engine_layer_spec(config)
-    parts, names = layer.submodules, layer.submodules.sharded_state_dict_keys_map
+    whole_layer = local_layer_spec if is_local else engine_layer_spec
 
-    def half(**modules: Any) -> ModuleSpec:
-        submodules = TransformerLayerSubmodules(**modules, sharded_state_dict_keys_map=names)
+    def half(*names: str, num_experts: int | None = None) -> ModuleSpec:
+        layer = whole_layer(config, num_experts).submodules
+        submodules = TransformerLayerSubmodules(
+            **{name: getattr(layer, name) for name in names},
+            sharded_state_dict_keys_map=layer.sharded_state_dict_keys_map,
+        )
         return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
+    mlp = ("pre_mlp_layernorm", "mlp", "mlp_bda")
+    submodules = {
+        "attention_layer": half("input_layernorm", "self_attention", "self_attn_bda"),
+        "mlp_layer": half(*mlp),
+    }
+    if config.num_moe_experts is not None:
+        submodules["moe_layer"] = half(*mlp, num_experts=config.num_moe_experts)
     return ModuleSpec(
         module=LocalStack if is_local else HybridStack,
-        submodules=HybridStackSubmodules(
-            attention_layer=half(
-                input_layernorm=parts.input_layernorm,
-                self_attention=parts.self_attention,
-                self_attn_bda=parts.self_attn_bda,
-            ),
-            mlp_layer=half(
-                pre_mlp_layernorm=parts.pre_mlp_layernorm,
-                mlp=parts.mlp,
-                mlp_bda=parts.mlp_bda,
-            ),
-        ),
+        submodules=HybridStackSubmodules(**submodules),
     )
 
 

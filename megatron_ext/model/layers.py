@@ -138,24 +138,24 @@ def gathered_positions(num_positions: int, cp_group: ProcessGroup) -> Tensor:
 
 def local_block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
     """Return a stage of ``num_layers`` of ``local_layer_spec``."""
-    layer = local_layer_spec(config)
+    layer = local_layer_spec(config, config.num_moe_experts)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
 
 
-def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """Return megatron-core's local layer with these in place.
+def local_layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    """Return megatron-core's local layer with these in place; with None a plain MLP.
 
     With experts, the norm before the router keeps its name on disk, as in Transformer Engine's
     layers; megatron-core's own local layers write it as ``mlp.linear_fc1.layer_norm_weight``.
     """
     layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts,
+        num_experts=num_experts,
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
     modules = layer.submodules
     modules.input_layernorm = modules.pre_mlp_layernorm = Norm
-    if config.num_moe_experts is not None:
+    if num_experts is not None:
         del modules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = modules.self_attention.submodules
     attention.core_attention = Attention
@@ -164,12 +164,12 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     return layer
 
 
-def engine_layer_spec(config: TransformerConfig) -> ModuleSpec:
+def engine_layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
     """Return megatron-core's layer of Transformer Engine's modules."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     return get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts,
+        num_experts=num_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )

@@ -31,13 +31,12 @@ from torch.utils.hooks import RemovableHandle
 from megatron_ext.arch import Arch
 from megatron_ext.distillation.losses import vocab_parallel_kl
 from megatron_ext.model.build import LanguageModel
-from megatron_ext.arch.pattern import KINDS
 from megatron_ext.pruning.calibrate import Batch, Passes, counted_positions, evaluating
 from megatron_ext.pruning.planner import lowest
 from megatron_ext.runtime.errors import UserError
 
 Layer = int | tuple[int, str]
-"""A layer, its global number from 0; or one kind of sub-layer (``pattern.KINDS``) of a layer that
+"""A layer, its global number from 0; or one kind of sub-layer (``kinds``) of a layer that
 has both."""
 Layers = tuple[Layer, ...]
 """Layers or sub-layers that are left out together."""
@@ -112,7 +111,7 @@ def score_sublayers(passes: Passes, importance: str) -> dict[str, Tensor]:
     Raises:
         UserError: as ``score_blocks``.
     """
-    kinds = {kind: sublayers(passes.arch, kind) for kind in KINDS}
+    kinds = {kind: sublayers(passes.arch, kind) for kind in passes.arch.kinds}
     scores = score_blocks(passes, importance, list(chain(*kinds.values())), ())
     return dict(zip(kinds, scores.split([len(x) for x in kinds.values()]), strict=True))
 
@@ -140,7 +139,8 @@ def skipped(chunks: Sequence[nn.Module], layers: Layers) -> Iterator[None]:
         stand_ins = {
             number: ("forward", _hand_through),
             (number, "attention"): ("_forward_attention", _hand_through),
-            (number, "mlp"): ("_forward_mlp", lambda hidden_states, *args, **kwargs: hidden_states),
+            (number, "mlp"): ("_forward_mlp", _hand_on),
+            (number, "moe"): ("_forward_mlp", _hand_on),
         }
         mine += [(layer, *stand_ins[each]) for each in stand_ins if each in layers]
     for layer, method, stand_in in mine:
@@ -154,6 +154,10 @@ def skipped(chunks: Sequence[nn.Module], layers: Layers) -> Iterator[None]:
 
 def _hand_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
     return hidden_states, kwargs.get("context")
+
+
+def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
 
 
 def _layers_of(chunks: Sequence[nn.Module]) -> Iterator[tuple[int, nn.Module]]:
@@ -263,7 +267,8 @@ def _recorded(
             if parts:
                 middle = between.pop()
                 states[number, "attention"].append((before, middle))
-                states[number, "mlp"].append((middle, output[0]))
+                for kind in ("mlp", "moe"):  # the layer has one of them
+                    states[number, kind].append((middle, output[0]))
 
         handles = [layer.register_forward_hook(hook, with_kwargs=True)]
         if parts:

@@ -43,8 +43,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_ext.arch import Arch
-from megatron_ext.arch.axes import Axis, axes_of
-from megatron_ext.arch.pattern import KINDS
+from megatron_ext.arch.axes import axes_of
+from megatron_ext.arch.kinds import KINDS
+from megatron_ext.arch.rows import Axis
 from megatron_ext.pruning.aggregation import (
     DEFAULT,
     Aggregation,

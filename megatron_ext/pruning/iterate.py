@@ -10,8 +10,9 @@ import math
 from dataclasses import replace
 
 from megatron_ext.arch import Arch
-from megatron_ext.arch.axes import AXES, DEPTH_SIZES, kept_layers, sizes_of
-from megatron_ext.arch.pattern import KINDS
+from megatron_ext.arch.axes import AXES, DEPTH_SIZES, sizes_of
+from megatron_ext.arch.kinds import KINDS
+from megatron_ext.arch.rows import kept_layers
 from megatron_ext.pruning.plan import Plan
 
 # Sizes in between are multiples of this, as far as source and target are: 2, 4, ... or 64

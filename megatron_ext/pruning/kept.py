@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.arch import Arch
-from megatron_ext.arch.axes import Axis, axes_on
+from megatron_ext.arch.axes import axes_on
+from megatron_ext.arch.rows import Axis
 from megatron_ext.pruning.plan import Plan
 
 

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.arch.axes import AXES, SIZES, Axis, axes_of, has_sublayers, kept_layers
-from megatron_ext.arch.pattern import KINDS, kept_of
+from megatron_ext.arch.axes import AXES, SIZES, axes_of, has_sublayers
+from megatron_ext.arch.kinds import KINDS
+from megatron_ext.arch.pattern import kept_of
+from megatron_ext.arch.rows import Axis, kept_layers
 from megatron_ext.pruning.residual import MODES, NONE, Pairs, bad_pairs
 from megatron_ext.pruning.scores import arch_from_json
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
@@ -112,7 +114,7 @@ def contradiction(plan: Plan) -> str | None:
     for axis in AXES:
         if problem := _bad_axis(plan, axis):
             return problem
-    left = kept_of(source.pattern, {kind: kept_layers(plan.kept, kind) for kind in KINDS})
+    left = kept_of(source.pattern, {kind: kept_layers(plan.kept, kind) for kind in source.kinds})
     if target.pattern != left:
         return f"the sub-layers that it keeps are {left}, the target's {target.pattern}"
     return _bad_residual(plan)
@@ -197,7 +199,7 @@ def _by_axis(kept: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 def _kept(values: dict[str, Any], source: Arch) -> dict[str, tuple[int, ...]]:
     """Take what ``_by_axis`` returned out of ``values``. An axis that older files lack is kept."""
     kept: dict[str, tuple[int, ...]] = {}
-    there = axes_of(_view(source, by_sublayers="attention" in values))
+    there = axes_of(_view(source, by_sublayers=any(kind in values for kind in KINDS)))
     for axis in AXES:
         if axis.scope == "model":
             if axis in there:

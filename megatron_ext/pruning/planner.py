@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.arch.axes import HEADS, Axis, axes_of, kept_layers
-from megatron_ext.arch.pattern import KINDS, kept_of
+from megatron_ext.arch.attention import HEADS
+from megatron_ext.arch.axes import axes_of
+from megatron_ext.arch.pattern import kept_of
+from megatron_ext.arch.rows import Axis, kept_layers
 from megatron_ext.pruning.plan import Plan, contradiction
 from megatron_ext.pruning.residual import NONE, Pairs, mirrored_pairs
 from megatron_ext.pruning.scores import Scores
@@ -51,10 +53,10 @@ def make_plan(
             if name not in kept:
                 kept[name] = _keep(axis, name, vectors, source, target)
     if cuts_layers and not whole:
-        left = {kind: kept_layers(kept, kind) for kind in KINDS}
+        left = {kind: kept_layers(kept, kind) for kind in source.kinds}
         target = target.with_pattern(kept_of(source.pattern, left))
-    layers = kept_layers(kept, "attention")
     folds = head_residual != NONE and target.num_attention_heads < source.num_attention_heads
+    layers = kept_layers(kept, "attention") if folds else ()
     plan = Plan(
         source=source,
         target=target,
@@ -62,9 +64,7 @@ def make_plan(
         head_residual=head_residual if folds else NONE,
         residual_pairs={
             layer: _pair_heads(vectors, layer, source, target, head_residual) for layer in layers
-        }
-        if folds
-        else {},
+        },
         made={} if scores is None else _made(scores, cuts_layers=cuts_layers),
     )
     if problem := contradiction(plan):

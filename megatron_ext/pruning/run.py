@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_ext.arch import Arch
+from megatron_ext.arch.kinds import KINDS
 from megatron_ext.checkpoint import checkpoints, saved_args, writer
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256, with_own_tokenizer
@@ -20,7 +21,6 @@ from megatron_ext.data import data_check, datasets
 from megatron_ext.data.masked_lm import FRAME
 from megatron_ext.model.build import build_model, model_state_dict
 from megatron_ext.model.options import join_ranks, model_options
-from megatron_ext.arch.pattern import KINDS
 from megatron_ext.pruning.aggregation import Aggregation
 from megatron_ext.pruning.baselines import magnitude_scores, random_scores
 from megatron_ext.pruning.calibrate import Passes, calibrate

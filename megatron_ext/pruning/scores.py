@@ -11,7 +11,7 @@ model, in global numbering from 0:
     moe_ffn.{layer}.{expert}  [moe_ffn_hidden_size]    neurons of one expert
     shared_ffn.{layer}        [moe_shared_expert_intermediate_size]  of the shared experts
     layer_blocks.{n} [num_layers - n + 1]  n layers from each on, where blocks were scored
-    attention, mlp   [attention_layers], [mlp_layers]   sub-layers of each kind: of a GPTModel only
+    attention, mlp, moe   [attention_layers] ...   sub-layers of each kind: of a GPTModel only
                      where they were scored, of a HybridModel instead of layers
 
 In the names above, {layer} of a HybridModel is the number of the MLP among its MLPs, or of the
@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import axes_of
-from megatron_ext.arch.pattern import KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +66,7 @@ def lengths(arch: Arch, *, sublayers: bool = False) -> dict[str, int]:
     for axis in axes_of(arch):
         for name in axis.vectors(units):
             units[name] = range(axis.length(arch))
-    kinds = {kind: len(arch.layers_of(kind)) for kind in KINDS} if sublayers else {}
+    kinds = {kind: len(arch.layers_of(kind)) for kind in arch.kinds} if sublayers else {}
     return {name: len(each) for name, each in units.items()} | kinds
 
 

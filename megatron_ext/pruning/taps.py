@@ -14,6 +14,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 
 from megatron_ext.arch import Arch
+from megatron_ext.arch.kinds import KINDS
 from megatron_ext.pruning import native
 from megatron_ext.pruning.aggregation import Aggregation
 from megatron_ext.pruning.experts import ExpertTap, expert_input, expert_norm
@@ -171,8 +172,7 @@ class Measure:
 
 MEASURES = {
     "layers": Measure(taps=layer_changes, of_layer=True),
-    "attention": Measure(taps=layer_changes, of_layer=True),
-    "mlp": Measure(taps=layer_changes, of_layer=True),
+    **dict.fromkeys(KINDS, Measure(taps=layer_changes, of_layer=True)),
     "hidden": Measure(taps=both_norms, count=lambda arch: 1 if arch.is_hybrid else 2),
     "heads": Measure(
         taps=head_outputs,

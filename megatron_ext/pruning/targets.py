@@ -9,7 +9,7 @@ import yaml
 
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import DEPTH_SIZES, SIZES, has_sublayers, sizes_of
-from megatron_ext.arch.pattern import KINDS, without_last
+from megatron_ext.arch.pattern import without_last
 from megatron_ext.runtime.errors import USAGE, UserError
 
 
@@ -66,10 +66,11 @@ def _with_pattern(source: Arch, sizes: dict[str, int]) -> dict[str, int | str]:
             "remove whole layers or sub-layers, not both.",
             USAGE,
         )
-    names = {kind: f"{kind}_layers" for kind in KINDS}
-    counts = {kind: sizes.get(name, getattr(source, name)) for kind, name in names.items()}
-    changed = {name: size for name, size in sizes.items() if name not in names.values()}
-    if any(counts[kind] < getattr(source, name) for kind, name in names.items()):
+    numbers = {kind: len(source.layers_of(kind)) for kind in source.kinds}
+    counts = {kind: sizes.get(f"{kind}_layers", number) for kind, number in numbers.items()}
+    sublayers = {f"{kind}_layers" for kind in numbers}
+    changed = {name: size for name, size in sizes.items() if name not in sublayers}
+    if counts != numbers:
         pattern = without_last(source.pattern, counts)
         changed |= {"num_layers": len(pattern), "hybrid_layer_pattern": pattern}
     return changed
@@ -120,7 +121,7 @@ def read_targets(path: str | os.PathLike, source: Arch) -> dict[str, Arch]:
 
 def check_size(source: Arch, name: str, size: int) -> None:
     """Raise ``UserError`` unless ``source`` has units of this kind, and at least so many."""
-    if name in DEPTH_SIZES and name not in sizes_of(source):
+    if getattr(source, name) and name in DEPTH_SIZES and name not in sizes_of(source):
         if problem := _depth_problem(source):
             raise UserError(f"{_option(name)} {size}: {problem}.", USAGE)
     elif name not in sizes_of(source):
@@ -140,8 +141,7 @@ def _depth_problem(source: Arch) -> str | None:
             "--target-attention-layers and --target-mlp-layers"
         )
     if not has_sublayers(source):
-        what = "a BertModel" if source.is_bert else "a model with experts"
-        return f"of {what} whole layers are removed; use --target-num-layers"
+        return "of a BertModel whole layers are removed; use --target-num-layers"
     return None
 
 

@@ -23,12 +23,13 @@ from megatron_ext.arch import (
     count,
     dim_sizes,
     is_of_experts,
+    kind_of,
     layer_key,
     names_on_disk,
     shape,
     weights,
 )
-from megatron_ext.arch.axes import kept_layers
+from megatron_ext.arch.rows import kept_layers
 from megatron_ext.checkpoint.checkpoints import NOT_WEIGHTS, sharded_tensors
 from megatron_ext.checkpoint.finite import check_finite
 from megatron_ext.checkpoint.slices import SliceReader
@@ -214,7 +215,7 @@ def empty_states(names: Iterable[str], target: Arch) -> dict[str, ShardedObject]
         if not key.endswith("_extra_state"):
             continue
         key, counts = disk_key(key, target), (1,)
-        keys = names_on_disk(Weight(key, ()), target)
+        keys = names_on_disk(Weight(key, (), kind=kind_of(key, target)), target)
         if keys == [key] and key.startswith(LAYER_PREFIXES):
             counts = (target.num_layers,)
         if ".mlp.experts." in key:
@@ -284,7 +285,7 @@ def check_tensors(reader: SliceReader, arch: Arch) -> None:
     for key in reader.shapes:
         if key not in expected and not key.startswith(NOT_WEIGHTS) and "_extra_state" not in key:
             raise UserError(
-                f"{reader.folder}: the tensor {key} has no row in the table of weights (megatron_ext/arch): "
-                "it is not known how to trim it.",
+                f"{reader.folder}: the tensor {key} has no row in the table of weights "
+                "(megatron_ext/arch): it is not known how to trim it.",
                 CHECKPOINT,
             )

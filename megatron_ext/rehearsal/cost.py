@@ -70,7 +70,7 @@ class Placed:
         pattern = "".join(in_stages(self.arch.pattern, self.stages).split(STAGE)[rank::num_ranks])
         if not pattern:
             return self.arch  # there are none of these layers
-        return replace(self.arch, hybrid_layer_pattern=pattern, num_layers=len(pattern))
+        return self.arch.with_sublayers(pattern)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,22 +173,23 @@ def layer_parts(arch: Arch, layout: Layout) -> dict[str, float]:
     t, sizes = layout.tensor_model_parallel_size, dim_sizes(arch)
     between = t if layout.sequence_parallel else 1
     # How many a layer has: 1, or of a HybridModel's mean sub-layer less.
-    attentions, mlps = arch.attention_layers / arch.num_layers, arch.mlp_layers / arch.num_layers
-    norms = attentions + mlps
+    numbers = {kind: len(arch.layers_of(kind)) / arch.num_layers for kind in arch.kinds}
+    attentions, norms = numbers.get("attention", 0), sum(numbers.values())
     elements = {
         # Norms' inputs; queries, keys, values and the attention's output.
         "residual": norms * arch.hidden_size / between,
         "attention": attentions * (sizes["qkv"] + sizes["heads"]) / t,
         "layernorm": norms * arch.hidden_size / between,  # what they return
     }
-    if arch.num_experts is None:
-        elements["mlp"] = mlps * (sizes["fc1"] + sizes["ffn"]) / t
-    else:
+    if "mlp" in numbers:
+        elements["mlp"] = numbers["mlp"] * (sizes["fc1"] + sizes["ffn"]) / t
+    if moes := numbers.get("moe"):
+        chosen = moes * arch.moe_router_topk
         # In front of experts and behind.
-        elements["moe"] = arch.moe_router_topk * (2 * arch.hidden_size + sizes["moe_fc1"] / t)
-        elements["moe_act"] = arch.moe_router_topk * sizes["moe_ffn"] / t
+        elements["moe"] = chosen * (2 * arch.hidden_size + sizes["moe_fc1"] / t)
+        elements["moe_act"] = chosen * sizes["moe_ffn"] / t
         shared = sizes.get("shared_fc1", 0) + sizes.get("shared_ffn", 0)
-        elements["shared_experts"] = shared / t
+        elements["shared_experts"] = moes * shared / t
     found = {name: layout.tokens * layout.param_bytes * n for name, n in elements.items()}
     # Masks of dropout, a byte each.
     masks = norms * arch.hidden_size / between if arch.hidden_dropout else 0

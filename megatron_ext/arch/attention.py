@@ -1,0 +1,138 @@
+"""Attention of query heads in groups, each group with a key and a value: the sub-layer ``*``.
+
+Named dims:
+    heads     num_attention_heads * kv_channels            concatenated head outputs
+    qkv       per query group: its query heads, key, value (all of kv_channels rows)
+    head_dim  kv_channels
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_ext.arch.rows import (
+    REQUIRED,
+    Axis,
+    Size,
+    Weight,
+    linear,
+    norm,
+    repeated,
+    size,
+    sublayers,
+)
+
+if TYPE_CHECKING:
+    from megatron_ext.arch.sizes import Arch
+
+NAME, SYMBOL = "attention", "*"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of attention; each is a field of ``Arch``."""
+
+    num_attention_heads: int = size(REQUIRED, "query heads", typed=None, at_least=1)
+    num_query_groups: int = size(
+        REQUIRED,
+        "key/value heads; counts only with --group-query-attention",
+        typed=1,
+        at_least=1,
+    )
+    """Equal to num_attention_heads without grouped queries."""
+    kv_channels: int = size(
+        REQUIRED,
+        "channels of one head; default hidden-size / num-attention-heads",
+        typed=None,
+        at_least=1,
+    )
+    """Not tied to hidden_size / num_attention_heads."""
+    add_qkv_bias: bool = size(False, "a bias on query, key and value even without the others")
+    qk_layernorm: bool = size(False, "a norm on the query and the key of each head")
+    attention_dropout: float = size(
+        0.1, "share of attention weights dropped in training", at_least=0, below=1
+    )
+
+
+def problems(arch: "Arch") -> Iterator[str]:
+    """Yield how these sizes contradict each other."""
+    if arch.num_attention_heads % arch.num_query_groups:
+        yield (
+            f"--num-attention-heads {arch.num_attention_heads} is not a multiple of "
+            f"--num-query-groups {arch.num_query_groups}."
+        )
+
+
+def dims(arch: "Arch") -> dict[str, int]:
+    """Return the length of every named dim."""
+    return {
+        "heads": arch.num_attention_heads * arch.kv_channels,
+        "qkv": (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.kv_channels,
+        "head_dim": arch.kv_channels,
+    }
+
+
+def weights(arch: "Arch", layer: str) -> list[Weight]:
+    """Return the rows of the table; ``layer`` is what their names begin with."""
+    attention, bias = f"{layer}self_attention.", arch.add_bias_linear
+    qkv = f"{attention}linear_qkv"
+    qkv_bias = bias or arch.add_qkv_bias
+    rows = norm(arch, f"{qkv}.layer_norm_", kind=NAME)
+    rows += linear(qkv, ("qkv", "hidden"), bias=qkv_bias, kind=NAME)
+    if arch.qk_layernorm:
+        rows += norm(arch, f"{attention}q_layernorm.", "head_dim", kind=NAME)
+        rows += norm(arch, f"{attention}k_layernorm.", "head_dim", kind=NAME)
+    projection = f"{attention}linear_proj"
+    return rows + linear(projection, ("hidden", "heads"), bias=bias, init="scaled", kind=NAME)
+
+
+def multiply_adds(arch: "Arch", seq_length: int) -> int:
+    """Return those of one token beside the weights': scores and values.
+
+    Causal attention counts half of the square, seq_length / 2 keys a token on average; a
+    BertModel's all of it.
+    """
+    return arch.num_attention_heads * arch.kv_channels * seq_length * (1 + arch.is_bert)
+
+
+def _head_outputs(arch: "Arch") -> list[Sequence[int]]:
+    """Concatenated head outputs: kv_channels positions of each head."""
+    return [repeated(range(arch.num_attention_heads), arch.kv_channels)]
+
+
+def _queries_keys_values(arch: "Arch") -> list[Sequence[int]]:
+    """Queries, key and value of one query group after another: kv_channels positions each.
+
+    A key and value belong to the group, or to the head where every head has its own.
+    """
+    heads, groups = arch.num_attention_heads, arch.num_query_groups
+    blocks: list[int] = []
+    for group in range(groups):
+        queries = range(group * heads // groups, (group + 1) * heads // groups)
+        owner = heads + group if groups < heads else group
+        blocks += [*queries, owner, owner]
+    return [repeated(blocks, arch.kv_channels)]
+
+
+DEPTH = sublayers(NAME, "LA", "attention sub-layers")
+HEADS = Axis(
+    name="heads",
+    kind=NAME,
+    size=Size(
+        name="num_attention_heads",
+        letter="A",
+        help="query heads, the same number of each query group",
+        rows=lambda arch: arch.kv_channels,
+    ),
+    within=Size(
+        name="num_query_groups",
+        letter="G",
+        help="key/value heads, removed as groups; keep a multiple of every TP size to be used",
+        rows=lambda arch: 2 * arch.kv_channels,
+    ),
+    dims={"heads": _head_outputs, "qkv": _queries_keys_values},
+    tp_split=True,
+    exists=lambda arch: NAME in arch.kinds,
+)
+AXES = (HEADS,)
+UNCUT = ("head_dim",)
