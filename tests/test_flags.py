@@ -423,16 +423,16 @@ PRUNE_OPTIONS = """
     --add-qkv-bias --apply-layernorm-1p --apply-residual-connection-post-layernorm
     --attention-backend --attention-dropout --bert-no-binary-head --bf16 --calibration-samples
     --ckpt-step --context-parallel-size --cp-comm-type --data-args-path --data-cache-path
-    --data-path --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --depth-block
-    --depth-importance --depth-rescore --deterministic-mode --device
+    --data-path --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers
+    --depth-block --depth-importance --depth-rescore --deterministic-mode --device
     --disable-bf16-reduced-precision-matmul --disable-bias-linear --disable-pad-vocab-size
     --distributed-backend --distributed-timeout-minutes --dry-run --expert-model-parallel-size
     --expert-tensor-parallel-size --ffn-hidden-size --fp16 --gpu --group-query-attention
     --head-residual --help --hidden-dropout --hidden-size --hybrid-layer-pattern --importance
     --importance-batch --importance-heads --importance-neurons --importance-sequence
     --init-method-std --kv-channels --load --load-config --make-vocab-size-divisible-by
-    --max-position-embeddings --merge-file --mfu --micro-batch-size --mock-data --moe-aux-loss-coeff
-    --moe-ffn-hidden-size --moe-router-dtype --moe-router-load-balancing-type
+    --max-position-embeddings --merge-file --mfu --micro-batch-size --mock-data
+    --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-router-dtype --moe-router-load-balancing-type
     --moe-router-pre-softmax --moe-router-topk --moe-shared-expert-intermediate-size
     --no-bias-gelu-fusion --no-mmap-bin-files --no-overlap-p2p-communication --no-pad-vocab-size
     --no-verify-integrity --norm-epsilon --normalization --num-attention-heads --num-experts
@@ -445,10 +445,10 @@ PRUNE_OPTIONS = """
     --squared-relu --swiglu --target-attention-layers --target-ffn-hidden-size --target-hidden-size
     --target-mlp-layers --target-moe-ffn-hidden-size --target-moe-layers
     --target-moe-shared-expert-intermediate-size --target-num-attention-heads --target-num-experts
-    --target-num-layers --target-num-query-groups --target-params --target-tolerance --targets --tensor-model-parallel-size --tokenizer-model
-    --tokenizer-type --train-data-path --transformer-impl --trust-checkpoint --trust-remote-code
-    --untie-embeddings-and-output-weights --use-rope-scaling --use-rotary-position-embeddings
-    --vocab-file --vocab-size --world-size
+    --target-num-layers --target-num-query-groups --target-params --target-tolerance --targets
+    --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path
+    --transformer-impl --trust-checkpoint --trust-remote-code --untie-embeddings-and-output-weights
+    --use-rope-scaling --use-rotary-position-embeddings --vocab-file --vocab-size --world-size
 """
 
 
