@@ -113,9 +113,9 @@ def from_args(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def dims(arch: "Arch") -> dict[str, int]:
     """Return the length of every named dim."""
-    if arch.num_experts is None:
-        return {}
     gates, ffn = 1 + arch.is_gated, arch.moe_ffn_hidden_size
+    if arch.num_experts is None or ffn is None:
+        return {}
     sizes = {"experts": arch.num_experts, "moe_ffn": ffn, "moe_fc1": ffn * gates}
     shared = arch.moe_shared_expert_intermediate_size
     return sizes | ({"shared_ffn": shared, "shared_fc1": shared * gates} if shared else {})

@@ -139,9 +139,9 @@ def sublayers(kind: str, letter: str, help: str) -> Axis:
     )
 
 
-def kept_layers(kept: Mapping[str, Sequence[int]], kind: str) -> Sequence[int]:
+def kept_layers(kept: Mapping[str, Sequence[int]], kind: str | None) -> Sequence[int]:
     """Return the sub-layers of a kind that ``kept`` has, numbers within the kind."""
-    return kept["layers"] if "layers" in kept else kept[kind]
+    return kept["layers" if "layers" in kept or kind is None else kind]
 
 
 def one_row(arch: "Arch") -> int:

@@ -174,7 +174,7 @@ class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, ModelSizes):
     def with_sublayers(self, pattern: str) -> "Arch":
         """Return the HybridModel with these sub-layers; without mixtures, it has no experts."""
         experts = "moe" in patterns.kinds(pattern)
-        none = {} if experts else {f.name: f.default for f in fields(moe.Sizes)}
+        none: dict[str, Any] = {} if experts else {f.name: f.default for f in fields(moe.Sizes)}
         return replace(self, num_layers=len(pattern), hybrid_layer_pattern=pattern, **none)
 
     def by_sublayers(self) -> "Arch":

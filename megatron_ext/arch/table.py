@@ -143,6 +143,6 @@ def forward_flops(arch: Arch, seq_length: int) -> int:
 def _numel(weight: Weight, arch: Arch, *, active: bool) -> int:
     """Return the elements of ``weight`` in one layer, or of its active experts."""
     numel = prod(shape(weight, arch))
-    if active and is_of_experts(weight):
+    if active and is_of_experts(weight) and arch.num_experts is not None:
         return numel // arch.num_experts * arch.moe_router_topk
     return numel

@@ -9,7 +9,7 @@ A row is a reason and the options it holds for, each as one types it:
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ext.runtime.errors import USAGE, UserError, warn
@@ -39,7 +39,7 @@ def options(rows: Rows, *, refused: bool = False) -> dict[str, Option]:
     }
 
 
-def judge(typed: Sequence[tuple[str, Sequence[str]]], known: dict[str, Option]) -> None:
+def judge(typed: Sequence[tuple[str, Sequence[str]]], known: Mapping[str, Option]) -> None:
     """Warn on rank 0, in one line, of what was typed without effect; refuse the rest.
 
     Args:

@@ -91,7 +91,7 @@ def _read(reader: SliceReader, piece: Piece, arch: Arch) -> Tensor:
 def _add_squares(sums: Mapping[str, Tensor], piece: Piece, weight: Tensor, arch: Arch) -> None:
     squares = weight.square()
     if piece.layer is not None:
-        for depth in {"layers", piece.weight.kind} & sums.keys():
+        for depth in sums.keys() & {"layers", piece.weight.kind}:
             sums[depth][piece.layer] += squares.sum(dtype=torch.float64)
     if piece.expert is not None:
         sums[f"experts.{piece.layer}"][piece.expert] += squares.sum(dtype=torch.float64)

@@ -7,7 +7,9 @@ every model in between fits the pipeline of the source.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import AXES, DEPTH_SIZES, sizes_of
@@ -30,7 +32,7 @@ def iteration_targets(source: Arch, target: Arch, iterations: int) -> list[Arch]
     width = [name for name in sizes_of(source) if name not in DEPTH_SIZES]
     targets = []
     for step in range(1, iterations):
-        sizes = {
+        sizes: dict[str, Any] = {
             name: _between(getattr(source, name), getattr(target, name), step, iterations)
             for name in width
             if getattr(source, name) != getattr(target, name)
@@ -40,10 +42,10 @@ def iteration_targets(source: Arch, target: Arch, iterations: int) -> list[Arch]
             sizes["num_attention_heads"] = -(-heads // groups) * groups
         elif heads is not None and groups < source.num_attention_heads:
             # Whole groups go too: what is left of each must shrink from step to step as well.
-            per_group = [
+            before, after = (
                 arch.num_attention_heads // arch.num_query_groups for arch in (source, target)
-            ]
-            left = _between(*per_group, step, iterations)
+            )
+            left = _between(before, after, step, iterations)
             sizes["num_attention_heads"] = left * sizes["num_query_groups"]
         targets.append(replace(source, **sizes))
     distinct = dict.fromkeys([*targets, target])
@@ -66,7 +68,7 @@ def compose(first: Plan, second: Plan) -> Plan:
     assert not first.residual_pairs, "heads were folded already"
     assert not second.residual_pairs, "heads would be folded after others were pruned"
 
-    def through(indices: tuple[int, ...], kept: tuple[int, ...]) -> tuple[int, ...]:
+    def through(indices: Sequence[int], kept: Sequence[int]) -> tuple[int, ...]:
         return tuple(kept[index] for index in indices)
 
     def before(name: str) -> str:

@@ -134,6 +134,7 @@ def given_plan(job: Job, source: Arch, head_residual: str, origin: Config) -> Pl
     Raises:
         UserError: naming the file.
     """
+    assert job.plan is not None, "a job without a plan's file has none to read"
     plan = load_plan(job.plan)
     check_plan(plan, source)
     check_target(plan.target, source, origin)

@@ -1,6 +1,6 @@
 """Indices that a plan keeps of a tensor's dim, from the unit of every position (``axes``)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 
@@ -48,10 +48,10 @@ def units_on(dim: str, arch: Arch) -> tuple[tuple[Axis, Tensor, Tensor], ...]:
     return tuple((axis, *_units(axis.dims[dim](arch))) for axis in axes_on(dim, arch))
 
 
-def _units(sections: list[Sequence[int]]) -> Iterator[Tensor]:
+def _units(sections: list[Sequence[int]]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(section) for section in sections])
-    yield torch.arange(len(sections)).repeat_interleave(lengths)
-    yield torch.tensor(list(chain(*sections)))
+    section = torch.arange(len(sections)).repeat_interleave(lengths)
+    return section, torch.tensor(list(chain(*sections)))
 
 
 def _places(axis: Axis, sections: Tensor, units: Tensor, kept: Sequence[int], arch: Arch) -> Tensor:

@@ -82,7 +82,7 @@ def _rank(
     """
     scores = _needed(vectors, name)
     groups = 1 if axis.within is None else getattr(source, axis.within.name)
-    if groups in (1, len(scores)):
+    if axis.within is None or groups in (1, len(scores)):
         return [_descending(scores).tolist()]
     rows = scores.view(groups, -1)
     first = rows.size(1) * torch.arange(groups).unsqueeze(1)

@@ -77,7 +77,7 @@ def arch_from_json(values: Any) -> Arch:
     """
     if not isinstance(values, dict):
         raise TypeError(f"sizes of a model are a JSON object, not {type(values).__name__}")
-    types = {field.name: field.type for field in fields(Arch)}
+    types: dict[str, Any] = {field.name: field.type for field in fields(Arch)}
     for name, value in values.items():
         if name not in types:
             raise ValueError(f"unknown size {name!r}")

@@ -110,14 +110,17 @@ def candidates(source: Arch, space: Space, low: float, high: float) -> dict[str,
 
 def _combinations(source: Arch, space: Space) -> Iterator[tuple[str, Arch]]:
     for values in itertools.product(*space.values()):
-        sizes = dict(zip(space, values, strict=True))
-        hidden_size = sizes.get("hidden_size", source.hidden_size)
-        for name, value in sizes.items():
-            if isinstance(value, str):
-                sizes[name] = Fraction(value.removesuffix("x")) * hidden_size
-        if any(value != int(value) for value in sizes.values()):
+        written = dict(zip(space, values, strict=True))
+        hidden_size = int(written.get("hidden_size", source.hidden_size))
+        exact = {
+            name: Fraction(value.removesuffix("x")) * hidden_size
+            if isinstance(value, str)
+            else Fraction(value)
+            for name, value in written.items()
+        }
+        if any(value.denominator > 1 for value in exact.values()):
             continue
-        sizes = {name: int(value) for name, value in sizes.items()}
+        sizes = {name: int(value) for name, value in exact.items()}
         try:
             arch = target_arch(source, **sizes)
         except UserError:

@@ -4,6 +4,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,7 +26,7 @@ def target_arch(source: Arch, **sizes: int | None) -> Arch:
     Raises:
         UserError: a size that cannot be pruned to.
     """
-    changed = {name: size for name, size in sizes.items() if size is not None}
+    changed: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
     for name, size in changed.items():
         check_size(source, name, size)
     changed = _with_pattern(source, changed)
@@ -57,7 +58,7 @@ def target_arch(source: Arch, **sizes: int | None) -> Arch:
     return replace(source, **changed)
 
 
-def _with_pattern(source: Arch, sizes: dict[str, int]) -> dict[str, int | str]:
+def _with_pattern(source: Arch, sizes: dict[str, int]) -> dict[str, Any]:
     """Return sizes in which a pattern stands for how many sub-layers of each kind are left."""
     typed = [name for name in sizes if name in DEPTH_SIZES]
     if "num_layers" in typed and len(typed) > 1:
@@ -69,7 +70,7 @@ def _with_pattern(source: Arch, sizes: dict[str, int]) -> dict[str, int | str]:
     numbers = {kind: len(source.layers_of(kind)) for kind in source.kinds}
     counts = {kind: sizes.get(f"{kind}_layers", number) for kind, number in numbers.items()}
     sublayers = {f"{kind}_layers" for kind in numbers}
-    changed = {name: size for name, size in sizes.items() if name not in sublayers}
+    changed: dict[str, Any] = {name: n for name, n in sizes.items() if name not in sublayers}
     if counts != numbers:
         pattern = without_last(source.pattern, counts)
         changed |= {"num_layers": len(pattern), "hybrid_layer_pattern": pattern}
