@@ -69,11 +69,11 @@ def chunks(
         2, min(step, num_positions), batch, columns, dtype=compute_dtype(student, teacher)
     )
     for start in range(0, num_positions, step):
-        rows = slice(start, start + step)
+        positions = slice(start, start + step)
         s, t = buffers[:, : num_positions - start]
-        s.copy_(student[rows, :, :columns])
-        t.copy_(teacher[rows, :, :columns])
-        yield rows, s, t
+        s.copy_(student[positions, :, :columns])
+        t.copy_(teacher[positions, :, :columns])
+        yield positions, s, t
 
 
 def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:

@@ -97,22 +97,22 @@ class _Fused(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=wide)
             grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         found: dict[str, list[Tensor]] = {}
-        for rows in _chunks(states):
-            logits = F.linear(states[rows], weight, bias).requires_grad_(bool(objective))
-            teacher_logits = F.linear(teacher_states[rows], teacher_weight, teacher_bias)
+        for positions in _chunks(states):
+            logits = F.linear(states[positions], weight, bias).requires_grad_(bool(objective))
+            teacher_logits = F.linear(teacher_states[positions], teacher_weight, teacher_bias)
             with torch.set_grad_enabled(bool(objective)):
-                part = losses(logits, teacher_logits, labels[:, rows])
+                part = losses(logits, teacher_logits, labels[:, positions])
             for name, loss in part.items():
                 found.setdefault(name, []).append(loss.detach())
             if objective:
-                mask = loss_mask[:, rows]
+                mask = loss_mask[:, positions]
                 (grad,) = torch.autograd.grad(
                     [part[name] for name in objective],
                     logits,
                     [(factor * mask).to(part[name].dtype) for name, factor in objective.items()],
                 )
-                grad_states[rows] = grad @ weight
-                _add_product(grad_weight, grad.flatten(0, 1).t(), states[rows].flatten(0, 1))
+                grad_states[positions] = grad @ weight
+                _add_product(grad_weight, grad.flatten(0, 1).t(), states[positions].flatten(0, 1))
                 if bias is not None:
                     grad_bias += grad.sum(dim=(0, 1), dtype=wide)
         names.extend(found)

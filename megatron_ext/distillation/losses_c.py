@@ -38,14 +38,14 @@ def row_stats(
 def mixture_sums(
     student: Tensor,
     teacher: Tensor,
-    rows: Tensor,
+    stats: Tensor,
     temperature: float,
     columns: int,
     beta: float,
 ) -> Tensor:
     """Return [2, S, B] float32."""
-    sums = torch.empty_like(rows[:2])
-    _call("mixture_sums", student, teacher, temperature, columns, rows, beta, sums)
+    sums = torch.empty_like(stats[:2])
+    _call("mixture_sums", student, teacher, temperature, columns, stats, beta, sums)
     return sums
 
 
@@ -53,7 +53,7 @@ def gradient(
     loss: str,
     student: Tensor,
     teacher: Tensor,
-    rows: Tensor,
+    stats: Tensor,
     scale: Tensor,
     temperature: float,
     columns: int,
@@ -62,7 +62,7 @@ def gradient(
     """Return the gradient of the student's logits, [S, B, v]."""
     result = torch.empty_like(student)
     logits = student, teacher, temperature, columns
-    _call("gradient", *logits, LOSSES.index(loss), rows, scale, beta, result)
+    _call("gradient", *logits, LOSSES.index(loss), stats, scale, beta, result)
     return result
 
 

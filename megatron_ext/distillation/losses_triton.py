@@ -249,14 +249,14 @@ def row_stats(
 def mixture_sums(
     student: Tensor,
     teacher: Tensor,
-    rows: Tensor,
+    stats: Tensor,
     temperature: float,
     columns: int,
     beta: float,
 ) -> Tensor:
     """Return [2, S, B] float32, see ``native``."""
-    sums = torch.empty_like(rows[:2])
-    outs = (rows.contiguous(), sums)
+    sums = torch.empty_like(stats[:2])
+    outs = (stats.contiguous(), sums)
     choice = {"is_fast": _is_fast(student), "block": MIXTURE_BLOCK}
     _launch(_mixture_kernel, student, teacher, columns, temperature, outs, (beta,), **choice)
     return sums
@@ -266,7 +266,7 @@ def gradient(
     loss: str,
     student: Tensor,
     teacher: Tensor,
-    rows: Tensor,
+    stats: Tensor,
     scale: Tensor,
     temperature: float,
     columns: int,
@@ -274,7 +274,7 @@ def gradient(
 ) -> Tensor:
     """Return the gradient of the student's logits, see ``native``."""
     result = torch.empty_like(student)
-    outs = (rows.contiguous(), scale.contiguous(), result)
+    outs = (stats.contiguous(), scale.contiguous(), result)
     choice = {"is_fast": _is_fast(student), "loss": loss, "block": BLOCK}
     _launch(_gradient_kernel, student, teacher, columns, temperature, outs, (beta,), **choice)
     return result

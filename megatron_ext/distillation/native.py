@@ -7,14 +7,14 @@ real columns. s' and t' are logits centred on their rows' maxima, in bits (``chu
         -> [4 + m, S, B] float32, of this rank's columns: max s, max t, sum 2^s', sum 2^t', and the
         moments none (m = 0), gap (1: sum 2^t' (t' - s')) or products (3: sum 2^2s', sum 2^2t',
         sum 2^s' 2^t')
-    mixture_sums(student, teacher, rows, temperature, columns, beta)
+    mixture_sums(student, teacher, stats, temperature, columns, beta)
         -> [2, S, B] float32, of this rank's columns: sum p_s (log p_s - log m) and
         sum p_t (log p_t - log m), m = beta p_t + (1 - beta) p_s, in nats
-    gradient(loss, student, teacher, rows, scale, temperature, columns, beta)
+    gradient(loss, student, teacher, stats, scale, temperature, columns, beta)
         -> [S, B, v] in the student's dtype, rounded once: the gradient of ``loss`` (a name of
         ``steps``) with respect to the student's logits
 
-``rows`` are [k, S, B] float32 as ``steps.Steps`` says, over all ranks; ``scale`` is the factor of
+``stats`` are [k, S, B] float32 as ``steps.Steps`` says, over all ranks; ``scale`` is the factor of
 each row, [S, B] float32. Padding is never read and gets a gradient of 0.
 """
 

@@ -33,18 +33,18 @@ def row_stats(
     stats = student.new_zeros(shape, dtype=compute_dtype(student, teacher))
     # For a rank that holds only padding: loses every max, and stays finite in the arithmetic.
     stats[:2] = torch.finfo(torch.float32).min
-    for rows, s, t in chunks(student, teacher, columns):
+    for positions, s, t in chunks(student, teacher, columns):
         for number, x in enumerate((s, t)):
-            torch.amax(x, -1, out=stats[number, rows])
-            center_(x, stats[number, rows], temperature)
+            torch.amax(x, -1, out=stats[number, positions])
+            center_(x, stats[number, positions], temperature)
         gap = t - s if moments == "gap" else None
         for number, x in enumerate((s, t)):
-            torch.sum(x.exp2_(), -1, out=stats[2 + number, rows])
+            torch.sum(x.exp2_(), -1, out=stats[2 + number, positions])
         if moments == "gap":
-            torch.sum(weighted_(t, gap), -1, out=stats[4, rows])
+            torch.sum(weighted_(t, gap), -1, out=stats[4, positions])
         if moments == "products":
             for number, (x, y) in enumerate(((s, s), (t, t), (s, t)), 4):
-                torch.sum(x * y, -1, out=stats[number, rows])
+                torch.sum(x * y, -1, out=stats[number, positions])
     return stats
 
 

@@ -34,10 +34,11 @@ class Steps(NamedTuple):
     """Its name in ``native``."""
     forward: Callable[..., tuple[Tensor, Tensor]]
     """(student, teacher, temperature, real columns, group) -> loss per token [S, B] float64, and
-    what ``gradient`` needs as rows [k, S, B], first both models' maxima, sums of exponentials."""
+    what ``gradient`` needs as statistics [k, S, B]: the student's and the teacher's maximum, their
+    sums of exponentials, and what the loss adds."""
     gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """Bits s, t [n, B, c] and rows [k, n, B, 1] of a chunk -> T times d loss / d student logits.
-    May overwrite s and t."""
+    """Bits s, t [n, B, c] of a chunk and its statistics [k, n, B, 1] -> T times d loss / d student
+    logits. May overwrite s and t."""
     beta: float = 0.0
     """Weight of the teacher in jsd's mixture."""
 
@@ -65,32 +66,32 @@ class _RowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, steps, temperature, columns, tp_group):
-        loss, rows = steps.forward(student, teacher, temperature, columns, tp_group)
+        loss, stats = steps.forward(student, teacher, temperature, columns, tp_group)
         dtype = compute_dtype(student, teacher)
-        ctx.save_for_backward(student, teacher, rows.to(dtype))
+        ctx.save_for_backward(student, teacher, stats.to(dtype))
         ctx.steps, ctx.temperature, ctx.columns = steps, temperature, columns
         return loss.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        student, teacher, rows = ctx.saved_tensors
+        student, teacher, stats = ctx.saved_tensors
         # No all-reduce: the loss is replicated over tp_group, and therefore grad_loss is too.
         scale = grad_loss / ctx.temperature
         loss = ctx.steps.loss
         kernels = native.kernels(student, teacher, ctx.columns, gradient_of=loss)
         if kernels is not None:
             settings = (ctx.temperature, ctx.columns, ctx.steps.beta)
-            grad = kernels.gradient(loss, student, teacher, rows, scale, *settings)
+            grad = kernels.gradient(loss, student, teacher, stats, scale, *settings)
             return grad, None, None, None, None, None
         scale = scale.unsqueeze(-1)
         grad = torch.empty_like(student)
         grad[..., ctx.columns :].zero_()
-        for place, s, t in chunks(student, teacher, ctx.columns):
-            center_(s, rows[0, place], ctx.temperature)
-            center_(t, rows[1, place], ctx.temperature)
-            part = ctx.steps.gradient(s, t, rows[:, place].unsqueeze(-1))
-            grad[place, :, : ctx.columns] = part.mul_(scale[place])
+        for positions, s, t in chunks(student, teacher, ctx.columns):
+            center_(s, stats[0, positions], ctx.temperature)
+            center_(t, stats[1, positions], ctx.temperature)
+            part = ctx.steps.gradient(s, t, stats[:, positions].unsqueeze(-1))  # [n, B, c]
+            grad[positions, :, : ctx.columns] = part.mul_(scale[positions])
         return grad, None, None, None, None, None
 
 
@@ -98,30 +99,35 @@ class _RowLoss(torch.autograd.Function):
 
 
 def _kl(student, teacher, temperature, columns, tp_group):
-    """Return KL(teacher || student) [S, B] and the rows [4, S, B]."""
-    rows, offset, stats = gathered_stats(student, teacher, temperature, columns, tp_group, "gap")
+    """Return KL(teacher || student) [S, B] and the statistics [4, S, B]."""
+    stats, offset, of_ranks = gathered_stats(
+        student, teacher, temperature, columns, tp_group, "gap"
+    )
+    _, _, s_sum, t_sum = stats  # [S, B] each
     shift = offset[:, 1] - offset[:, 0]  # [R, S, B]
-    dot = stats[:, 4] + shift * stats[:, 3]
-    gap = (offset[:, 1].exp2() * dot).sum(0) / rows[3]
-    bits = gap + rows[2].log2() - rows[3].log2()
-    return not_below_zero(bits) / LOG2_E, rows
+    # A rank's sum of exp2(t') (t' - s'), moved from the rank's maxima to those of all ranks.
+    dot = of_ranks[:, 4] + shift * of_ranks[:, 3]
+    gap = (offset[:, 1].exp2() * dot).sum(0) / t_sum
+    bits = gap + s_sum.log2() - t_sum.log2()
+    return not_below_zero(bits) / LOG2_E, stats
 
 
-def _forward_kl_gradient(s, t, rows):
+def _forward_kl_gradient(s, t, stats):
     # Maxima and sums, not log-sum-exps: their rounding would shift a whole row of p_s - p_t.
-    return s.exp2_().div_(rows[2]).sub_(t.exp2_().div_(rows[3]))
+    _, _, s_sum, t_sum = stats
+    return s.exp2_().div_(s_sum).sub_(t.exp2_().div_(t_sum))
 
 
 def _reverse_kl(student, teacher, temperature, columns, tp_group):
-    kl, rows = _kl(teacher, student, temperature, columns, tp_group)
-    rows = rows.unflatten(0, (2, 2)).flip(1).flatten(0, 1)
-    offset = rows[2].log2() - rows[3].log2() + kl * LOG2_E
-    return kl, torch.cat([rows, offset.unsqueeze(0)])
+    kl, (t_max, s_max, t_sum, s_sum) = _kl(teacher, student, temperature, columns, tp_group)
+    mean_gap = s_sum.log2() - t_sum.log2() + kl * LOG2_E  # sum of p_s (s' - t'), in bits
+    return kl, torch.stack([s_max, t_max, s_sum, t_sum, mean_gap])
 
 
-def _reverse_kl_gradient(s, t, rows):
-    gap = t.neg_().add_(s).sub_(rows[4]).div_(LOG2_E)
-    return s.exp2_().div_(rows[2]).mul_(gap)
+def _reverse_kl_gradient(s, t, stats):
+    _, _, s_sum, _, mean_gap = stats
+    gap = t.neg_().add_(s).sub_(mean_gap).div_(LOG2_E)
+    return s.exp2_().div_(s_sum).mul_(gap)
 
 
 FORWARD_KL = Steps("forward-kl", _kl, _forward_kl_gradient)
@@ -132,35 +138,38 @@ REVERSE_KL = Steps("reverse-kl", _reverse_kl, _reverse_kl_gradient)
 
 
 def _products(*inputs):
-    """Return p_s . p_s, p_t . p_t, p_s . p_t as [3, S, B] float64, and the rows [4, S, B]."""
-    rows, offset, stats = gathered_stats(*inputs, "products")
-    (s, t), (s_sum, t_sum) = offset.unbind(1), rows[2:]
-    weight = torch.stack([s + s, t + t, s + t], dim=1).exp2()
-    products = (weight * stats[:, 4:]).sum(0)
-    return products / torch.stack([s_sum * s_sum, t_sum * t_sum, s_sum * t_sum]), rows
+    """Return p_s . p_s, p_t . p_t, p_s . p_t as [3, S, B] float64, and the statistics [4, S, B]."""
+    stats, offset, of_ranks = gathered_stats(*inputs, "products")
+    (s, t), (s_sum, t_sum) = offset.unbind(1), stats[2:]  # [R, S, B]; [S, B]
+    weight = torch.stack([s + s, t + t, s + t], dim=1).exp2()  # [R, 3, S, B]
+    products = (weight * of_ranks[:, 4:]).sum(0)
+    return products / torch.stack([s_sum * s_sum, t_sum * t_sum, s_sum * t_sum]), stats
 
 
 def _mse(*inputs):
-    (ss, tt, st), rows = _products(*inputs)
-    return not_below_zero(ss + tt - 2 * st), torch.cat([rows, (ss - st).unsqueeze(0)])
+    (ss, tt, st), stats = _products(*inputs)
+    return not_below_zero(ss + tt - 2 * st), torch.cat([stats, (ss - st).unsqueeze(0)])
 
 
-def _mse_gradient(s, t, rows):
-    s.exp2_().div_(rows[2])
-    gap = t.exp2_().div_(rows[3]).neg_().add_(s).sub_(rows[4])
+def _mse_gradient(s, t, stats):
+    _, _, s_sum, t_sum, mean_gap = stats  # the last: p_s . (p_s - p_t)
+    s.exp2_().div_(s_sum)
+    gap = t.exp2_().div_(t_sum).neg_().add_(s).sub_(mean_gap)
     return s.mul_(gap).mul_(2)
 
 
 def _cosine(*inputs):
-    (ss, tt, st), rows = _products(*inputs)
+    (ss, tt, st), stats = _products(*inputs)
     norms = (ss * tt).sqrt()
-    return not_below_zero(1 - st / norms), torch.cat([rows, torch.stack([st / ss / norms, norms])])
+    known = torch.cat([stats, torch.stack([st / ss / norms, norms])])
+    return not_below_zero(1 - st / norms), known
 
 
-def _cosine_gradient(s, t, rows):
-    s.exp2_().div_(rows[2])
-    gap = t.exp2_().div_(rows[3]).div_(rows[5])
-    return s.mul_((s * rows[4]).sub_(gap))
+def _cosine_gradient(s, t, stats):
+    _, _, s_sum, t_sum, pull, norms = stats  # pull: cos / (p_s . p_s)
+    s.exp2_().div_(s_sum)
+    gap = t.exp2_().div_(t_sum).div_(norms)
+    return s.mul_((s * pull).sub_(gap))
 
 
 MSE, COSINE = Steps("mse", _mse, _mse_gradient), Steps("cosine", _cosine, _cosine_gradient)
@@ -173,8 +182,8 @@ def jsd(beta: float) -> Steps:
     """Return the steps of the Jensen-Shannon divergence with weight ``beta`` on the teacher."""
 
     def forward(student, teacher, temperature, columns, tp_group):
-        rows, _, _ = gathered_stats(student, teacher, temperature, columns, tp_group)
-        known = rows.to(compute_dtype(student, teacher))
+        stats, _, _ = gathered_stats(student, teacher, temperature, columns, tp_group)
+        known = stats.to(compute_dtype(student, teacher))
         kernels = native.kernels(student, teacher, columns)
         if kernels is not None:
             sums = kernels.mixture_sums(student, teacher, known, temperature, columns, beta)
@@ -182,28 +191,31 @@ def jsd(beta: float) -> Steps:
             sums = mixture_sums(student, teacher, known, temperature, columns)
         student_kl, teacher_kl = gather_ranks(sums, tp_group).double().sum(0)
         jsd = not_below_zero(beta * teacher_kl + (1 - beta) * student_kl)
-        return jsd, torch.cat([rows, student_kl.unsqueeze(0)])
+        return jsd, torch.cat([stats, student_kl.unsqueeze(0)])
 
-    def mixture_sums(student, teacher, rows, temperature, columns):
-        sums = torch.zeros_like(rows[:2])
-        for place, s, t in chunks(student, teacher, columns):
-            center_(s, rows[0, place], temperature)
-            center_(t, rows[1, place], temperature)
-            p_s, p_t, from_m, t_from_m = against_mixture(s, t, rows[:, place].unsqueeze(-1))
-            torch.sum(weighted_(p_s, from_m), -1, out=sums[0, place])
-            torch.sum(weighted_(p_t, t_from_m), -1, out=sums[1, place])
+    def mixture_sums(student, teacher, stats, temperature, columns):
+        """Return the sums of p_s (log p_s - log m) and p_t (log p_t - log m), [2, S, B]."""
+        sums = torch.zeros_like(stats[:2])
+        for positions, s, t in chunks(student, teacher, columns):
+            center_(s, stats[0, positions], temperature)
+            center_(t, stats[1, positions], temperature)
+            known = stats[2:, positions].unsqueeze(-1)  # [2, n, B, 1]
+            p_s, p_t, from_m, t_from_m = against_mixture(s, t, *known)
+            torch.sum(weighted_(p_s, from_m), -1, out=sums[0, positions])
+            torch.sum(weighted_(p_t, t_from_m), -1, out=sums[1, positions])
         return sums
 
-    def against_mixture(s, t, rows):
+    def against_mixture(s, t, s_sum, t_sum):
         """Return p_s, p_t, log p_s - log m and log p_t - log m, in nats."""
-        s.sub_(rows[2].log2())
-        t.sub_(rows[3].log2())
+        s.sub_(s_sum.log2())
+        t.sub_(t_sum.log2())
         p_s, p_t = s.exp2(), t.exp2()
         log_m = torch.logaddexp2(s + math.log2(1 - beta), t + math.log2(beta))
         return p_s, p_t, s.sub_(log_m).div_(LOG2_E), t.sub_(log_m).div_(LOG2_E)
 
-    def gradient(s, t, rows):
-        p_s, _, from_m, _ = against_mixture(s, t, rows)
-        return p_s.mul_(from_m.sub_(rows[4])).mul_(1 - beta)
+    def gradient(s, t, stats):
+        _, _, s_sum, t_sum, student_kl = stats
+        p_s, _, from_m, _ = against_mixture(s, t, s_sum, t_sum)
+        return p_s.mul_(from_m.sub_(student_kl)).mul_(1 - beta)
 
     return Steps("jsd", forward, gradient, beta)

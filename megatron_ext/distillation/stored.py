@@ -125,12 +125,12 @@ class WithStoredTeacher(Dataset):
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         """Return the sample with ``TOKENS`` int64 and ``LOG_PROBS`` float32, [s, K] each."""
-        place = number % self.index.samples_per_file
-        file = _open(file_of(self.folder, number - place))
+        row = number % self.index.samples_per_file
+        file = _open(file_of(self.folder, number - row))
         return {
             **self.dataset[number],
-            TOKENS: file.get_slice("tokens")[place].long(),
-            LOG_PROBS: file.get_slice("log_probs")[place],
+            TOKENS: file.get_slice("tokens")[row].long(),
+            LOG_PROBS: file.get_slice("log_probs")[row],
         }
 
     def _checked(self, path: Path) -> dict[str, Tensor]:

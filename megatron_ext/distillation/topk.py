@@ -66,14 +66,14 @@ def teacher_top_k(
         raise ValueError(f"top_k must be within 1 and the vocabulary, {whole}: {top_k}.")
     keys = logits.new_full((*logits.shape[:-1], top_k), -(2**63), dtype=torch.int64)
     first = rank * logits.size(-1)
-    for rows, x, _ in chunks(logits, logits, columns):
+    for positions, x, _ in chunks(logits, logits, columns):
         best = _sortable(x, first).topk(min(top_k, columns), dim=-1).values
-        keys[rows, :, : best.size(-1)] = best
+        keys[positions, :, : best.size(-1)] = best
     keys = gather_ranks(keys, tp_group).movedim(0, -2).flatten(-2)  # [S, B, R * K]
     keys = keys.topk(top_k, dim=-1).values
     tokens, chosen = _from_sortable(keys)
-    rows, _, _ = gathered_stats(logits, logits, temperature, columns, tp_group)
-    log_sum = (rows[0] / temperature + rows[2].log()).unsqueeze(-1)
+    (row_max, _, row_sum, _), _, _ = gathered_stats(logits, logits, temperature, columns, tp_group)
+    log_sum = (row_max / temperature + row_sum.log()).unsqueeze(-1)
     log_probs = chosen.double() / temperature - log_sum
     return TopK(tokens, log_probs.to(compute_dtype(logits, logits)))
 
@@ -143,15 +143,15 @@ class _TopKKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, tokens, log_probs, rest, temperature, columns, tp_group):
         rank = tp_group.rank() if tp_group is not None else 0
-        place = tokens - rank * student.size(-1)
-        is_own = (place >= 0) & (place < columns)
-        place = torch.where(is_own, place, 0)
+        column = tokens - rank * student.size(-1)  # [S, B, K]
+        is_own = (column >= 0) & (column < columns)
+        column = torch.where(is_own, column, 0)
         dtype = torch.promote_types(compute_dtype(student, student), log_probs.dtype)
-        own = student.gather(-1, place).to(dtype) if columns else torch.zeros_like(log_probs)
+        own = student.gather(-1, column).to(dtype) if columns else torch.zeros_like(log_probs)
         lowest = torch.finfo(torch.float32).min
         stats = [torch.where(is_own, own, lowest)]  # [S, B, K]
         if rest == TAIL:
-            stats.append(_tail(student, place, is_own, temperature, columns, dtype))
+            stats.append(_tail(student, column, is_own, temperature, columns, dtype))
         stats = gather_ranks(torch.cat(stats, dim=-1), tp_group).double()  # [R, S, B, K (+ 2)]
         count = tokens.size(-1)
         chosen = stats[..., :count].amax(0) / temperature
@@ -166,44 +166,45 @@ class _TopKKL(torch.autograd.Function):
         student_log_probs = chosen.log_softmax(-1)
         teacher = teacher.log_softmax(-1)
         p_t = teacher.exp()
-        # A tail without mass is no bucket.
+        # 0 log 0 is 0: a teacher whose K tokens have all of its mass leaves the tail none.
         terms = torch.where(p_t == 0, 0, p_t * (teacher - student_log_probs))
         p_s = student_log_probs.exp()
-        gaps = (p_s - p_t).to(dtype)  # of the K tokens
+        gaps = (p_s - p_t).to(dtype)  # [S, B, K], with a tail [S, B, K + 1]
         log_sum = chosen.logsumexp(-1).to(dtype)
         tail_gap = gaps.new_zeros(gaps.shape[:-1])
         if rest == TAIL:  # p_s (1 - P_t / P_s)
             ratio = p_t[..., -1] / p_s[..., -1].clamp(min=torch.finfo(torch.float64).tiny)
             tail_gap, gaps = (1 - ratio).to(dtype), gaps[..., :-1]
-        ctx.save_for_backward(student, place, is_own, gaps, log_sum, tail_gap)
+        ctx.save_for_backward(student, column, is_own, gaps, log_sum, tail_gap)
         ctx.rest, ctx.temperature, ctx.columns = rest, temperature, columns
         return not_below_zero(terms.sum(-1)).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        student, place, is_own, gaps, log_sum, tail_gap = ctx.saved_tensors
+        student, column, is_own, gaps, log_sum, tail_gap = ctx.saved_tensors
         scale = (grad_loss / ctx.temperature).unsqueeze(-1)
         grad = torch.zeros_like(student)
         if ctx.columns == 0:
             return grad, None, None, None, None, None, None
         if ctx.rest == TAIL:
-            for rows, s, _ in chunks(student, student, ctx.columns):
-                center_(s, (log_sum * ctx.temperature)[rows], ctx.temperature)
-                s.exp2_().mul_(tail_gap[rows].unsqueeze(-1)).mul_(scale[rows])
-                grad[rows, :, : ctx.columns] = s
-        # Assigned, not added: a sum of two roundings is no rounding of the sum. Other ranks' tokens
-        # repeat what the first own token assigns, or what is there: the host need not know which.
+            for positions, s, _ in chunks(student, student, ctx.columns):
+                center_(s, (log_sum * ctx.temperature)[positions], ctx.temperature)
+                s.exp2_().mul_(tail_gap[positions].unsqueeze(-1)).mul_(scale[positions])
+                grad[positions, :, : ctx.columns] = s
+        # Assigned, not added: a sum of two roundings is no rounding of the sum. scatter_ needs a
+        # column for the tokens of other ranks too: they write to the column of the first own token
+        # what that one writes, or to column 0 what stands there. The host need not know which.
         values, first = (gaps * scale).to(grad.dtype), is_own.int().argmax(-1, keepdim=True)
         repeated = torch.where(is_own.gather(-1, first), values.gather(-1, first), grad[..., :1])
-        place = torch.where(is_own, place, place.gather(-1, first))
-        grad.scatter_(-1, place, torch.where(is_own, values, repeated))
+        column = torch.where(is_own, column, column.gather(-1, first))
+        grad.scatter_(-1, column, torch.where(is_own, values, repeated))
         return grad, None, None, None, None, None, None
 
 
 def _tail(
     student: Tensor,
-    place: Tensor,
+    column: Tensor,
     is_own: Tensor,
     temperature: float,
     columns: int,
@@ -213,11 +214,12 @@ def _tail(
     stats = student.new_zeros(*student.shape[:-1], 2, dtype=dtype)
     lowest = torch.finfo(torch.float32).min
     stats[..., 0] = lowest
-    for rows, s, _ in chunks(student, student, columns):
-        # Tokens of other ranks share a place, which is chosen only if one of the tokens is there.
-        chosen = torch.zeros_like(s).scatter_add_(-1, place[rows], is_own[rows].to(s.dtype)) > 0
+    for positions, s, _ in chunks(student, student, columns):
+        # Tokens of other ranks point at column 0, which is chosen only if an own token adds to it.
+        own = is_own[positions].to(s.dtype)
+        chosen = torch.zeros_like(s).scatter_add_(-1, column[positions], own) > 0  # [n, B, c]
         s.masked_fill_(chosen, lowest)
-        stats[rows, :, 0] = s.amax(-1)
-        center_(s, stats[rows, :, 0], temperature)
-        stats[rows, :, 1] = s.exp2_().masked_fill_(chosen, 0).sum(-1)
+        stats[positions, :, 0] = s.amax(-1)
+        center_(s, stats[positions, :, 0], temperature)
+        stats[positions, :, 1] = s.exp2_().masked_fill_(chosen, 0).sum(-1)
     return stats

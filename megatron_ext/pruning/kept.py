@@ -24,17 +24,17 @@ def kept_indices(
         layer: the layer's number in the source; None for a weight outside the layers.
         expert: the expert's number in the source, of a weight of one expert.
     """
-    places = [
-        _places(axis, sections, units, plan.kept[axis.vector(layer, expert)], plan.source)
+    ranks = [
+        _ranks(axis, sections, units, plan.kept[axis.vector(layer, expert)], plan.source)
         for axis, sections, units in units_on(dim, plan.source)
     ]
-    if not places:
+    if not ranks:
         return None
     # Where units of two axes lie on a dim, the first axis orders, then the second.
-    order = torch.arange(len(places[0]))
-    for place in reversed(places):
-        order = order[place[order].argsort(stable=True)]
-    stays = torch.stack(places).isfinite().all(dim=0)
+    order = torch.arange(len(ranks[0]))
+    for rank in reversed(ranks):
+        order = order[rank[order].argsort(stable=True)]
+    stays = torch.stack(ranks).isfinite().all(dim=0)
     order = order[stays[order]]
     return None if torch.equal(order, torch.arange(len(stays))) else order
 
@@ -54,7 +54,7 @@ def _units(sections: list[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return section, torch.tensor(list(chain(*sections)))
 
 
-def _places(axis: Axis, sections: Tensor, units: Tensor, kept: Sequence[int], arch: Arch) -> Tensor:
+def _ranks(axis: Axis, sections: Tensor, units: Tensor, kept: Sequence[int], arch: Arch) -> Tensor:
     """Return by what the positions that stay are ordered, [n] float64; infinity for the others."""
     length, groups = axis.length(arch), getattr(arch, axis.within.name) if axis.within else 0
     rank = torch.full((length + groups,), torch.inf, dtype=torch.float64)

@@ -89,9 +89,9 @@ def _unit_kernel(
             counts = columns < reach
             value = tl.load(row + columns, mask=counts, other=0.0).to(tl.float32)
             first, second, centre, count = _add(first, second, centre, count, value, counts, kind)
-    place = out + (part * batch + b).to(tl.int64) * units + columns
+    address = out + (part * batch + b).to(tl.int64) * units + columns
     step = tl.num_programs(1).to(tl.int64) * batch * units
-    _store(place, step, first, second, centre, count, is_real, kind)
+    _store(address, step, first, second, centre, count, is_real, kind)
 
 
 @triton.jit
@@ -127,9 +127,9 @@ def _head_kernel(
             value = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
             norm = tl.sqrt(tl.sum(value * value, 1))
             first, second, centre, count = _add(first, second, centre, count, norm, counts, kind)
-    place = out + (part * batch + b).to(tl.int64) * units + heads
+    address = out + (part * batch + b).to(tl.int64) * units + heads
     step = tl.num_programs(1).to(tl.int64) * batch * units
-    _store(place, step, first, second, centre, count, is_real, kind)
+    _store(address, step, first, second, centre, count, is_real, kind)
 
 
 @triton.jit
