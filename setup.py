@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: a wheel has the programs of the root and of tools/ too.
+"""The part of a wheel that pyproject.toml cannot name: programs of the root and of tools/.
 
 They go to megatron_ext/programs, with the paths that they have here: ``minitron`` finds them there,
 and they find each other as in a checkout.

@@ -1,4 +1,4 @@
-"""What came out: metrics of runs as tables and curves, scores as pictures.
+"""Results: metrics of runs as tables and curves, scores as pictures.
 
 Nothing here knows where a run ran: files in, Markdown and matplotlib Axes out. Axes are an
 argument, so that a caller decides what stands beside what.

@@ -1,4 +1,4 @@
-"""What ranks import, imported once: in the server that they are forked from (``tests.ranks``).
+"""Modules that ranks import, imported once: in the server that forks them (``tests.ranks``).
 
 Each of these that is missing here costs every rank 0.05 to 0.6 s.
 """

@@ -65,7 +65,7 @@ TIMINGS = ("iteration-time", "tokens/s", "throughput", "mem-GiB")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended on one rank, and what it said there."""
+    """The exit code and the output of a program on one rank."""
 
     code: int
     stdout: str

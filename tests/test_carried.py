@@ -1,4 +1,4 @@
-"""What travels with a model beside its weights: files, and the ids of its special tokens."""
+"""Files and ids of special tokens travel with a model beside its weights."""
 
 import json
 import shutil

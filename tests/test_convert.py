@@ -354,7 +354,7 @@ def greedy_texts(folders, prompt, count):
 
 
 def test_greedy_text_is_the_same(pruned):
-    """Of what pruning leaves of every model; below, of one that was not pruned."""
+    """Pruned models of every family; below, one that was not pruned."""
     paths = [str(pruned / name / "pruned") for name in MODELS]
     (texts,) = run_ranks(1, greedy_texts, paths, [5, 17, 60], 5)
     for name, text in zip(MODELS, texts, strict=True):

@@ -1,4 +1,4 @@
-"""What was written under megatron-core 0.16.1 is read as it was, and training goes on from it."""
+"""Checkpoints of megatron-core 0.16.1 are read as they were, and training goes on from them."""
 
 import json
 import tarfile

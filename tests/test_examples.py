@@ -412,7 +412,7 @@ def test_jobs_wait_for_the_step_before(tmp_path):
 
 
 def test_the_header_of_jobs():
-    """What the docs promise: a lead before the limit, a queue after preemption, one log."""
+    """The docs promise a lead before the limit, a queue after preemption, one log."""
     text = (COMMON / "job.sbatch").read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", text, re.M))
     assert options["signal"] == "USR1@600"

@@ -305,7 +305,7 @@ def imported_logits(folder, groups):
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_what_is_imported_computes_the_same(tmp_path, model_type):
-    """Where transformers itself takes the value: what it makes of a key is the reference."""
+    """Values that transformers takes: what it makes of a key is the reference."""
     changes, folders, expected = [], [], []
     for number, change in enumerate(changed_configs(model_type)):
         written = CONFIGS[model_type] | change

@@ -1,4 +1,4 @@
-"""What cannot be exported is refused before it is pruned, and what fits is named."""
+"""A target that cannot be exported is refused before it is pruned, and one that fits is named."""
 
 import json
 import re

@@ -176,7 +176,7 @@ def test_captured_layers_equal_eager_ones(layout):
 
 
 def test_reading_a_number_back_ends_the_capture():
-    """What tests here rely on: the stand-in refuses what CUDA refuses."""
+    """The stand-in refuses what CUDA refuses; other tests here rely on it."""
     graph = graph_replay.RecordedGraph()
     with pytest.raises(RuntimeError, match="host waits"), graph_replay.capture(graph):
         torch.ones(1).sum().item()
@@ -289,7 +289,7 @@ def test_transformer_engine_captures_layers(overlaps):
 
 
 class Stream:
-    """What a stream of a GPU is asked for; ``log`` is the order in which that happens."""
+    """A stand-in for a GPU's stream; ``log`` holds the calls in their order."""
 
     log: ClassVar[list] = []
 

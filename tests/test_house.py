@@ -1,4 +1,4 @@
-"""Which folder of the package may import which, and that each says what it holds."""
+"""Each folder of the package imports only what it may, and says what it holds."""
 
 import ast
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""What tools/inspect_checkpoint.py says of a checkpoint and of what it was pruned from."""
+"""tools/inspect_checkpoint.py describes a checkpoint and the model it was pruned from."""
 
 import json
 from argparse import Namespace

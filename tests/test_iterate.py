@@ -150,7 +150,7 @@ def chain_of_plans(name):
 
 
 class TrimmedReader(FakeReader):
-    """What trimming made of another reader's tensors."""
+    """Tensors that trimming wrote, read by another reader."""
 
     def __init__(self, share, arch):
         super().__init__(arch)

@@ -61,7 +61,7 @@ def test_every_key_becomes_a_flag_and_typed_flags_win(tmp_path):
     ],
 )
 def test_names_of_states(student, teacher, pair, tmp_path):
-    """What comes out of a module of megatron-core is the state that the grammar names."""
+    """The output of a module of megatron-core is the state that the grammar names."""
     values = {"intermediate_layer_pairs": [[student, teacher]]}
     assert read_kd_cfg(write(tmp_path, values))["kd_hidden_states"] == pair
 

@@ -1,4 +1,4 @@
-"""What a run says: Weights & Biases, and where nothing can be written."""
+"""Logs: Weights & Biases, and folders in which nothing can be written."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the training loop switches off, it switches on again: garbage collector, hooks."""
+"""The training loop switches on again what it switches off: garbage collector, hooks."""
 
 import gc
 from types import SimpleNamespace

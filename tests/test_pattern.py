@@ -337,7 +337,7 @@ def test_masked_is_trimmed(llama, sublayers, tmp_path):
 
 @pytest.fixture(scope="module")
 def again(llama, sublayers, tmp_path_factory):
-    """What was pruned, pruned again, depth and width."""
+    """A pruned model, pruned again in depth and width."""
     folder, source = tmp_path_factory.mktemp("again"), llama | {"load": sublayers["save"]}
     return source, prune(folder, source, AGAIN)
 

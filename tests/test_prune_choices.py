@@ -54,7 +54,7 @@ class Source:
     data: list[str]
     targets: list[str]
     scores: dict[str, torch.Tensor]
-    """Of the default choices."""
+    """A run with the default choices."""
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def test_programs_find_what_is_not_installed():
 
 
 def test_the_images_copy_what_an_installation_needs():
-    """What setup.py and pyproject.toml name must be there before pip is called."""
+    """Files that setup.py and pyproject.toml name are there before pip is called."""
     text = (ROOT / "Dockerfile").read_text()
     copied = re.findall(r"^COPY (pyproject.*) \./$", text, re.M)
     assert len(copied) == 2

@@ -1,4 +1,4 @@
-"""What programs import before they have something to compute with: modules are counted, not time.
+"""Programs import little before they have something to compute: modules are counted, not time.
 
 And that what is read without torch and megatron-core is what they read.
 """

@@ -1,4 +1,4 @@
-"""What fails on one rank fails on all, and nobody waits."""
+"""A failure of one rank is one of all ranks, and none of them waits."""
 
 import pytest
 import torch

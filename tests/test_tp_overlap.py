@@ -60,7 +60,7 @@ def test_pruning_takes_the_flag_and_says_that_it_has_no_effect(capsys):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What Transformer Engine, which is not here, would have been asked for."""
+    """Calls to Transformer Engine, which is not here, in their order."""
     asked = []
     base = SimpleNamespace(
         UserBufferQuantizationMode=Modes, initialize_ub=lambda **wanted: asked.append(wanted)

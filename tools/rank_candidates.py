@@ -66,10 +66,10 @@ class Candidate:
 
     name: str
     sizes: dict[str, int]
-    """What was cut of the teacher, by Megatron's names."""
+    """Sizes that were cut of the teacher, by Megatron's names."""
     parameters: int
     iterations: list[int]
-    """Of the evaluations; the first is before retraining."""
+    """Iterations of the evaluations; the first is before retraining."""
     losses: list[float]
     """Language-model loss there, nats per token."""
     kl: list[float]
@@ -145,10 +145,10 @@ def retrain(options: Search, name: str, rest: Sequence[str], stop: StopSignals) 
 def run_until_told(command: Sequence[str], environ: Mapping[str, str], stop: StopSignals) -> int:
     """Run ``command`` and return its code; what ``stop`` catches reaches it once, as SIGTERM.
 
-    torchrun passes SIGTERM on, and no SIGUSR1. Of two it does not leave its ranks the time to save:
-    the command has a session of its own, which a terminal's Ctrl-C does not reach. Where SLURM
-    signals every process of a step, and may know them by their session, only a SIGUSR1 is passed
-    on, which torchrun is told to ignore.
+    torchrun passes SIGTERM on, and no SIGUSR1. A second SIGTERM would leave its ranks no time to
+    save: the command has a session of its own, which a terminal's Ctrl-C does not reach. Where
+    SLURM signals every process of a step, and may know them by their session, only a SIGUSR1 is
+    passed on, which torchrun is told to ignore.
     """
     in_step = "SLURM_STEP_ID" in os.environ
     process = subprocess.Popen(

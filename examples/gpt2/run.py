@@ -24,7 +24,7 @@ RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 @dataclass(frozen=True)
 class Paths:
-    """Where everything lies below the output folder."""
+    """Paths below the output folder."""
 
     root: Path
 

@@ -19,7 +19,7 @@ class Sizes:
         "a BertModel without next-sentence head: a masked language model",
         off="--bert-no-binary-head",
     )
-    """False: a BertModel without its next-sentence head. Of a GPTModel, Megatron-LM saves True."""
+    """False: a BertModel without its next-sentence head. Megatron-LM saves True for a GPTModel."""
     apply_residual_connection_post_layernorm: bool = size(
         False, "post-norm, with --bert-no-binary-head: add to the output of each norm"
     )

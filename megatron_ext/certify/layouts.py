@@ -1,4 +1,4 @@
-"""Which small layouts stand for a large one. Pure."""
+"""Small layouts that stand for a large one. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

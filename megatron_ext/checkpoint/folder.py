@@ -1,4 +1,4 @@
-"""Which checkpoints are in a folder, and what they say of themselves: no torch, no weights."""
+"""The checkpoints of a folder and what they say of themselves: no torch, no weights."""
 
 import json
 import os

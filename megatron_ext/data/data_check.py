@@ -1,4 +1,4 @@
-"""Where samples come from, and what is wrong with it: read before the first step of a run.
+"""The sources of samples, read before the first step of a run, and what is wrong with them.
 
 megatron-core hangs on a split without tokens, takes every number it finds in ``--split``, and meets
 a broken file at some later batch. ``check_data`` says so at once, with the file and the numbers.
@@ -40,7 +40,7 @@ SAMPLED_DOCUMENTS, SAMPLED_TOKENS = 64, 65536
 
 @dataclass(frozen=True)
 class Source:
-    """Where the samples of one split come from."""
+    """Sources of the samples of one split."""
 
     prefixes: tuple[str, ...]
     """Paths without .bin and .idx."""

@@ -4,11 +4,11 @@ megatron-core's own BERT data set wants documents cut into sentences, for the ne
 that is not trained here. Windows of running text, documents one behind the other, need no other
 files than GPT's and keep its blends, splits, caches and order (RoBERTa's full sentences).
 
-A sample of s positions is [CLS] text [SEP], then padding where text is missing. Of its tokens that
-are not special, 15 % are to be predicted: 80 % of these are read as [MASK], 10 % as a random token,
-10 % as they are (BERT's figures). Which ones follows from the seed and the sample's number alone,
-so that no layout, no worker and no interruption changes them, and an epoch masks others than the
-one before it.
+A sample of s positions is [CLS] text [SEP], then padding where text is missing. 15 % of its tokens
+that are not special are to be predicted: 80 % of these are read as [MASK], 10 % as a random token,
+10 % as they are (BERT's figures). The choice follows from the seed and the sample's number alone,
+so that no layout, no worker and no interruption changes it, and an epoch masks others than the one
+before it.
 """
 
 from collections.abc import Mapping

@@ -17,7 +17,7 @@ from megatron_ext.distillation.topk import DROP, teacher_top_k, vocab_parallel_t
 
 @dataclass(frozen=True, kw_only=True)
 class LogitLoss:
-    """Which logit loss is taken, with its settings."""
+    """A logit loss with its settings."""
 
     kind: str = "forward-kl"
     """forward-kl, reverse-kl, jsd, mse or cosine."""

@@ -1,4 +1,4 @@
-"""Which kernels compute a loss: ``losses_c`` on CPUs, ``losses_triton`` on CUDA, or none.
+"""The kernels that compute a loss: ``losses_c`` on CPUs, ``losses_triton`` on CUDA, or none.
 
 Both have the same three functions, of contiguous logits student and teacher [S, B, v] with c > 0
 real columns. s' and t' are logits centred on their rows' maxima, in bits (``chunks``).

@@ -1,4 +1,4 @@
-"""Which hidden states of teacher and student are compared, and how. Pure."""
+"""Pairs of hidden states of teacher and student that are compared. Pure."""
 
 import re
 from dataclasses import dataclass

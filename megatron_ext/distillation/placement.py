@@ -1,4 +1,4 @@
-"""Which pipeline stage holds which layer, where teacher and student differ in depth.
+"""The layers of each pipeline stage, where teacher and student differ in depth.
 
 Student layers that are compared with a teacher's go to its stage; the others are spread evenly in
 between. Stages are counted along the pipeline, virtual ones too, as in Megatron's

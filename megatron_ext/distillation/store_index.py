@@ -23,7 +23,7 @@ class StoreIndex:
     """Samples of the training data set, from its first on."""
     samples_per_file: int
     teacher: str
-    """Where it was loaded from; for people."""
+    """Folder of the teacher's checkpoint; for people."""
 
     @property
     def firsts(self) -> range:

@@ -1,4 +1,4 @@
-"""Which kernels sum over positions: ``sums_c`` on CPUs, ``sums_triton`` on CUDA, or none.
+"""The kernels that sum over positions: ``sums_c`` on CPUs, ``sums_triton`` on CUDA, or none.
 
 Shape letters are those of ``aggregation``. Both modules have these four functions. Each makes one
 read of the activations, or declines and returns None (``add_samples``: False): ``importance`` and

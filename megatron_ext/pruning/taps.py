@@ -1,4 +1,4 @@
-"""Where importance listens in a layer, and what it makes of the tensors there: a row per axis.
+"""The modules to which importance listens, and what it makes of their tensors: a row per axis.
 
 Shape letters are those of ``importance``.
 """

@@ -1,1 +1,1 @@
-"""Where a program runs, whatever it computes: ranks, devices, errors, files. See README.md."""
+"""The ground of every program, whatever it computes: ranks, devices, errors, files."""

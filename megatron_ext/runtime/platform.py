@@ -31,7 +31,7 @@ TENSOR_FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor"
 
 @dataclass(frozen=True)
 class Platform:
-    """Where this rank computes and with whom."""
+    """This rank: its number, its device, its groups."""
 
     device: torch.device
     groups: ProcessGroupCollection

@@ -1,4 +1,4 @@
-"""Which rank a task of SLURM is: torchrun's variables from SLURM's, for programs that srun starts.
+"""Ranks of SLURM's tasks: torchrun's variables from SLURM's, for programs that srun starts.
 
 srun --ntasks-per-node 8 python pretrain_distill.py ...         one task per GPU, no torchrun
 """

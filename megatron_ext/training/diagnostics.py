@@ -1,4 +1,4 @@
-"""What can be watched beside losses: norms, times, a profile."""
+"""Measurements beside losses: norms, times, a profile."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""What a machine does to a run: streams and disks that are lost, two runs at once, other users."""
+"""Faults of a machine: streams and disks that are lost, two runs at once, other users."""
 
 import ctypes
 import json

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank alone is said, with its rank and host, and ends all of them."""
+"""A fault of one rank is said, with its rank and host, and ends all of them."""
 
 import os
 import socket

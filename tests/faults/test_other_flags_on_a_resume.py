@@ -1,4 +1,4 @@
-"""What is typed on a resume holds or is refused, and every difference is said."""
+"""Flags typed on a resume hold or are refused, and every difference is said."""
 
 import pytest
 

@@ -114,7 +114,7 @@ def test_metrics_of_an_earlier_run_are_kept(saved, tmp_path):
 
 
 def test_a_release_in_a_save_is_a_start(saved, tmp_path):
-    """What was pruned or converted into --save is where a run begins."""
+    """A run begins from the model that was pruned or converted into --save."""
     write_model(str(tmp_path), LLAMA)
     assert find(str(tmp_path)).name == checkpoints.RELEASE
 

@@ -1,4 +1,4 @@
-"""What importance hooks cost: a forward pass with them against one without.
+"""The cost of importance hooks: a forward pass with them against one without.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999 python tools/bench/calibration.py
 

@@ -1,4 +1,4 @@
-"""What a distillation step costs beside its parts: teacher forward and student training step.
+"""The cost of a distillation step beside its parts: teacher forward and student training step.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999 python tools/bench/distillation_step.py
 

@@ -1,4 +1,4 @@
-"""What trimming costs: a checkpoint of random weights cut on several ranks, beside a plain copy.
+"""The cost of trimming: a checkpoint of random weights cut on several ranks, beside a plain copy.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999 python tools/bench/trim.py
 

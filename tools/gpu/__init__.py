@@ -1,1 +1,1 @@
-"""What ``tools/gpu_check.py`` checks and measures, a module for some parts each."""
+"""Checks and measurements of ``tools/gpu_check.py``, a module for some parts each."""

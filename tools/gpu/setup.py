@@ -1,4 +1,4 @@
-"""Where the checks run, what they return, and what the machine is."""
+"""The setting of the checks, their results, and the machine's facts."""
 
 import functools
 import importlib.metadata
@@ -21,12 +21,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class UnavailableError(Exception):
-    """What a check needs is not on this machine."""
+    """This machine lacks something that a check needs."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Where checks run and how large they are."""
+    """The device of the checks and the size of their models."""
 
     place: Platform
     quick: bool
@@ -36,7 +36,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Found:
-    """What a check found, as text; ``ok`` None for a measurement without a limit."""
+    """The result of a check, as text; ``ok`` None for a measurement without a limit."""
 
     result: str
     limit: str = ""

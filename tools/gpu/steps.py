@@ -160,7 +160,7 @@ def beside_parts(setup: Setup) -> Found:
 
 @dataclass(frozen=True)
 class Steps:
-    """What some steps of distillation were like."""
+    """Times, losses and memory of some steps of distillation."""
 
     losses: list[float]
     seconds: float
