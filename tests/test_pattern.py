@@ -270,6 +270,27 @@ def test_no_layout_changes_scores_plan_or_bytes(layout, llama, smaller, tmp_path
     assert_same_run(prune(tmp_path, llama, SMALLER, LAYOUTS[layout]), smaller)
 
 
+FEWER = "--target-moe-layers 1 --target-num-experts 4 --target-moe-ffn-hidden-size 8"
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory):
+    """A model with plain MLPs and mixtures, and what one rank makes of it."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    corpus = write_corpus(folder / "corpus", EXPERTS.vocab_size)
+    source = {"load": str(folder / "model"), "data": data_flags(EXPERTS, corpus)}
+    write_model(source["load"], EXPERTS)
+    return source, prune(folder, source, FEWER)
+
+
+@pytest.mark.parametrize("layout", ["TP2+SP", "PP2", "EP2"])
+def test_no_layout_changes_a_pattern_with_experts(layout, mixtures, tmp_path):
+    source, serial = mixtures
+    layouts = LAYOUTS | {"EP2": (2, "--expert-model-parallel-size 2")}
+    assert_same_run(prune(tmp_path, source, FEWER, layouts[layout]), serial)
+    assert sorted(load_plan(serial["plan"]).target.pattern) == sorted("*-*E*")
+
+
 def test_a_plan_says_which_sublayers_stay(sublayers):
     scores, plan = load_scores(sublayers["scores"]), load_plan(sublayers["plan"])
     assert scores.depth == "block, sub-layers"

@@ -114,23 +114,23 @@ def as_share(piece: Piece, tensor: Tensor, target: Arch) -> dict[str, ShardedTen
 
     A GPTModel's layers and experts are stacked, a HybridModel's sub-layers have names of their own.
     """
-    key, numbers = place_of(piece, target)
-    counts = (target.num_layers, target.num_experts)
-    place = [
-        (axis, number, count)
-        for axis, (number, count) in enumerate(zip(numbers, counts, strict=True))
-        if number is not None
-    ]
-    name = f"{key} {numbers}"
-    return {name: ShardedTensor.from_rank_offsets(key, tensor, *place, prepend_axis_num=len(place))}
+    key, stack = on_disk(piece, target)
+    offsets = [(axis, number, count) for axis, (number, count) in enumerate(stack)]
+    shard = ShardedTensor.from_rank_offsets(key, tensor, *offsets, prepend_axis_num=len(offsets))
+    return {f"{key} {stack}": shard}
 
 
-def place_of(piece: Piece, target: Arch) -> tuple[str, tuple[int | None, int | None]]:
-    """Return the name on disk of a piece of the target, and its layer and expert in the stack."""
-    if piece.new_layer is None or not target.is_hybrid:
-        return piece.weight.key, (piece.new_layer, piece.new_expert)
-    layer = target.layers_of(piece.weight.kind)[piece.new_layer]
-    return layer_key(piece.weight.key, layer), (None, None)
+def on_disk(piece: Piece, target: Arch) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Return the name of the tensor that holds a piece of the target, and its place in the stack.
+
+    The place is (number, count) for each axis of the stack: layers, experts, both or neither.
+    """
+    key, stack = piece.weight.key, [(piece.new_expert, target.num_experts)]
+    if piece.new_layer is not None and target.is_hybrid:
+        key = layer_key(key, target.layers_of(piece.weight.kind)[piece.new_layer])
+    else:
+        stack.insert(0, (piece.new_layer, target.num_layers))
+    return key, tuple((number, count) for number, count in stack if number is not None)
 
 
 @torch.no_grad()
@@ -148,15 +148,14 @@ def fill_trimmed(state: ShardedStateDict, reader: SliceReader, plan: Plan) -> No
         UserError: as ``trimmed_share``.
     """
     check_tensors(reader, plan.source)
-    places = {}
+    by_offset = {}
     for piece in pieces(plan):
-        key, numbers = place_of(piece, plan.target)
-        places[key, *(number or 0 for number in numbers)] = piece
+        key, stack = on_disk(piece, plan.target)
+        by_offset[key, *(number for number, _ in stack)] = piece
     last, whole = None, torch.empty(0)
     for shard in sharded_tensors(state):
         axes = shard.prepend_axis_num
-        numbers = (*shard.global_offset[:axes], 0, 0)[:2]
-        piece = places[shard.key, *numbers]
+        piece = by_offset[shard.key, *shard.global_offset[:axes]]
         if piece != last:  # a gated MLP's two halves are one tensor
             whole, last = _cut(read_piece(reader, piece, plan.source), piece, plan), piece
         starts = zip(shard.global_offset[axes:], shard.local_shape, strict=True)
