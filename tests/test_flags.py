@@ -224,6 +224,8 @@ def test_missing_flags_come_in_one_message():
         ("--mock-data --target-params 4e9", "--target-params 4e+09 needs --search-space"),
         ("--mock-data --search-space s", "--search-space s needs --target-params"),
         ("--mock-data --target-tolerance 0.1", "--target-tolerance 0.1 needs --target-params"),
+        ("--mock-data --target-budget active=3B", "--target-budget active=3B needs --search-space"),
+        ("--mock-data --budget-batch 4", "--budget-batch 4 needs --target-budget"),
         ("--mock-data --target-tolerance 1", "--target-tolerance 1.0: must be < 1"),
         (
             "--mock-data --target-params 4e9 --search-space s --target-hidden-size 8",
@@ -421,29 +423,30 @@ TRAIN_OPTIONS = """
 """
 PRUNE_OPTIONS = """
     --add-qkv-bias --apply-layernorm-1p --apply-residual-connection-post-layernorm
-    --attention-backend --attention-dropout --bert-no-binary-head --bf16 --calibration-samples
-    --ckpt-step --context-parallel-size --cp-comm-type --data-args-path --data-cache-path
-    --data-path --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers
-    --depth-block --depth-importance --depth-rescore --deterministic-mode --device
-    --disable-bf16-reduced-precision-matmul --disable-bias-linear --disable-pad-vocab-size
-    --distributed-backend --distributed-timeout-minutes --dry-run --expert-model-parallel-size
-    --expert-tensor-parallel-size --ffn-hidden-size --fp16 --gpu --group-query-attention
-    --head-residual --help --hidden-dropout --hidden-size --hybrid-layer-pattern --importance
-    --importance-batch --importance-heads --importance-neurons --importance-sequence
-    --init-method-std --kv-channels --load --load-config --make-vocab-size-divisible-by
-    --max-position-embeddings --merge-file --mfu --micro-batch-size --mock-data
-    --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-router-dtype --moe-router-load-balancing-type
-    --moe-router-pre-softmax --moe-router-topk --moe-shared-expert-intermediate-size
-    --no-bias-gelu-fusion --no-mmap-bin-files --no-overlap-p2p-communication --no-pad-vocab-size
-    --no-verify-integrity --norm-epsilon --normalization --num-attention-heads --num-experts
-    --num-layers --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --attention-backend --attention-dropout --bert-no-binary-head --bf16 --budget-batch
+    --budget-context --calibration-samples --ckpt-step --context-parallel-size --cp-comm-type
+    --data-args-path --data-cache-path --data-path --decoder-first-pipeline-num-layers
+    --decoder-last-pipeline-num-layers --depth-block --depth-importance --depth-rescore
+    --deterministic-mode --device --disable-bf16-reduced-precision-matmul --disable-bias-linear
+    --disable-pad-vocab-size --distributed-backend --distributed-timeout-minutes --dry-run
+    --expert-model-parallel-size --expert-tensor-parallel-size --ffn-hidden-size --fp16 --gpu
+    --group-query-attention --head-residual --help --hidden-dropout --hidden-size
+    --hybrid-layer-pattern --importance --importance-batch --importance-heads --importance-neurons
+    --importance-sequence --init-method-std --kv-channels --load --load-config
+    --make-vocab-size-divisible-by --max-position-embeddings --merge-file --mfu --micro-batch-size
+    --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-router-dtype
+    --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
+    --moe-shared-expert-intermediate-size --no-bias-gelu-fusion --no-mmap-bin-files
+    --no-overlap-p2p-communication --no-pad-vocab-size --no-verify-integrity --norm-epsilon
+    --normalization --num-attention-heads --num-experts --num-layers
+    --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --overlap-p2p-communication-warmup-flush
     --padded-vocab-size --per-split-data-args-path --pipeline-model-parallel-layout
     --pipeline-model-parallel-size --plan --position-embedding-type --prune-iterations
     --qk-layernorm --reset-attention-mask --reset-position-ids --rope-scaling-factor --rotary-base
     --rotary-percent --save --scores --search-space --seed --seq-length --sequence-parallel --split
-    --squared-relu --swiglu --target-attention-layers --target-ffn-hidden-size --target-hidden-size
-    --target-mlp-layers --target-moe-ffn-hidden-size --target-moe-layers
+    --squared-relu --swiglu --target-attention-layers --target-budget --target-ffn-hidden-size
+    --target-hidden-size --target-mlp-layers --target-moe-ffn-hidden-size --target-moe-layers
     --target-moe-shared-expert-intermediate-size --target-num-attention-heads --target-num-experts
     --target-num-layers --target-num-query-groups --target-params --target-tolerance --targets
     --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path

@@ -10,8 +10,10 @@ import yaml
 
 from megatron_ext.arch import num_parameters
 from megatron_ext.checkpoint import checkpoints
+from megatron_ext.pruning import search
+from megatron_ext.pruning.budget import Limit, Use, read_budget
 from megatron_ext.pruning.scores_file import load_scores
-from megatron_ext.pruning.search import as_yaml, candidates, read_space, table
+from megatron_ext.pruning.search import as_yaml, auto_space, read_space, table
 from megatron_ext.pruning.targets import read_targets
 from megatron_ext.runtime.errors import USAGE, UserError
 from tests.models import GPT2, LLAMA, MOE
@@ -25,6 +27,13 @@ SPACE = {
     "ffn_hidden_size": ["2.5x", "3x", "3.5x", "4x"],
     "hidden_size": [2560, 3072, 3584, 4096, 4608],
 }
+
+
+USE = Use(context=32, batch=1)
+
+
+def candidates(source, space, low, high):
+    return search.candidates(source, space, [Limit("params", low, high)], USE)
 
 
 def sizes_within(space, low, high):
@@ -131,6 +140,74 @@ def test_bad_spaces(text, arch, words, tmp_path):
     assert "\n" not in str(error.value)
 
 
+# Budgets.
+
+
+def test_costs_that_one_can_count():
+    """NEMOTRON_15B: 32 layers, 8 query groups of 128 channels, keys and values of 2 bytes."""
+    limits = read_budget("kv-bytes=1x,weight-bytes=1x", NEMOTRON_15B, Use(context=4096, batch=3), 0)
+    assert [limit.high for limit in limits] == [
+        32 * 8 * 128 * 2 * 2 * 4096 * 3,
+        2 * num_parameters(NEMOTRON_15B),
+    ]
+    (active,) = read_budget("active=1x", MOE, USE, 0)
+    assert active.high == num_parameters(MOE, active=True) < num_parameters(MOE)
+    (flops,) = read_budget("flops=1x", LLAMA, USE, 0)
+    # Two operations for each weight of a matrix; scores and values of the 32 tokens before it.
+    matrices = LLAMA.num_layers * (
+        LLAMA.hidden_size * LLAMA.kv_channels * 2 * (LLAMA.num_attention_heads + 2)
+        + 3 * LLAMA.hidden_size * LLAMA.ffn_hidden_size
+    )
+    assert LLAMA.num_query_groups == 2
+    assert LLAMA.swiglu
+    seen = LLAMA.num_layers * 2 * 32 * LLAMA.num_attention_heads * LLAMA.kv_channels
+    assert flops.high == 2 * (matrices + seen + LLAMA.padded_vocab_size * LLAMA.hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("text", "high"),
+    [("params=2.5e3", 2500), ("kv-bytes=2KiB", 2048), ("active=3M", 3e6), ("params=0.25x", None)],
+)
+def test_units(text, high):
+    (limit,) = read_budget(text, LLAMA, USE, tolerance=0.1)
+    high = num_parameters(LLAMA) / 4 if high is None else high
+    assert (limit.low, limit.high) == (pytest.approx(0.9 * high), high)
+
+
+@pytest.mark.parametrize("text", ["params", "size=3", "params=much", "params=2TB", "params=1e9,"])
+def test_bad_budgets(text):
+    with pytest.raises(UserError, match=f"--target-budget {text}: .* write params, non-embedding"):
+        read_budget(text, LLAMA, USE, 0.1)
+
+
+def test_no_limit_is_exceeded_and_one_is_reached():
+    space = {"hidden_size": [48, 40, 24], "num_layers": [4, 2], "num_query_groups": [2, 1]}
+    limits = read_budget("params=0.6x,kv-bytes=0.5x", LLAMA, USE, 0.05)
+    found = search.candidates(LLAMA, space, limits, USE)
+    everything = search.candidates(LLAMA, space, [Limit("params", 0, 1e12)], USE)
+    assert 0 < len(found) < len(everything)
+    for name, arch in everything.items():
+        params = num_parameters(arch) / num_parameters(LLAMA)
+        cache = arch.num_layers * arch.num_query_groups / 8
+        exceeds = params > 0.6 or cache > 0.5
+        reaches = params >= 0.57 or cache >= 0.475
+        assert (name in found) == (reaches and not exceeds), name
+
+
+def test_the_space_that_nobody_writes():
+    space = auto_space(NEMOTRON_15B)
+    assert space["num_layers"] == [32, 28, 24, 20, 16]
+    assert space["hidden_size"] == [6144, 5376, 4608, 3840, 3072]
+    assert set(space) == {"num_layers", "hidden_size", "ffn_hidden_size"}
+    half = search.candidates(
+        NEMOTRON_15B, space, read_budget("non-embedding=0.5x", NEMOTRON_15B, USE, 0.05), USE
+    )
+    assert {arch.num_layers for arch in half.values()} >= {32, 20}  # deep and narrow, and short
+    experts = auto_space(MOE)["num_experts"]
+    assert experts[0] == MOE.num_experts
+    assert min(experts) >= MOE.moe_router_topk
+
+
 def test_the_table_and_the_file_of_targets(tmp_path):
     path = tmp_path / "targets.yaml"
     space = {"hidden_size": [48, 24], "num_attention_heads": [2], "ffn_hidden_size": ["1x"]}
@@ -205,7 +282,7 @@ def test_refused_with_nothing_written(gpt2, tmp_path):
     argv = [*search_flags(gpt2, tmp_path, params=1000), "--save", str(tmp_path / "save")]
     code, message = fail("prune", argv, 2)
     assert code == USAGE
-    assert "none of 4 models of the search space has 700 to 1,300 parameters" in message
+    assert "none of 4 models of the search space fits: 700 to 1,300 params, the nearest" in message
     assert "\n" not in message
     argv[argv.index("--search-space") + 1] = str(tmp_path / "none")
     code, message = fail("prune", argv, 2)

@@ -399,7 +399,7 @@ def data_problems(data: group.Data, *, needed: bool = True) -> Iterator[str]:
 
 def prune_problems(checkpoint: group.Checkpoint, prune: own.Prune) -> Iterator[str]:
     """Something must be written, and not over the source; what needs activations."""
-    lists = prune.targets is not None and prune.target_params is not None
+    lists = prune.targets is not None and prune.searches
     if not (checkpoint.save or prune.scores or prune.plan or lists):
         yield "nothing to write: give --save, --plan or --scores."
     if checkpoint.save == checkpoint.load:
@@ -419,7 +419,7 @@ def prune_problems(checkpoint: group.Checkpoint, prune: own.Prune) -> Iterator[s
     file = f"--targets {prune.targets}"
     if prune.targets is None:
         file = f"--search-space {prune.search_space}"
-    several = prune.targets is not None or prune.target_params is not None
+    several = prune.targets is not None or prune.searches
     if several and typed:
         yield f"{file} and {dashed(typed[0])}: sizes stand in the file or here."
     if several and prune.prune_iterations > 1:
@@ -440,15 +440,23 @@ def prune_problems(checkpoint: group.Checkpoint, prune: own.Prune) -> Iterator[s
 
 
 def _search_problems(prune: own.Prune) -> Iterator[str]:
-    if prune.target_params is not None and prune.search_space is None:
+    if prune.searches and prune.search_space is None:
+        typed = "--target-budget" if prune.target_params is None else "--target-params"
         yield (
-            f"--target-params {prune.target_params:g} needs --search-space, a file with the values "
-            "to try of each size."
+            f"{typed} {prune.target_budget or f'{prune.target_params:g}'} needs --search-space: "
+            f"a file with the values to try of each size, or {own.AUTO}."
         )
-    for name in ("search_space", "target_tolerance"):
+    needs = {
+        "search_space": prune.searches,
+        "target_tolerance": prune.searches,
+        "budget_context": prune.target_budget is not None,
+        "budget_batch": prune.target_budget is not None,
+    }
+    for name, is_used in needs.items():
         value = getattr(prune, name)
-        if prune.target_params is None and value != getattr(own.Prune(), name):
-            yield f"{dashed(name)} {value} needs --target-params."
+        if not is_used and value != getattr(own.Prune(), name):
+            what = "--target-budget" if "budget" in name else "--target-params or --target-budget"
+            yield f"{dashed(name)} {value} needs {what}."
 
 
 def _is_positive(text: str) -> bool:

@@ -74,6 +74,8 @@ class Distill:
     )
 
 
+# --search-space that is no file.
+AUTO = "auto"
 # --target-hidden-size N, ...: a flag for each size that pruning changes, None as in the source.
 Targets = make_dataclass(
     "Targets",
@@ -101,8 +103,8 @@ class Prune(Targets):
     targets: str | None = flag(
         None,
         "YAML file with several targets for one set of scores, name: {hidden_size: N, ...}; each "
-        "is saved to SAVE/name, its plan to PLAN/name.json; with --target-params it is read if it "
-        "exists and written otherwise",
+        "is saved to SAVE/name, its plan to PLAN/name.json; with a search it is read if it exists "
+        "and written otherwise",
     )
     target_params: float | None = flag(
         None,
@@ -110,13 +112,28 @@ class Prune(Targets):
         "target, as in --targets; e.g. 4e9",
         above=0,
     )
+    target_budget: str | None = flag(
+        None,
+        "every model of --search-space that exceeds none of these limits and reaches one is a "
+        "target: params, non-embedding, active (parameters of a token), weight-bytes, kv-bytes (at "
+        "--budget-context and --budget-batch), flops (of a token there); numbers with K, M, B, "
+        "MiB, GiB, or x for shares of the source; e.g. non-embedding=0.5x,kv-bytes=2GiB",
+    )
+    budget_context: int | None = flag(
+        None, "tokens of a sequence in --target-budget; default --seq-length", at_least=1
+    )
+    budget_batch: int = flag(1, "sequences at a time in --target-budget", at_least=1)
     target_tolerance: float = flag(
-        0.05, "how far from --target-params, as a share of it", at_least=0, below=1
+        0.05,
+        "how far from --target-params, or below a limit of --target-budget, as a share of it",
+        at_least=0,
+        below=1,
     )
     search_space: str | None = flag(
         None,
         "YAML file with the values to try of each size, hidden_size: [2560, 3072]; neurons also as "
-        "multiples of hidden_size, ffn_hidden_size: [2.5x, 3x]",
+        "multiples of hidden_size, ffn_hidden_size: [2.5x, 3x]; auto: layers and widths from all "
+        "to half of the source's, heads as they are",
     )
     calibration_samples: int = flag(1024, "samples that the scores are measured on", at_least=1)
     importance: str = flag(
@@ -159,6 +176,11 @@ class Prune(Targets):
     )
     scores: str | None = flag(None, "scores file: read if it exists, written otherwise")
     plan: str | None = flag(None, "plan file: read if it exists, written otherwise")
+
+    @property
+    def searches(self) -> bool:
+        """Whether targets are looked for in a search space."""
+        return self.target_params is not None or self.target_budget is not None
 
 
 @dataclass(frozen=True, kw_only=True)

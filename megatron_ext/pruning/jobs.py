@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint.folder import find
+from megatron_ext.cli.method_flags import AUTO
 from megatron_ext.cli.programs import (
     PruneFlags,
     check_experts,
@@ -16,8 +17,9 @@ from megatron_ext.cli.programs import (
 )
 from megatron_ext.convert.config import Config
 from megatron_ext.convert.fit import check_target
+from megatron_ext.pruning.budget import Use, around, read_budget
 from megatron_ext.pruning.plan import Plan, check_plan, load_plan
-from megatron_ext.pruning.search import as_yaml, candidates, read_space, table
+from megatron_ext.pruning.search import as_yaml, auto_space, candidates, read_space, table
 from megatron_ext.pruning.targets import read_targets, same_sizes, target_arch
 from megatron_ext.runtime.errors import USAGE, UserError
 from megatron_ext.runtime.files import written_aside
@@ -79,15 +81,20 @@ def check_passes(flags: PruneFlags, num_layers: int, data_parallel_size: int) ->
 
 
 def search(flags: PruneFlags, source: Arch, origin: Config) -> Found | None:
-    """Return the candidates for --target-params; None without it, and where --targets exists."""
+    """Return the candidates of a search; None without one, and where --targets exists."""
     options = flags.prune
-    params, tolerance = options.target_params, options.target_tolerance
-    if params is None or (options.targets and Path(options.targets).exists()):
+    if not options.searches or (options.targets and Path(options.targets).exists()):
         return None
     assert options.search_space is not None, "the flags were not checked"
-    space = read_space(options.search_space, source)
-    band = params * (1 - tolerance), params * (1 + tolerance)
-    targets = exportable(candidates(source, space, *band), source, origin)
+    is_auto = options.search_space == AUTO
+    space = auto_space(source) if is_auto else read_space(options.search_space, source)
+    use = Use(options.budget_context or flags.batch.seq_length, options.budget_batch)
+    limits = []
+    if options.target_params is not None:
+        limits += around(options.target_params, options.target_tolerance)
+    if options.target_budget is not None:
+        limits += read_budget(options.target_budget, source, use, options.target_tolerance)
+    targets = exportable(candidates(source, space, limits, use), source, origin)
     return Found(targets, table(targets), as_yaml(targets, space))
 
 

@@ -59,8 +59,8 @@ def prune(flags: PruneFlags, folder: Path) -> int:
     say(format_flags(flags))
     if found is not None:
         publish(found, flags.prune.targets)
-    elif flags.prune.target_params is not None:
-        say(f"NOTE: --targets {flags.prune.targets} exists and holds, not --target-params.")
+    elif flags.prune.searches:
+        say(f"NOTE: --targets {flags.prune.targets} exists and holds; nothing is searched.")
     if not (flags.checkpoint.save or flags.prune.scores or flags.prune.plan):
         jobs = []  # the candidates were all that was asked for
     if flags.checkpoint.verify_integrity:

@@ -1,10 +1,11 @@
-"""The candidates of a search space: its models whose parameter count lies within a band.
+"""The candidates of a search space: its models within a budget.
 
 The first step of the architecture search of arXiv:2407.14679, section 3: list every combination of
 sizes, keep those within the budget. No search heuristics: the paper's spaces leave fewer than 20.
 """
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,8 @@ from typing import Any
 import yaml
 
 from megatron_ext.arch import Arch, num_parameters
-from megatron_ext.arch.axes import SIZES, sizes_of
+from megatron_ext.arch.axes import DEPTH_SIZES, SIZES, sizes_of
+from megatron_ext.pruning.budget import COSTS, Limit, Use, fits
 from megatron_ext.pruning.targets import check_size, target_arch
 from megatron_ext.runtime.errors import USAGE, UserError
 
@@ -67,8 +69,28 @@ def _is_value(name: str, value: Any) -> bool:
     return type(value) is int
 
 
-def candidates(source: Arch, space: Space, low: float, high: float) -> dict[str, Arch]:
-    """Return the pruned forms of ``source`` in ``space`` with ``low`` to ``high`` parameters.
+def auto_space(source: Arch) -> Space:
+    """Return the space of ``--search-space auto``: depth and width, from all of it to a half.
+
+    Layers and widths in eighths, experts in quarters; heads and query groups stay (section 3 of the
+    paper: pruning them saves least). Widths are multiples of what the source's are, up to 64.
+    """
+    space = {}
+    for name in sizes_of(source):
+        number = getattr(source, name)
+        if name in ("num_attention_heads", "num_query_groups"):
+            continue
+        multiple = 1 if name in (*DEPTH_SIZES, "num_experts") else math.gcd(number, 64)
+        eighths = range(8, 3, -2 if name == "num_experts" else -1)
+        values = [number * n // 8 // multiple * multiple for n in eighths]
+        if name == "num_experts":
+            values = [value for value in values if value >= source.moe_router_topk]
+        space[name] = list(dict.fromkeys(value for value in values if value))
+    return space
+
+
+def candidates(source: Arch, space: Space, limits: Sequence[Limit], use: Use) -> dict[str, Arch]:
+    """Return the pruned forms of ``source`` in ``space`` that fit the budget.
 
     Combinations that contradict themselves are passed over: heads that query groups do not divide,
     multiples of hidden_size that are no whole numbers or larger than in the source.
@@ -76,15 +98,15 @@ def candidates(source: Arch, space: Space, low: float, high: float) -> dict[str,
     Args:
         source: the model to prune.
         space: what ``read_space`` returns; sizes that it does not name stay.
-        low: parameters, embeddings included.
-        high: the same.
+        limits: none of them may be exceeded, and one must be reached (``budget.fits``).
+        use: what costs depend on.
 
     Returns:
         Targets by name, ``L32-A24-F9216-H3072``, sizes in the order of the space and the last of
         them running fastest.
 
     Raises:
-        UserError: none is within the band; the nearest counts are named.
+        UserError: none fits; the nearest costs are named.
     """
     everything = dict(_combinations(source, space))
     if not everything:
@@ -94,18 +116,23 @@ def candidates(source: Arch, space: Space, low: float, high: float) -> dict[str,
             "than in the source, experts at least what the router chooses.",
             USAGE,
         )
-    counts = {name: num_parameters(arch) for name, arch in everything.items()}
-    found = {name: arch for name, arch in everything.items() if low <= counts[name] <= high}
+    found = {name: arch for name, arch in everything.items() if fits(arch, limits, use)}
     if not found:
-        below = max((n for n in counts.values() if n < low), default=None)
-        above = min((n for n in counts.values() if n > high), default=None)
-        nearest = [f"{n:,} {side}" for n, side in ((below, "below"), (above, "above")) if n]
+        missed = "; ".join(_missed(limit, list(everything.values()), use) for limit in limits)
         raise UserError(
-            f"none of {len(counts)} models of the search space has {low:,.0f} to {high:,.0f} "
-            f"parameters; the nearest: {', '.join(nearest)}.",
-            USAGE,
+            f"none of {len(everything)} models of the search space fits: {missed}.", USAGE
         )
     return found
+
+
+def _missed(limit: Limit, archs: Sequence[Arch], use: Use) -> str:
+    """Return a band and the costs next to it."""
+    costs = [COSTS[limit.cost](arch, use) for arch in archs]
+    below = max((cost for cost in costs if cost < limit.low), default=None)
+    above = min((cost for cost in costs if cost > limit.high), default=None)
+    nearest = [f"{n:,} {side}" for n, side in ((below, "below"), (above, "above")) if n]
+    band = f"{limit.low:,.0f} to {limit.high:,.0f} {limit.cost}"
+    return f"{band}, the nearest: {', '.join(nearest)}" if nearest else band
 
 
 def _combinations(source: Arch, space: Space) -> Iterator[tuple[str, Arch]]:

@@ -102,7 +102,7 @@ def check_pruning(flags: PruneFlags, world_size: int) -> Path:
     check_source(flags.sizes, source.arch)
     if flags.data.tokenizer_type:
         check_tokenizer_file(flags.data)
-    if flags.prune.target_params is None:  # a search takes its time, and is done once
+    if not flags.prune.searches:  # a search takes its time, and is done once
         check_jobs(flags, source.arch, source.hf_config)
     if measures(flags.checkpoint, flags.prune):
         check_passes(
