@@ -677,7 +677,7 @@ def test_what_saved_args_say():
     saved = MIXED.to_args() | {"hybrid_layer_pattern": "*-*|*--*"}
     assert Arch.from_args(saved) == MIXED
     assert Arch.from_args(LLAMA.to_args()).hybrid_layer_pattern is None
-    assert LLAMA.by_sublayers().with_pattern("*-*-*-*-") == LLAMA
+    assert LLAMA.by_sublayers().by_layers() == LLAMA
     for pattern, words in (
         ("*M-*", r"'M' is not built here, only \* \(attention\)"),
         ("*-/*", "'/' is not built here"),

@@ -1,12 +1,14 @@
-"""A Hugging Face model as a Megatron checkpoint, and back.
+"""A Hugging Face model as a Megatron checkpoint, and back; a GPTModel as a HybridModel, and back.
 
     python tools/convert.py import --hf Llama-3.1-8B --save ckpt/teacher
     python tools/convert.py export --load ckpt/student --hf student-hf
     python tools/convert.py check --hf student-hf --load ckpt/student
+    python tools/convert.py layers --to hybrid --load ckpt/gpt --save ckpt/hybrid
 
 One process, or several with torchrun, which share the reading and writing. No model is built and no
 GPU used. Weights are read from safetensors only. ``check`` is one process: it computes the logits
-of both models on the CPU, in float32, and ends with code 5 where they differ.
+of both models on the CPU, in float32, and ends with code 5 where they differ. ``layers`` renames
+weights between Megatron-LM's pretrain_gpt.py and pretrain_hybrid.py, whose models compute the same.
 """
 
 import os
@@ -29,7 +31,7 @@ from megatron_ext.convert import gguf
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.fit import problem_of
 from megatron_ext.convert.hf_files import CONFIG, check_hf_folder, tokenizer_files
-from megatron_ext.convert.options import check_free, with_tokens
+from megatron_ext.convert.options import FORMS, check_free, in_form, with_tokens
 from megatron_ext.rehearsal.cost_report import model_line
 from megatron_ext.rehearsal.dry_run import arch_at, config_arch, read_config, with_sizes
 from megatron_ext.runtime import heavy
@@ -106,6 +108,28 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layers:
+    """Layers."""
+
+    load: str = flag(REQUIRED, "folder of the Megatron checkpoint")
+    save: str = flag(REQUIRED, "folder of the new one; gets a release/, without optimizer state")
+    to: str = flag(
+        REQUIRED,
+        "model to write: a GPTModel, where all layers are whole, or a HybridModel of sub-layers",
+        choices=FORMS,
+    )
+    ckpt_step: int | None = flag(None, "iteration to read; default the latest", at_least=0)
+    trust_checkpoint: bool = trust_flag()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersFlags:
+    """Write a GPTModel as a HybridModel, or the other way round."""
+
+    options: Layers
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckFlags:
     """Compare the logits of a Megatron checkpoint with those of transformers."""
 
@@ -133,10 +157,15 @@ class ExportFlags:
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Do what the first word names; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"import": run_import, "export": run_export, "check": run_check}
+    commands = {
+        "import": run_import,
+        "export": run_export,
+        "check": run_check,
+        "layers": run_layers,
+    }
     if argv in (["-h"], ["--help"]):
         print(__doc__.strip())
-        print("\nconvert import --help, export --help and check --help list their flags.")
+        print(f"\nconvert {' --help, '.join(commands)} --help list their flags.")
         return 0
     if not argv or argv[0] not in commands:
         said = argv[0] if argv else "nothing"
@@ -155,6 +184,17 @@ def run_check(argv: Sequence[str]) -> int:
     with heavy.imports():
         from megatron_ext.convert import compare
     return compare.check_model(options, folder)
+
+
+def run_layers(argv: Sequence[str]) -> None:
+    """Change the form as ``argv`` says. Collective."""
+    options = parse(LayersFlags, argv).options
+    trust(options.trust_checkpoint)
+    source = glance(options.load, options.ckpt_step)
+    target = in_form(source.arch, options.to)
+    with heavy.imports():
+        from megatron_ext.convert import run
+    run.change_form(options, source.folder, target)
 
 
 def run_import(argv: Sequence[str]) -> None:

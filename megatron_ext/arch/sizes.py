@@ -181,6 +181,23 @@ class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, ModelSizes):
         """Return the same model as a HybridModel."""
         return self.with_sublayers(self.pattern)
 
+    @property
+    def has_whole_layers(self) -> bool:
+        """Whether its sub-layers are those of a GPTModel."""
+        return not (self.is_hybrid and self.with_pattern(self.pattern).is_hybrid)
+
+    def by_layers(self) -> "Arch":
+        """Return the same model as a GPTModel.
+
+        Raises:
+            ValueError: a layer has no attention or no MLP.
+        """
+        if not self.has_whole_layers:
+            raise ValueError(
+                f"the sub-layers {self.pattern} are no whole layers, '*-' or '*E' each."
+            )
+        return self.with_pattern(self.pattern)
+
     @classmethod
     def from_args(cls, args: Mapping[str, Any]) -> "Arch":
         """Read an architecture from Megatron-LM's saved args (a mapping of names to values).

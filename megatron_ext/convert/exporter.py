@@ -49,10 +49,12 @@ def export_folder(
     """
     family = family_for(source, model_type)
     if source.arch.is_hybrid:
+        way_out = "prune whole layers (--target-num-layers) or keep it as a Megatron checkpoint"
+        if source.arch.has_whole_layers:
+            way_out = "make a GPTModel of its whole layers first, convert layers --to gpt"
         raise UserError(
             f"{source.folder} cannot be exported: no Hugging Face family here holds a model of "
-            f"sub-layers ({source.arch.pattern}); prune whole layers (--target-num-layers) or keep "
-            "it as a Megatron checkpoint.",
+            f"sub-layers ({source.arch.pattern}); {way_out}.",
             CHECKPOINT,
         )
     reader = on_all_ranks(lambda: SliceReader(source.folder))

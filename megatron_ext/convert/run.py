@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from megatron_ext.arch import num_parameters
+from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.cli.size_flags import check_against_checkpoint
 from megatron_ext.convert import gguf
 from megatron_ext.convert.exporter import export_folder
+from megatron_ext.convert.forms import write_form
 from megatron_ext.convert.importer import import_folder
 from megatron_ext.convert.options import check_free, with_tokens
 from megatron_ext.runtime import platform
@@ -32,6 +33,18 @@ def import_model(options: Any) -> None:
         )
     if place.rank == 0:
         print(f"{options.save}: {num_parameters(arch):,} parameters")
+    platform.shut_down()
+
+
+def change_form(options: Any, folder: Path, target: Arch) -> None:
+    """Write the checkpoint in ``folder`` as ``target``, the same model. Collective."""
+    source = checkpoints.read(str(folder))
+    place = platform.initialize(device="cpu")
+    on_first_rank(lambda: check_free(options.save))
+    checkpoints.verify_integrity(source.folder)
+    write_form(source, target, options.save)
+    if place.rank == 0:
+        print(f"{options.save}: {num_parameters(target):,} parameters")
     platform.shut_down()
 
 

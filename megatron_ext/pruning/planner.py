@@ -54,7 +54,9 @@ def make_plan(
                 kept[name] = _keep(axis, name, vectors, source, target)
     if cuts_layers and not whole:
         left = {kind: kept_layers(kept, kind) for kind in source.kinds}
-        target = target.with_pattern(kept_of(source.pattern, left))
+        pattern = kept_of(source.pattern, left)
+        in_form = target.with_sublayers if source.is_hybrid else target.with_pattern
+        target = in_form(pattern)
     folds = head_residual != NONE and target.num_attention_heads < source.num_attention_heads
     layers = kept_layers(kept, "attention") if folds else ()
     plan = Plan(

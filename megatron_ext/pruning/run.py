@@ -11,11 +11,11 @@ from torch.utils.data import Dataset
 
 from megatron_ext.arch import Arch
 from megatron_ext.arch.kinds import KINDS
-from megatron_ext.checkpoint import checkpoints, saved_args, writer
+from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256, with_own_tokenizer
 from megatron_ext.checkpoint.slices import SliceReader
-from megatron_ext.cli.programs import PruneFlags, check_layout, format_flags, megatron_command_line
+from megatron_ext.cli.programs import PruneFlags, check_layout, format_flags
 from megatron_ext.convert.fit import export_note
 from megatron_ext.data import data_check, datasets
 from megatron_ext.data.masked_lm import FRAME
@@ -39,7 +39,7 @@ from megatron_ext.pruning.plan import Plan, save_plan
 from megatron_ext.pruning.planner import make_plan, summary
 from megatron_ext.pruning.scores import Scores, depth_method
 from megatron_ext.pruning.scores_file import check_scores, load_scores, save_scores
-from megatron_ext.pruning.trim import fill_trimmed, trimmed_share
+from megatron_ext.pruning.trim import fill_trimmed, write_trimmed
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
 from megatron_ext.runtime.errors import UserError
@@ -75,7 +75,7 @@ def prune(flags: PruneFlags, folder: Path) -> int:
     for job in jobs:
         plan = get_plan(flags, source, place, job, scores)
         if job.save:
-            trim(source, plan, job.save)
+            write_trimmed(source, plan, job.save, plan)
         say(f"{job.save or job.plan or flags.prune.scores}\n{summary(plan)}")
     platform.shut_down()
     return 0
@@ -283,24 +283,6 @@ def calibration_data(flags: PruneFlags, source: Checkpoint, place: Platform) -> 
 def _exists(path: str | None) -> bool:
     """Whether rank 0 finds the file: a late rank would already see what rank 0 writes next."""
     return on_first_rank(lambda: path is not None and Path(path).exists())
-
-
-def trim(source: Checkpoint, plan: Plan, save: str) -> None:
-    """Cut the weights of ``source`` and publish them as ``save``/release. Collective."""
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    share = on_all_ranks(lambda: trimmed_share(SliceReader(source.folder), plan, rank, world_size))
-    weights_only = {"consumed_train_samples": 0, "no_save_optim": True, "no_save_rng": True}
-    args = saved_args.complete(plan.target, {**source.args, **weights_only})
-    writer.save(
-        save,
-        checkpoints.RELEASE,
-        {"model": share, "args": args, "checkpoint_version": 3.0, "iteration": 0},
-        files={
-            "plan.json": plan.to_json(),
-            "megatron_args.sh": megatron_command_line(plan.target) + "\n",
-            **source.tokenizer_files(),
-        },
-    )
 
 
 def say(text: str) -> None:

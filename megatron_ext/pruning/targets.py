@@ -137,9 +137,10 @@ def check_size(source: Arch, name: str, size: int) -> None:
 def _depth_problem(source: Arch) -> str | None:
     """Return why what is no layer of ``source`` as it is built cannot be removed, or None."""
     if source.is_hybrid:
+        way_out = ", or make whole layers of them (convert layers --to gpt)"
         return (
             f"the checkpoint's layers are sub-layers, {source.pattern}; use "
-            "--target-attention-layers and --target-mlp-layers"
+            f"--target-attention-layers and --target-mlp-layers{way_out * source.has_whole_layers}"
         )
     if not has_sublayers(source):
         return "of a BertModel whole layers are removed; use --target-num-layers"

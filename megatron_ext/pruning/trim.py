@@ -30,12 +30,16 @@ from megatron_ext.arch import (
     weights,
 )
 from megatron_ext.arch.rows import kept_layers
+from megatron_ext.checkpoint import checkpoints, saved_args, writer
 from megatron_ext.checkpoint.checkpoints import NOT_WEIGHTS, sharded_tensors
 from megatron_ext.checkpoint.finite import check_finite
+from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.slices import SliceReader
+from megatron_ext.cli.size_flags import megatron_command_line
 from megatron_ext.pruning.fold import fold_heads
 from megatron_ext.pruning.kept import kept_indices
 from megatron_ext.pruning.plan import Plan
+from megatron_ext.runtime.collective_errors import on_all_ranks
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 
 # numpy gathers columns 4x faster than torch on CPUs and has no bfloat16: it moves integers.
@@ -107,6 +111,34 @@ def trimmed_share(
         spare = None if trimmed is source else source
         share |= as_share(piece, trimmed, plan.target)
     return share
+
+
+def write_trimmed(source: Checkpoint, plan: Plan, save: str, record: Plan | None) -> None:
+    """Cut the weights of ``source`` and publish them as ``save``/release. Collective.
+
+    Args:
+        source: the checkpoint of ``plan.source``.
+        plan: what stays of it.
+        save: folder above the new checkpoint.
+        record: the plan to write beside the weights.
+
+    Raises:
+        UserError: on every rank; as ``trimmed_share``, or nothing can be written.
+    """
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    share = on_all_ranks(lambda: trimmed_share(SliceReader(source.folder), plan, rank, world_size))
+    weights_only = {"consumed_train_samples": 0, "no_save_optim": True, "no_save_rng": True}
+    args = saved_args.complete(plan.target, {**source.args, **weights_only})
+    writer.save(
+        save,
+        checkpoints.RELEASE,
+        {"model": share, "args": args, "checkpoint_version": 3.0, "iteration": 0},
+        files={
+            **({"plan.json": record.to_json()} if record else {}),
+            "megatron_args.sh": megatron_command_line(plan.target) + "\n",
+            **source.tokenizer_files(),
+        },
+    )
 
 
 def as_share(piece: Piece, tensor: Tensor, target: Arch) -> dict[str, ShardedTensor]:
