@@ -44,6 +44,8 @@ def run(tmp_path):
         (tmp_path / folder).mkdir()
     for name, kl in {"teacher": 0, "pruned-deep": 4.0, "distilled-deep": 1.9}.items():
         text = EVALUATION.format(loss=kl + 3.5, kl=kl)
+        if name == "teacher":  # beside no other
+            text = "\n".join(text.splitlines()[:3])
         (tmp_path / "evaluations" / f"{name}.txt").write_text(text)
         (tmp_path / "texts" / f"{name}.txt").write_text(f"written by {name}\n")
     (tmp_path / "settings.txt").write_text("BATCH=8\nSEQ_LENGTH=16\n")
@@ -71,7 +73,9 @@ def test_the_report_has_every_model_and_its_text(run):
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
     assert "7.500" in rows["deep, pruned"]
     assert "1.900" in rows["deep, distilled"]
-    assert "0.226" in rows["teacher"]
+    assert "0.226" in rows["deep, distilled"]
+    assert "3.500" in rows["teacher"]
+    assert rows["teacher"].count(" - ") == 2
     sizes = [int(rows[name].split("|")[2].replace(",", "")) for name in ("teacher", "deep, pruned")]
     assert sizes[0] > sizes[1]
     assert "| prune | " in " ".join(rows["prune"].split())

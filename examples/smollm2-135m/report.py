@@ -147,7 +147,7 @@ def results_table(folder: Path) -> str:
         found = measures(path.read_text())
         name = path.stem.rpartition("-")[2]
         model = sizes(plans, path.stem, name if name in plans else winner)
-        rows.append([name_of(path.stem), *model, *(found[measure] for measure in MEASURES)])
+        rows.append([name_of(path.stem), *model, *(found.get(measure) for measure in MEASURES)])
     header = ["model", "parameters", "outside the embedding", *MEASURES.values()]
     note = "Validation text, nats per token; agreement: positions with the teacher's top token."
     return f"{markdown_table(header, rows)}\n\n{note}"

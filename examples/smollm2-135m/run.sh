@@ -105,14 +105,27 @@ control() { # random: the winner's sizes, which its checkpoint writes down as fl
 }
 
 evaluate() { # FOLDER
-    python tools/evaluate.py --load "$OUT/$1" --teacher-load "$OUT/teacher" "${TOKENIZER[@]}" \
+    local teacher=(--teacher-load "$OUT/teacher")
+    [ "$1" != teacher ] || teacher=()
+    launch tools/evaluate.py --load "$OUT/$1" "${teacher[@]}" "${TOKENIZER[@]}" \
         --data-path "$VALID" --bf16 --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH" \
         --eval-samples "$EVAL_SAMPLES" >"$OUT/evaluations/${1//\//-}.txt"
 }
 
 generate() { # FOLDER
-    python tools/generate.py --load "$OUT/$1" "${TOKENIZER[@]}" --prompt "${PROMPTS[@]}" \
+    exec python tools/generate.py --load "$OUT/$1" "${TOKENIZER[@]}" --prompt "${PROMPTS[@]}" \
         --max-new-tokens "$NEW_TOKENS" >"$OUT/texts/${1//\//-}.txt"
+}
+
+generate_all() { # FOLDER...: at the same time, as each takes one core
+    local name
+    GENERATING=()
+    trap 'kill "${GENERATING[@]}" 2>/dev/null || true' EXIT # none outlives another's failure
+    for name in "$@"; do
+        generate "$name" &
+        GENERATING+=($!)
+    done
+    for name in "$@"; do wait -n; done
 }
 
 export_model() {
@@ -142,11 +155,15 @@ fi
 DATA+=(--num-workers 0 "${TOKENIZER[@]}")
 step prune prune
 CANDIDATES=$(basename -a "$OUT"/pruned/*/)
-for name in $CANDIDATES; do
-    EXPECTED=75 step "rank-$name" train "distilled-$name" --load "$OUT/pruned/$name" \
-        --teacher-load "$OUT/teacher" --exit-interval "$RANK_ITERS"
-done
-step rank rank
+if [ "$(wc -w <<<"$CANDIDATES")" = 1 ]; then
+    echo "$CANDIDATES" >"$OUT/winner.txt"
+else
+    for name in $CANDIDATES; do
+        EXPECTED=75 step "rank-$name" train "distilled-$name" --load "$OUT/pruned/$name" \
+            --teacher-load "$OUT/teacher" --exit-interval "$RANK_ITERS"
+    done
+    step rank rank
+fi
 WINNER=$(<"$OUT/winner.txt")
 step "distilled-$WINNER" train "distilled-$WINNER" --load "$OUT/pruned/$WINNER" \
     --teacher-load "$OUT/teacher"
@@ -155,8 +172,6 @@ step evaluate-teacher evaluate teacher
 for name in $CANDIDATES; do step "evaluate-$name" evaluate "pruned/$name"; done
 step "evaluate-distilled-$WINNER" evaluate "distilled-$WINNER"
 for name in $CONTROLS; do step "evaluate-control-$name" evaluate "control-$name"; done
-for name in teacher "pruned/$WINNER" "distilled-$WINNER"; do
-    step "generate-${name//\//-}" generate "$name"
-done
+step generate generate_all teacher "pruned/$WINNER" "distilled-$WINNER"
 step "export-$WINNER" export_model
 python examples/smollm2-135m/report.py write --out "$OUT"
