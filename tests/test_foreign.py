@@ -552,6 +552,7 @@ def test_saved_args_have_what_others_read(arch, tmp_path):
         assert not [name for name in READ.split() if name not in args]
         assert all(type(x) in (*saved_args.PLAIN, list, dict) for x in args.values())
         assert args["num_layers"] == 3
+        assert args["add_position_embedding"]  # what Megatron-LM has unless a flag is typed
         assert args["padded_vocab_size"] == arch.padded_vocab_size
         assert args["make_vocab_size_divisible_by"] <= arch.padded_vocab_size
         assert args["transformer_impl"] in ("local", "transformer_engine")

@@ -235,7 +235,9 @@ class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, ModelSizes):
         return sizes | {
             **{new: sizes[name] for name, new in RENAMED.items()},
             "group_query_attention": self.num_query_groups != self.num_attention_heads,
-            "add_position_embedding": self.position_embedding_type == "learned_absolute",
+            # Off by a deprecated flag of Megatron-LM, which compares the two before it loads and
+            # takes the flag with rope only: nobody has to type it.
+            "add_position_embedding": True,
             "is_hybrid_model": self.is_hybrid,
         }
 
