@@ -168,6 +168,13 @@ def test_what_has_no_other_form(forms, tmp_path):
     assert (code, "a checkpoint is there already" in line) == (USAGE, True)
 
 
+def test_what_megatron_lm_computes_otherwise_is_said(tmp_path):
+    write_model(str(tmp_path / "scaled"), replace(LLAMA, use_rope_scaling=True))
+    argv = ["layers", "--load", str(tmp_path / "scaled"), "--save", str(tmp_path / "new")]
+    (outcome,) = succeed("tools.convert", [*argv, "--to", "hybrid"])
+    assert "does not scale rotary frequencies" in outcome.stderr
+
+
 def test_what_points_here(forms, tmp_path):
     argv = ["export", "--load", str(forms / "hybrid"), "--hf", str(tmp_path / "hf")]
     code, line = fail("tools.convert", [*argv, "--model-type", "llama"])

@@ -18,6 +18,7 @@ from megatron_ext.convert.importer import import_folder
 from megatron_ext.convert.options import check_free, with_tokens
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.collective_errors import on_first_rank
+from megatron_ext.runtime.errors import warn
 
 
 def import_model(options: Any) -> None:
@@ -42,6 +43,11 @@ def change_form(options: Any, folder: Path, target: Arch) -> None:
     place = platform.initialize(device="cpu")
     on_first_rank(lambda: check_free(options.save))
     checkpoints.verify_integrity(source.folder)
+    if target.is_hybrid and target.use_rope_scaling:
+        warn(
+            f"--save {options.save}: Megatron-LM's HybridModel (0.19.2) does not scale rotary "
+            "frequencies (--use-rope-scaling): pretrain_hybrid.py would compute something else."
+        )
     write_form(source, target, options.save)
     if place.rank == 0:
         print(f"{options.save}: {num_parameters(target):,} parameters")
