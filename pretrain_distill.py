@@ -8,12 +8,11 @@ Started again with the same command, a run goes on from its last checkpoint in -
 
 import os
 import sys
-from dataclasses import replace
 
-from megatron_ext.checkpoint.identity import with_own_tokenizer
 from megatron_ext.checkpoint.unpickling import trust
 from megatron_ext.cli.programs import parse_train
 from megatron_ext.rehearsal import dry_run, early
+from megatron_ext.rehearsal.run_plan import plan_training
 from megatron_ext.runtime import heavy
 from megatron_ext.runtime.errors import run_main
 
@@ -23,14 +22,13 @@ def main() -> int:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     flags = parse_train(sys.argv[1:], world_size)
     trust(flags.checkpoint.trust_checkpoint)
+    plan = plan_training(flags, flags.dry.world_size or world_size)
     if flags.dry.dry_run:
-        return dry_run.train(flags, flags.dry.world_size or world_size)
-    start = early.find_start(flags)
-    flags = replace(flags, data=with_own_tokenizer(flags.data, start.teacher, start.source))
-    early.check_training(flags, start, world_size)
+        return dry_run.train(plan)
+    early.check_files(plan)
     with heavy.imports():
         from megatron_ext.training import run
-    return run.pretrain(flags, start)
+    return run.pretrain(plan)
 
 
 if __name__ == "__main__":

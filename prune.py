@@ -14,6 +14,7 @@ import sys
 from megatron_ext.checkpoint.unpickling import trust
 from megatron_ext.cli.programs import parse_prune
 from megatron_ext.rehearsal import dry_run, early
+from megatron_ext.rehearsal.run_plan import plan_pruning
 from megatron_ext.runtime import heavy
 from megatron_ext.runtime.errors import run_main
 
@@ -23,12 +24,13 @@ def main() -> int:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     flags = parse_prune(sys.argv[1:], world_size)
     trust(flags.checkpoint.trust_checkpoint)
+    plan = plan_pruning(flags, flags.dry.world_size or world_size)
     if flags.dry.dry_run:
-        return dry_run.prune(flags, flags.dry.world_size or world_size)
-    folder = early.check_pruning(flags, world_size)
+        return dry_run.prune(plan)
+    early.check_files(plan)
     with heavy.imports():
         from megatron_ext.pruning import run
-    return run.prune(flags, folder)
+    return run.prune(plan)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from megatron_ext.model.build import ModelOptions, build_model
 from megatron_ext.rehearsal import cost_report as report
 from megatron_ext.rehearsal.cost import (
     FUSED_TOKENS,
-    GPUS,
-    Gpu,
     Layout,
     Placed,
     bubble,
@@ -29,6 +27,7 @@ from megatron_ext.rehearsal.cost import (
     step_seconds,
 )
 from megatron_ext.runtime import platform
+from megatron_ext.runtime.gpus import GPUS, Gpu
 from megatron_ext.training import state
 from tests.models import GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, random_batch
 from tests.ranks import run_ranks

@@ -11,22 +11,41 @@ BASE = {"arch", "runtime"}
 MAY_IMPORT = {
     "arch": set(),
     "runtime": set(),
-    # model: features that bring their own flags. rehearsal: the names of the GPUs it knows.
-    "cli": {"model", "rehearsal"},
+    # model: features that bring their own flags.
+    "cli": {"model"},
     "checkpoint": {"cli"},
     "data": {"cli"},
     "model": {"cli", "checkpoint", "data"},
     # convert: whether a target can be exported. distillation: the divergence by which layers are
-    # scored. training: weights into a model.
-    "pruning": {"cli", "checkpoint", "convert", "data", "model", "distillation", "training"},
+    # scored. rehearsal: the plan that a run executes. training: weights into a model.
+    "pruning": {
+        "cli",
+        "checkpoint",
+        "convert",
+        "data",
+        "distillation",
+        "model",
+        "rehearsal",
+        "training",
+    },
     # pruning: the plan, which says whose layers the student's were.
     "distillation": {"cli", "checkpoint", "model", "pruning"},
-    # rehearsal: where a run starts, found out before torch is imported.
+    # rehearsal: the plan that a run executes.
     "training": {"cli", "checkpoint", "data", "model", "distillation", "rehearsal"},
     "inference": {"cli", "checkpoint", "data", "model", "pruning", "distillation", "training"},
     # model, training: a checkpoint is computed beside transformers.
     "convert": {"cli", "checkpoint", "data", "model", "pruning", "training"},
-    "rehearsal": {"cli", "checkpoint", "data", "model", "pruning", "distillation", "convert"},
+    # training: the rules of going on.
+    "rehearsal": {
+        "cli",
+        "checkpoint",
+        "convert",
+        "data",
+        "distillation",
+        "model",
+        "pruning",
+        "training",
+    },
     # data: the samples of a masked language model.
     "certify": {
         "cli",

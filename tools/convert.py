@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_ext.arch import Arch, num_parameters
+from megatron_ext.arch import num_parameters
 from megatron_ext.checkpoint.folder import locate
-from megatron_ext.checkpoint.quick_read import glance
 from megatron_ext.checkpoint.unpickling import trust
 from megatron_ext.cli.flag_checks import dry_run_problems, refuse
 from megatron_ext.cli.megatron_flags import trust_flag
@@ -33,7 +32,7 @@ from megatron_ext.convert.fit import problem_of
 from megatron_ext.convert.hf_files import CONFIG, check_hf_folder, tokenizer_files
 from megatron_ext.convert.options import FORMS, check_free, in_form, with_tokens
 from megatron_ext.rehearsal.cost_report import model_line
-from megatron_ext.rehearsal.dry_run import arch_at, config_arch, read_config, with_sizes
+from megatron_ext.rehearsal.models import Model, config_arch, model_at, with_sizes
 from megatron_ext.runtime import heavy
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError, run_main
 
@@ -245,37 +244,34 @@ def rehearse_import(options: Import, dry: Dry) -> None:
         options.make_vocab_size_divisible_by,
         options.max_position_embeddings,
     )
-    finish(arch, path)
+    finish(Model(arch, path))
 
 
 def rehearse_export(options: Export, sizes: dict[str, Any], dry: Dry) -> None:
     """Print what an export takes, if the family has such models."""
     if Path(options.hf).exists():
         raise UserError(f"--hf {options.hf}: is there already.", USAGE)
-    arch, where = arch_at("--load", options.load, options.ckpt_step, dry.load_config)
-    if where == dry.load_config:
-        arch = with_sizes(arch, sizes, may_cut=True)
-        origin = read_config("--load-config", where)
-    else:
-        source = glance(where, options.ckpt_step)
+    model = model_at("--load", options.load, options.ckpt_step, config=dry.load_config)
+    arch, source = model.arch, model.checkpoint
+    if source is not None:
         if options.vocab_size is not None:
             source = with_tokens(source, options.vocab_size)
         if options.tokenizer_model is not None:
             tokenizer_files(source, options.tokenizer_model)
-        arch = with_sizes(source.arch, sizes, may_cut=False)
-        origin = source.hf_config
-    name = options.model_type or origin.get("model_type")
+        arch = source.arch
+    arch = with_sizes(arch, sizes, may_cut=source is None)
+    name = options.model_type or model.origin.get("model_type")
     if name not in FAMILIES:
         raise UserError(f"--model-type: choose one of {', '.join(FAMILIES)}.", USAGE)
-    if problem := problem_of(arch, FAMILIES[name], origin):
+    if problem := problem_of(arch, FAMILIES[name], model.origin):
         raise UserError(f"--model-type {name}: {problem}.", USAGE)
-    finish(arch, where)
+    finish(Model(arch, model.where))
 
 
-def finish(arch: Arch, where: str) -> None:
+def finish(model: Model) -> None:
     """Print a model, its size on disk and OK. In memory a process holds a piece or two of it."""
-    print(model_line("model", arch, where))
-    print(f"{'bfloat16':12}{2 * num_parameters(arch) / 1e9:.2f} GB on disk\nOK")
+    print(model_line("model", model))
+    print(f"{'bfloat16':12}{2 * num_parameters(model.arch) / 1e9:.2f} GB on disk\nOK")
 
 
 def bytes_of(size: str) -> int:

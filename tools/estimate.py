@@ -15,11 +15,10 @@ from collections.abc import Sequence
 
 from megatron_ext.checkpoint.unpickling import trust
 from megatron_ext.cli.programs import parse_train
-from megatron_ext.distillation.settings import check_models
 from megatron_ext.rehearsal import cost_report as report
-from megatron_ext.rehearsal import dry_run
-from megatron_ext.rehearsal.cost import GPUS
+from megatron_ext.rehearsal.run_plan import plan_training
 from megatron_ext.runtime.errors import run_main
+from megatron_ext.runtime.gpus import GPUS
 
 # What a run needs and an estimate does not.
 UNASKED = {"--lr": "1", "--train-iters": "1", "--tokenizer-type": "NullTokenizer"}
@@ -38,14 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         added.append("--vocab-size=1")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     flags = parse_train([*argv, "--dry-run", *added], world_size)
-    world_size = flags.dry.world_size or world_size
     trust(flags.checkpoint.trust_checkpoint)
-    student, teacher = dry_run.student_of(flags), dry_run.teacher_of(flags)
-    flags, teacher_parallel = check_models(
-        flags, student[0], teacher and teacher[0], has_weights=student[1] != dry_run.NEW
-    )
-    text, needs = report.of_training(flags, student, teacher, teacher_parallel, world_size)
-    print(text if iters_given else text.rpartition("\n")[0])
+    plan = plan_training(flags, flags.dry.world_size or world_size)
+    text, needs = report.of_training(plan)
+    print(text)
+    if iters_given:
+        print(report.whole_run(plan))
     print(report.fit_line(needs, GPUS))
 
 

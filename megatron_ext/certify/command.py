@@ -14,8 +14,8 @@ from megatron_ext.cli.flag_checks import model_parallel_size
 from megatron_ext.cli.parser import flag, parse
 from megatron_ext.cli.programs import PruneFlags, TrainFlags, new_arch, parse_prune, parse_train
 from megatron_ext.cli.size_flags import missing_sizes
-from megatron_ext.pruning.jobs import check_jobs
-from megatron_ext.rehearsal import dry_run
+from megatron_ext.pruning.jobs import plan_jobs
+from megatron_ext.rehearsal.models import find_student, find_teacher, is_there, model_at
 from megatron_ext.runtime.errors import USAGE, UserError
 
 TRAIN, PRUNE = ("distill", "pretrain_distill.py"), ("prune", "prune.py")
@@ -105,11 +105,11 @@ def training_trials(argv: Sequence[str], max_ranks: int) -> tuple[Trials, list[s
     """Return the trials of ``pretrain_distill.py argv``, and lines about its models."""
     world_size = ranks_typed(argv)
     flags = parse_train([*argv, "--dry-run"], world_size)
-    student, teacher = student_of(flags), dry_run.teacher_of(flags)
-    trials = of_training(flags, student, teacher and teacher[0], world_size, max_ranks)
+    student, teacher = student_of(flags), find_teacher(flags)
+    trials = of_training(flags, student, teacher and teacher.arch, world_size, max_ranks)
     models = {"student" if teacher else "model": (student, trials.reference.arch)}
     if teacher is not None:
-        models["teacher"] = (teacher[0], trials.reference.teacher)
+        models["teacher"] = (teacher.arch, trials.reference.teacher)
     return trials, [f"{who:11} {sizes_in_words(*both)}" for who, both in models.items()]
 
 
@@ -117,13 +117,14 @@ def student_of(flags: TrainFlags) -> Arch:
     """Return the sizes of the model that is trained: of a checkpoint, a config.json or the flags.
 
     Raises:
-        UserError: as ``dry_run.student_of``; none of them says the sizes.
+        UserError: as ``find_student``; none of them says the sizes.
     """
     options = flags.checkpoint
     folders = (options.save, options.load, options.pretrained_checkpoint)
-    is_somewhere = any(folder and dry_run.found_arch(folder) for folder in folders)
-    if is_somewhere or flags.dry.load_config or missing_sizes(flags.sizes):
-        return dry_run.student_of(flags)[0]
+    if any(map(is_there, folders)) or flags.dry.load_config or missing_sizes(flags.sizes):
+        student, _ = find_student(flags)
+        if student is not None:
+            return student.arch
     return new_arch(flags.sizes, flags.data.vocab_size or UNKNOWN_TOKENS)
 
 
@@ -141,7 +142,7 @@ def pruning_trials(argv: Sequence[str], max_ranks: int) -> tuple[Trials, list[st
             USAGE,
         )
     source = source_of(flags)
-    jobs, _ = check_jobs(flags, source, {})  # a layout is the same whatever the origin
+    jobs, _ = plan_jobs(flags, source, {})  # a layout is the same whatever the origin
     targets = [job.target for job in jobs]
     trials = of_pruning(flags, source, targets, world_size, max_ranks)
     small = trials.reference
@@ -153,8 +154,10 @@ def pruning_trials(argv: Sequence[str], max_ranks: int) -> tuple[Trials, list[st
 
 def source_of(flags: PruneFlags) -> Arch:
     """Return the sizes of the model that is pruned."""
-    options = flags.checkpoint
-    return dry_run.arch_at("--load", options.load, options.ckpt_step, flags.dry.load_config)[0]
+    options, config = flags.checkpoint, flags.dry.load_config
+    return model_at(
+        "--load", options.load, options.ckpt_step, sizes=flags.sizes, config=config
+    ).arch
 
 
 def head(trials: Trials, models: Sequence[str]) -> str:

@@ -134,7 +134,7 @@ def of_training(
         UserError: the run's own layout cannot hold these models.
     """
     _check_whole([student, *([teacher] if teacher else [])])
-    placed, _ = settings.check_models(flags, student, teacher, has_weights=False)
+    placed, _ = settings.plan_layouts(flags, student, teacher, has_weights=False)
     cut = cut_of(placed.parallel, student.num_layers, world_size, max_ranks)
     archs = [student, *([teacher] if teacher else [])]
     layout, depths = _stages(flags.parallel, archs, cut)
@@ -216,7 +216,7 @@ def _plain(kept: TrainFlags) -> TrainFlags:
 def _training_trial(
     ranks: Ranks, flags: TrainFlags, student: Arch, teacher: Arch | None = None
 ) -> Trial:
-    flags, parallel = settings.check_models(flags, student, teacher, has_weights=False)
+    flags, parallel = settings.plan_layouts(flags, student, teacher, has_weights=False)
     return Trial(ranks=ranks, flags=flags, arch=student, teacher=teacher, teacher_parallel=parallel)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, make_dataclass
 
 from megatron_ext.arch.axes import SIZES
 from megatron_ext.cli.parser import flag
-from megatron_ext.rehearsal.cost import GPUS
+from megatron_ext.runtime.gpus import GPUS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,19 @@ def vocab_size(data: Any) -> int:
     Raises:
         UserError: as ``data.build_tokenizer``.
     """
+    check_tokenizer_file(data)
     count = _simple_count(data)
     if count is not None:
         return count
     with heavy.imports():
         from megatron_ext.data.datasets import build_tokenizer
     return build_tokenizer(data).vocab_size
+
+
+def absent_files(data: Any) -> list[str]:
+    """Return the tokenizer's files that are not there."""
+    files = (data.tokenizer_model, data.vocab_file, data.merge_file)
+    return [name for name in files if name and not Path(name).exists()]
 
 
 def check_tokenizer_file(data: Any) -> None:

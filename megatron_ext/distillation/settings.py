@@ -15,10 +15,10 @@ from megatron_ext.pruning.plan import load_plan
 from megatron_ext.runtime.errors import USAGE, UserError
 
 
-def check_models(
+def plan_layouts(
     flags: TrainFlags, arch: Arch, teacher: Arch | None, *, has_weights: bool
 ) -> tuple[TrainFlags, Parallel]:
-    """Return the flags with the layout of the model, and the layout of its teacher.
+    """Return the flags with the layout of the model, and the layout of its teacher. Pure.
 
     Args:
         flags: of the run.

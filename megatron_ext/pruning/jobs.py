@@ -46,7 +46,7 @@ class Found:
     """Text for the file of --targets."""
 
 
-def check_jobs(flags: PruneFlags, source: Arch, origin: Config) -> tuple[list[Job], Found | None]:
+def plan_jobs(flags: PruneFlags, source: Arch, origin: Config) -> tuple[list[Job], Found | None]:
     """Return what to prune to, checked against the model, the layout, the method and an export.
 
     With it what a search found, if there is one. ``origin`` as for ``check_target``.

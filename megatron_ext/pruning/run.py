@@ -1,6 +1,6 @@
 """The run of prune.py, from a checkpoint on disk to pruned ones; its flags are checked."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from megatron_ext.arch import Arch
 from megatron_ext.arch.kinds import KINDS
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
-from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256, with_own_tokenizer
+from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256
 from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.cli.programs import PruneFlags, check_layout, format_flags
 from megatron_ext.convert.fit import export_note
@@ -29,10 +29,8 @@ from megatron_ext.pruning.iterate import compose, iteration_targets
 from megatron_ext.pruning.jobs import (
     Found,
     Job,
-    check_jobs,
     check_outputs,
     check_passes,
-    given_plan,
     save_targets,
 )
 from megatron_ext.pruning.plan import Plan, save_plan
@@ -40,21 +38,25 @@ from megatron_ext.pruning.planner import make_plan, summary
 from megatron_ext.pruning.scores import Scores, depth_method
 from megatron_ext.pruning.scores_file import check_scores, load_scores, save_scores
 from megatron_ext.pruning.trim import fill_trimmed, write_trimmed
+from megatron_ext.rehearsal.run_plan import PrunePlan
 from megatron_ext.runtime import platform
-from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
-from megatron_ext.runtime.errors import UserError
+from megatron_ext.runtime.collective_errors import check_alike, on_all_ranks, on_first_rank
+from megatron_ext.runtime.errors import CHECKPOINT, UserError
 from megatron_ext.runtime.platform import Platform
 from megatron_ext.training.state import restore_weights
 
 
-def prune(flags: PruneFlags, folder: Path) -> int:
-    """Prune the checkpoint in ``folder``; returns the exit code."""
-    source = checkpoints.read(str(folder), sizes=flags.sizes)
-    flags = replace(flags, data=with_own_tokenizer(flags.data, source))
-    if flags.data.tokenizer_type and not source.knows_tokens:
-        source = source.with_tokens(datasets.build_tokenizer(flags.data).vocab_size)
-    jobs, found = check_jobs(flags, source.arch, source.hf_config)
+def prune(run_plan: PrunePlan) -> int:
+    """Execute the plan of a run; returns the exit code."""
+    flags, jobs, found = run_plan.flags, run_plan.jobs, run_plan.found
+    source = checkpoints.read_again(run_plan.source.checkpoint, flags.sizes)
     place = join_ranks(flags, source.arch.num_layers)
+    plans = list(zip(jobs, run_plan.plans, strict=True))
+    files = {
+        f"the file of --plan {job.plan}": "absent" if plan is None else "there"
+        for job, plan in plans
+    }
+    check_alike(files, "all ranks have to see the same files", CHECKPOINT)
     on_first_rank(lambda: check_outputs(flags, jobs, found))
     say(format_flags(flags))
     if found is not None:
@@ -62,18 +64,18 @@ def prune(flags: PruneFlags, folder: Path) -> int:
     elif flags.prune.searches:
         say(f"NOTE: --targets {flags.prune.targets} exists and holds; nothing is searched.")
     if not (flags.checkpoint.save or flags.prune.scores or flags.prune.plan):
-        jobs = []  # the candidates were all that was asked for
+        plans = []  # the candidates were all that was asked for
     if flags.checkpoint.verify_integrity:
         checkpoints.verify_integrity(source.folder)
-    for reason in sorted({r for job in jobs if (r := layout_problem(flags, job.target))}):
+    targets = [job.target for job, _ in plans]
+    for reason in sorted({r for target in targets if (r := layout_problem(flags, target))}):
         say(f"NOTE: what is pruned will not load under this layout: {reason}")
-    for job in jobs:
-        if note := export_note(job.target, source.arch, source.hf_config):
+    for target in targets:
+        if note := export_note(target, source.arch, source.hf_config):
             say(f"NOTE: {note}")
-    targets = [job.target for job in jobs]
     scores = cache(lambda: get_scores(flags, source, place, targets))
-    for job in jobs:
-        plan = get_plan(flags, source, place, job, scores)
+    for job, given in plans:
+        plan = given or new_plan(flags, source, place, job, scores())
         if job.save:
             write_trimmed(source, plan, job.save, plan)
         say(f"{job.save or job.plan or flags.prune.scores}\n{summary(plan)}")
@@ -101,16 +103,13 @@ def publish(found: Found, path: str | None) -> None:
         on_first_rank(lambda: save_targets(path, found))
 
 
-def get_plan(
-    flags: PruneFlags, source: Checkpoint, place: Platform, job: Job, scores: Callable[[], Scores]
+def new_plan(
+    flags: PruneFlags, source: Checkpoint, place: Platform, job: Job, scores: Scores
 ) -> Plan:
-    """Return the plan of --plan, or make one from scores and write it there. Collective."""
-    path = job.plan
-    if _exists(path):
-        return given_plan(job, source.arch, flags.prune.head_residual, source.hf_config)
-    plan = plan_from_scores(flags, source, place, job.target, scores())
-    if path:
-        on_first_rank(lambda: save_plan(path, plan))
+    """Return a plan made from scores, and write it to --plan. Collective."""
+    plan = plan_from_scores(flags, source, place, job.target, scores)
+    if job.plan:
+        on_first_rank(lambda: save_plan(job.plan, plan))
     return plan
 
 

@@ -21,6 +21,7 @@ from megatron_ext.arch import (
 )
 from megatron_ext.arch.axes import AXES
 from megatron_ext.arch.pattern import STAGE, in_stages
+from megatron_ext.runtime.gpus import Gpu
 
 WIDE = 4
 """Bytes of float32."""
@@ -28,29 +29,6 @@ WIDE = 4
 FUSED_TOKENS = 1024
 # Dims of which a tensor-parallel rank holds a share.
 SPLIT_DIMS = {"vocab", *(dim for axis in AXES if axis.tp_split for dim in axis.dims)}
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peak rates and memory of one GPU."""
-
-    memory: int
-    """Bytes: the vendor's GB as 10^9. torch finds some 5 % more, which is left for what is not
-    counted here."""
-    bf16: float
-    """Dense TFLOP/s."""
-    fp8: float | None
-    """Dense TFLOP/s; None where there is no FP8."""
-
-
-# NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (an eighth). They print twice
-# the dense figures, for sparse matrices, but for A100's.
-GPUS = {
-    "A100": Gpu(80 * 10**9, 312, None),
-    "H100": Gpu(80 * 10**9, 989, 1979),
-    "H200": Gpu(141 * 10**9, 989, 1979),
-    "B200": Gpu(180 * 10**9, 2250, 4500),
-}
 
 
 @dataclass(frozen=True)

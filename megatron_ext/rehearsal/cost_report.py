@@ -1,15 +1,15 @@
-"""The estimate of a run as text: from a program's flags and the sizes of its models."""
+"""A plan and what it costs as text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.cli.flag_checks import stages
-from megatron_ext.cli.programs import measures, pipeline_layout, virtual_pipeline_size
+from megatron_ext.cli.megatron_flags import TrainCheckpoint
+from megatron_ext.cli.method_flags import DryRun
+from megatron_ext.cli.programs import pipeline_layout, virtual_pipeline_size
 from megatron_ext.rehearsal.cost import (
-    GPUS,
     WIDE,
-    Gpu,
     Layout,
     Placed,
     bubble,
@@ -18,7 +18,10 @@ from megatron_ext.rehearsal.cost import (
     memory,
     step_seconds,
 )
+from megatron_ext.rehearsal.models import Model
+from megatron_ext.rehearsal.run_plan import PrunePlan, TrainPlan
 from megatron_ext.runtime.errors import USAGE, UserError
+from megatron_ext.runtime.gpus import GPUS, Gpu
 
 GB = 10**9
 # What helps against the largest item, where it is not more model-parallel ranks.
@@ -28,8 +31,6 @@ FIXES = {
     "activations": "--recompute-granularity full, --context-parallel-size or --sequence-parallel",
     "logits": "--kd-fused-output (with a teacher) or a larger --tensor-model-parallel-size",
 }
-Named = tuple[Arch, str]
-"""The sizes of a model, and where they stand."""
 
 
 def placed(arch: Arch, parallel: Any) -> Placed:
@@ -87,15 +88,16 @@ def train_layout(flags: Any, world_size: int) -> Layout:
     )
 
 
-def model_line(name: str, arch: Arch, where: str, way: str = "from") -> str:
+def model_line(name: str, model: Model, way: str = "from") -> str:
     """Return one line about a model."""
+    arch = model.arch
     experts = f", {arch.num_experts} experts" if arch.num_experts else ""
     layers = f"sub-layers {arch.pattern}" if arch.is_hybrid else "layers"
     return (
         f"{name:12}{num_parameters(arch):,} parameters ({num_parameters(arch, embeddings=False):,} "
         f"without embeddings): {arch.num_layers} {layers}, hidden {arch.hidden_size}, ffn "
         f"{arch.ffn_hidden_size}, heads {arch.num_attention_heads}/{arch.num_query_groups}"
-        f"{experts}, vocabulary {arch.padded_vocab_size}; {way} {where}"
+        f"{experts}, vocabulary {arch.padded_vocab_size}; {way} {model.where}"
     )
 
 
@@ -136,101 +138,100 @@ def check_memory(needs: Mapping[str, int], gpu: str) -> None:
         )
 
 
-def time_lines(
-    student: Placed,
-    teacher: Placed | None,
-    layout: Layout,
-    dry: Any,
-    train_iters: int | None,
-) -> str:
-    """Return the time of a step, and of ``train_iters`` of them, on the GPU of ``dry``."""
+def time_lines(student: Placed, teacher: Placed | None, layout: Layout, dry: DryRun) -> str:
+    """Return the time of a step on the GPU of ``dry``."""
     tokens = layout.global_batch_size * layout.seq_length
     step = step_seconds(student, teacher, layout, GPUS[dry.gpu], dry.mfu)
     idle = bubble(layout, len(student.stages))
     in_fp8 = {"student": layout.fp8, "teacher": layout.teacher_fp8 and teacher is not None}
     named = [name for name, is_fp8 in in_fp8.items() if is_fp8]
     kind = f"FP8 in linear layers of {' and '.join(named)}" if named else "bf16"
-    lines = [
-        f"time on {dry.gpu} at {dry.mfu:.0%} of its peak ({kind}), pipeline bubble {idle:.1%}",
-        f"  {step:.4g} s a step, {tokens / step:,.0f} tokens/s",
-    ]
-    if train_iters:
-        hours = step * train_iters / 3600
-        lines.append(
-            f"  {train_iters:,} steps = {train_iters * tokens / 1e9:,.1f}B tokens: "
-            f"{hours / 24:,.2f} days, {hours * layout.world_size:,.0f} GPU hours"
-        )
-    return "\n".join(lines)
+    return (
+        f"time on {dry.gpu} at {dry.mfu:.0%} of its peak ({kind}), pipeline bubble {idle:.1%}\n"
+        f"  {step:.4g} s a step, {tokens / step:,.0f} tokens/s"
+    )
 
 
-def of_training(
-    flags: Any,
-    student: Named,
-    teacher: Named | None,
-    teacher_parallel: Any,
-    world_size: int,
-) -> tuple[str, dict[str, int]]:
-    """Return what a training run needs, as text, and its memory by item.
+def placed_models(plan: TrainPlan) -> tuple[Placed, Placed | None]:
+    """Return student and teacher with the layers of each pipeline stage."""
+    teacher = plan.teacher and placed(plan.teacher.arch, plan.teacher_parallel)
+    return placed(plan.student.arch, plan.flags.parallel), teacher
 
-    ``student`` and ``teacher``: their sizes, and where these stand.
-    """
-    layout = train_layout(flags, world_size)
-    own = placed(student[0], flags.parallel)
-    other = placed(teacher[0], teacher_parallel) if teacher else None
-    needs = memory(own, other, layout)
-    lines = [model_line("student" if teacher else "model", *student)]
-    lines += [model_line("teacher", *teacher)] if teacher else []
+
+def of_training(plan: TrainPlan) -> tuple[str, dict[str, int]]:
+    """Return what a step of a training run needs, as text, and its memory by item."""
+    flags = plan.flags
+    layout, models = train_layout(flags, plan.world_size), placed_models(plan)
+    needs = memory(*models, layout)
+    lines = [model_line("student" if plan.teacher else "model", plan.student)]
+    lines += [model_line("teacher", plan.teacher)] if plan.teacher else []
     lines += [
         layout_line(layout, flags.parallel),
         f"{'batch':12}{layout.global_batch_size} samples of {layout.seq_length} tokens = "
         f"{layout.num_microbatches} micro-batches of {layout.micro_batch_size} on each of "
         f"{layout.data_parallel_size} data-parallel ranks",
         memory_table(needs),
-        time_lines(own, other, layout, flags.dry, flags.batch.train_iters),
+        time_lines(*models, layout, flags.dry),
     ]
     return "\n".join(lines), needs
 
 
-def of_pruning(
-    flags: Any, source: Named, targets: Sequence[Named], world_size: int
-) -> tuple[str, dict[str, int]]:
+def whole_run(plan: TrainPlan) -> str:
+    """Return what all steps of a training run take, what they read and where they are saved."""
+    dry, layout = plan.flags.dry, train_layout(plan.flags, plan.world_size)
+    steps, tokens = plan.num_steps, layout.global_batch_size * layout.seq_length
+    train, valid, test = plan.num_samples
+    hours = steps * step_seconds(*placed_models(plan), layout, GPUS[dry.gpu], dry.mfu) / 3600
+    lines = [
+        f"  {steps:,} steps = {steps * tokens / 1e9:,.1f}B tokens: {hours / 24:,.2f} days, "
+        f"{hours * layout.world_size:,.0f} GPU hours, {plan.flops:.3g} FLOPs",
+        f"{'begins':12}at iteration {plan.iteration}, {begins_with(plan)}",
+        f"{'data':12}{train:,} samples for training, {valid:,} for validation, {test:,} for a test",
+        f"{'saves':12}{saves(plan.flags.checkpoint)}",
+    ]
+    return "\n".join(lines)
+
+
+def begins_with(plan: TrainPlan) -> str:
+    """Return what a training run takes from where it begins, in words."""
+    if plan.goes_on:
+        return f"with all that {plan.student.where} holds"
+    return f"with the weights of {plan.student.where}" if plan.has_weights else "with new weights"
+
+
+def saves(options: TrainCheckpoint) -> str:
+    """Return where a training run saves, and when, in words."""
+    if options.save is None:
+        return "nothing (--save)"
+    between = f"every {options.save_interval} steps and " if options.save_interval else ""
+    return f"{between}at the end, to {options.save}"
+
+
+def of_pruning(plan: PrunePlan) -> tuple[str, dict[str, int]]:
     """Return what a run of ``prune.py`` needs, as text, and its memory by item.
 
-    Time is that of the forward passes: one over all samples, and with --depth-importance loss or kl
-    one more for each block of layers, or each sub-layer, that may go. Trimming is reading and
-    writing.
+    Time is that of the forward passes; trimming is reading and writing.
     """
-    arch, options = source[0], flags.prune
-    is_measured = measures(flags.checkpoint, options)
-    layout = layout_of(flags, world_size, global_batch_size=options.calibration_samples)
-    whole = placed(arch, flags.parallel)
-    compares = is_measured and options.depth_importance != "block"
-    lines = [model_line("source", *source)]
-    lines += [model_line("target", *target, way="to") for target in targets]
+    flags, world_size = plan.flags, plan.world_size
+    samples, dry = flags.prune.calibration_samples, flags.dry
+    layout = layout_of(flags, world_size, global_batch_size=samples)
+    whole, targets = placed(plan.source.arch, flags.parallel), plan.targets
+    lines = [model_line("source", plan.source)]
+    lines += [model_line("target", target, way="to") for target in targets]
     lines.append(layout_line(layout, flags.parallel))
-    needs = forward_memory(whole, layout, logits=compares)
-    if not is_measured:
-        needs = {}
-    largest = max((num_parameters(target) for target, _ in targets), default=0)
-    share = largest * layout.param_bytes
-    lines.append(f"{'trim':12}{share / world_size / GB:.2f} GB of host memory a rank")
-    if needs:
-        lines.append(memory_table(needs))
-        passes = 1 + depth_passes(arch, [target for target, _ in targets], options)
-        seconds = forward_seconds(whole, layout, GPUS[flags.dry.gpu], flags.dry.mfu) * passes
-        lines.append(
-            f"time on {flags.dry.gpu} at {flags.dry.mfu:.0%} of its peak\n  {seconds:.4g} s for "
-            f"{passes} forward passes over {options.calibration_samples} samples"
-        )
+    largest = max((num_parameters(target.arch) for target in targets), default=0)
+    share = largest * layout.param_bytes / world_size
+    lines.append(f"{'trim':12}{share / GB:.2f} GB of host memory a rank")
+    if not plan.is_measured:
+        return "\n".join(lines), {}
+    needs = forward_memory(whole, layout, logits=plan.compares)
+    seconds = forward_seconds(whole, layout, GPUS[dry.gpu], dry.mfu) * plan.num_passes
+    lines += [
+        memory_table(needs),
+        f"time on {dry.gpu} at {dry.mfu:.0%} of its peak\n  {seconds:.4g} s for "
+        f"{plan.num_passes} forward passes over {samples} samples",
+    ]
     return "\n".join(lines), needs
-
-
-def depth_passes(arch: Arch, targets: Sequence[Arch], options: Any) -> int:
-    """Return the forward passes that score depth, beside those that score the other axes."""
-    compares = options.depth_importance != "block"
-    if arch.is_hybrid or any(target.is_hybrid for target in targets):
-        return len(arch.pattern) if compares else int(not arch.is_hybrid)
-    return arch.num_layers - options.depth_block + 1 if compares else 0
 
 
 def fit_line(needs: Mapping[str, int], gpus: Mapping[str, Gpu]) -> str:

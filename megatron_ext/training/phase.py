@@ -101,7 +101,7 @@ def consumed_data_samples(saved: Mapping[str, Any], flags: TrainFlags) -> int:
     """Return how many samples of the data set of ``flags`` the saved run has trained on."""
     if changes(saved, flags):
         return 0
-    return saved.get("consumed_data_samples", saved["consumed_train_samples"])
+    return saved.get("consumed_data_samples", saved.get("consumed_train_samples", 0))
 
 
 def with_steps_left(flags: TrainFlags, source: Checkpoint) -> TrainFlags:
@@ -109,7 +109,7 @@ def with_steps_left(flags: TrainFlags, source: Checkpoint) -> TrainFlags:
     batch = flags.batch
     if batch.train_samples is None:
         return flags
-    left = max(0, batch.train_samples - source.args["consumed_train_samples"])
+    left = max(0, batch.train_samples - source.args.get("consumed_train_samples", 0))
     steps = left // batch.global_batch_size
     return replace(flags, batch=replace(batch, train_iters=source.iteration + steps))
 

@@ -4,13 +4,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron_ext.arch import Arch, forward_flops, num_parameters
+from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
-from megatron_ext.checkpoint.identity import check_tokenizer, padded_alike, tokenizer_sha256
-from megatron_ext.cli.megatron_flags import Parallel
+from megatron_ext.checkpoint.identity import padded_alike
 from megatron_ext.cli.method_flags import Distill
-from megatron_ext.cli.programs import TrainFlags, check_against_checkpoint, new_arch
+from megatron_ext.cli.programs import TrainFlags
 from megatron_ext.data import datasets
 from megatron_ext.distillation import settings
 from megatron_ext.distillation.hidden import HiddenLosses
@@ -20,57 +19,38 @@ from megatron_ext.distillation.stored import StoredDistillationModel, WithStored
 from megatron_ext.model import cuda_graphs, fp8, tp_overlap
 from megatron_ext.model.build import LanguageModel, ModelOptions, build_model
 from megatron_ext.model.options import batches_of_rank, check_fp8, join_ranks, model_options
-from megatron_ext.rehearsal.early import Start
+from megatron_ext.rehearsal.run_plan import TrainPlan, check_tokens, flops_per_token
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
 from megatron_ext.runtime.files import hold
 from megatron_ext.runtime.platform import Platform
-from megatron_ext.training import phase, state
+from megatron_ext.training import state
 from megatron_ext.training.log import Log
 from megatron_ext.training.loop import MakeBatches, train, validate
 from megatron_ext.training.step import Batch
 
 
-def pretrain(flags: TrainFlags, start: Start) -> int:
-    """Train the model that begins at ``start``; returns the exit code."""
+def pretrain(plan: TrainPlan) -> int:
+    """Execute ``plan``; returns the exit code."""
+    flags = plan.flags
     if flags.log.logging_level is not None:
         logging.getLogger().setLevel(flags.log.logging_level)
-    source, teacher = (
-        found and checkpoints.read(str(found.folder), sizes=sizes)
-        for found, sizes in ((start.source, flags.sizes), (start.teacher, None))
-    )
-    start = replace(start, source=source, teacher=None)
-    if start.resume:
-        flags = phase.with_steps_left(flags, start.source)
     tokenizer = datasets.build_tokenizer(flags.data)
-    if start.source is not None:
-        start = replace(start, source=start.source.with_tokens(tokenizer.vocab_size))
-    teacher = teacher and teacher.with_tokens(tokenizer.vocab_size)
-    arch = choose_arch(flags, start, tokenizer.vocab_size)
-    for source in filter(None, (start.source, teacher)):
-        check_tokenizer(source, tokenizer.vocab_size, tokenizer_sha256(flags.data))
-    if flags.distill.kd_teacher_store is not None:
-        settings.check_stored_teacher(flags, tokenizer.vocab_size)
-    flags, teacher_parallel = settings.check_models(
-        flags, arch, teacher and teacher.arch, has_weights=start.source is not None
+    check_tokens(plan, tokenizer.vocab_size)
+    source, teacher = (
+        model and model.checkpoint and checkpoints.read_again(model.checkpoint, flags.sizes)
+        for model in (plan.student, plan.teacher)
     )
-    place = join_ranks(flags, arch.num_layers)
+    place = join_ranks(flags, plan.student.arch.num_layers)
     if flags.checkpoint.save:
         on_first_rank(lambda: hold(flags.checkpoint.save, "--save"))
     if flags.checkpoint.verify_integrity:
-        for source in filter(None, (start.source, teacher)):
-            checkpoints.verify_integrity(source.folder)
-    run = build(flags, arch, start, teacher, teacher_parallel, place)
-    code = go(run, tokenizer, place)
+        for each in filter(None, (source, teacher)):
+            checkpoints.verify_integrity(each.folder)
+    run = build(plan, source, teacher, place)
+    code = go(run, plan.num_samples, tokenizer, place)
     platform.shut_down()
     return code
-
-
-def choose_arch(flags: TrainFlags, start: Start, vocab_size: int) -> Arch:
-    """Return the architecture: the checkpoint's, or that of the typed sizes."""
-    if start.source is None:
-        return new_arch(flags.sizes, vocab_size)
-    return check_against_checkpoint(flags.sizes, start.source.arch)
 
 
 def logit_loss(distill: Distill) -> LogitLoss:
@@ -86,32 +66,35 @@ def logit_loss(distill: Distill) -> LogitLoss:
 
 
 def build(
-    flags: TrainFlags,
-    arch: Arch,
-    start: Start,
-    teacher: Checkpoint | None,
-    teacher_parallel: Parallel,
-    place: Platform,
+    plan: TrainPlan, source: Checkpoint | None, teacher: Checkpoint | None, place: Platform
 ) -> state.Run:
-    """Build the models, load them and return the run where it begins. Collective."""
+    """Build the models, load them and return the run where it begins. Collective.
+
+    Args:
+        plan: of the run.
+        source: where the student's weights come from; None for random ones.
+        teacher: the other checkpoint, if there is one.
+        place: this rank.
+    """
+    flags, arch = plan.flags, plan.student.arch
     options = options_of_both(flags, arch, place)
     check_fp8(flags.fp8, options)
-    seed = flags.batch.seed if start.source is None else None
+    seed = flags.batch.seed if source is None else None
     own_options = student_options(flags, arch, options, place)
     chunks, teachers = build_model(arch, own_options, place.groups, seed=seed), []
     if teacher is not None:
-        layout = teacher_parallel.pipeline_model_parallel_layout
+        layout = plan.teacher_parallel.pipeline_model_parallel_layout
         teacher_options = replace(
             options, pipeline_model_parallel_layout=layout, fp8=fp8.of_teacher(flags.fp8)
         )
         teachers = build_model(padded_alike(teacher.arch, arch), teacher_options, place.groups)
         state.restore_weights(teachers, teacher, repad=True)
-    if start.source is not None and not start.resume:
-        state.restore_weights(chunks, start.source)
+    if source is not None and not plan.goes_on:
+        state.restore_weights(chunks, source)
     teacher_arch = teacher and teacher.arch
-    run = assemble(flags, arch, chunks, place, teacher_arch, teachers, start.source)
-    if start.resume:
-        state.restore(run, start.source)
+    run = assemble(flags, arch, chunks, place, teacher_arch, teachers, source)
+    if plan.goes_on:
+        state.restore(run, source)
     return run
 
 
@@ -149,7 +132,6 @@ def assemble(
         source: where the weights of ``chunks`` come from; None for random ones.
     """
     modules, objective, eval_losses, hidden = chunks, {LM_LOSS: 1.0}, (LM_LOSS,), None
-    flops = 3 * forward_flops(arch, flags.batch.seq_length)
     distillation = Distillation(
         logit_loss=logit_loss(flags.distill),
         loss_weight=flags.distill.kd_loss_weight,
@@ -174,7 +156,6 @@ def assemble(
             constant = None if alpha == "dynamic" else float(alpha)
             hidden = HiddenLosses([m.hidden for m in modules], place.groups, constant)
         objective, eval_losses = distillation.objective, (KD_LOSS, LM_LOSS)
-        flops += forward_flops(teacher, flags.batch.seq_length)
     return state.make_run(
         flags,
         arch,
@@ -183,7 +164,7 @@ def assemble(
         modules,
         objective=objective,
         eval_losses=eval_losses,
-        flops_per_token=flops,
+        flops_per_token=flops_per_token(arch, teacher, flags.batch.seq_length),
         hidden=hidden,
         source=source,
     )
@@ -211,16 +192,18 @@ def student_options(
     )
 
 
-def go(run: state.Run, tokenizer: datasets.MegatronTokenizerBase, place: Platform) -> int:
-    """Train and evaluate; returns the exit code."""
-    flags, batch = run.flags, run.flags.batch
-    evaluates = bool(flags.log.eval_iters) and (flags.log.eval_interval or batch.skip_train)
-    num_valid = batch.global_batch_size * flags.log.eval_iters if evaluates else 0
-    num_train = 0 if batch.skip_train else state.num_data_samples(run)
+def go(
+    run: state.Run,
+    num_samples: tuple[int, int, int],
+    tokenizer: datasets.MegatronTokenizerBase,
+    place: Platform,
+) -> int:
+    """Train and evaluate on the first ``num_samples`` of each split; returns the exit code."""
+    flags, batch, num_train = run.flags, run.flags.batch, num_samples[0]
     splits = datasets.build_datasets(
         flags.data,
         seq_length=batch.seq_length,
-        num_samples=(num_train, num_valid, num_valid),
+        num_samples=num_samples,
         tokenizer=tokenizer,
         seed=batch.seed,
         vocab_size=run.arch.vocab_size,

@@ -342,14 +342,6 @@ def restore(run: Run, source: checkpoints.Checkpoint) -> None:
     run.counters.floating_point_operations = loaded["num_floating_point_operations_so_far"]
 
 
-def num_data_samples(run: Run) -> int:
-    """Return how many samples of its present data set ``run`` needs, from the first one on."""
-    batch, counters = run.flags.batch, run.counters
-    iterations_left = max(0, batch.train_iters - counters.iteration)
-    num_samples = counters.consumed_data_samples + iterations_left * batch.global_batch_size
-    return max(num_samples, batch.global_batch_size)  # a data set of none cannot be built
-
-
 def _set_rates(run: Run, param_groups: Iterable[dict[str, Any]]) -> None:
     options, schedule = run.flags.optimizer, run.schedule
     for group in param_groups:
