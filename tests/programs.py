@@ -31,9 +31,9 @@ from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.cli.programs import megatron_command_line
 from megatron_ext.model.build import LanguageModel, ModelOptions, build_model, model_state_dict
+from megatron_ext.model.open import open_model
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import run_main
-from megatron_ext.training.state import restore_weights
 from tests.models import random_batch
 from tests.ranks import run_ranks
 
@@ -244,9 +244,8 @@ def read_model(folder: str) -> LanguageModel:
     """Return a checkpoint's model in float64. Call it on a rank that has no process groups yet."""
     source = checkpoints.read(folder)
     groups = platform.initialize().groups
-    chunks = build_model(source.arch, ModelOptions(params_dtype=torch.float64), groups)
-    restore_weights(chunks, source)
-    return chunks[0].eval()
+    (model,) = open_model(source, ModelOptions(params_dtype=torch.float64), groups)
+    return model.eval()
 
 
 def logits_of(model: LanguageModel, arch: Arch) -> torch.Tensor:

@@ -19,6 +19,7 @@ from megatron_ext.checkpoint.checkpoints import sharded_tensors
 from megatron_ext.cli.programs import parse_train, virtual_pipeline_size
 from megatron_ext.model import build
 from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.open import restore_weights
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import UserError
 from megatron_ext.training import state
@@ -305,7 +306,7 @@ def read_into(folder, arch):
     chunks = build_model(arch, ModelOptions(), place.groups, seed=6)
     try:
         checkpoints.verify_integrity(checkpoints.find(folder))
-        state.restore_weights(chunks, checkpoints.read(folder))
+        restore_weights(chunks, checkpoints.read(folder))
     except UserError as error:
         return str(error)
     return None

@@ -15,13 +15,13 @@ from megatron.core import parallel_state
 from megatron_ext.checkpoint import checkpoints, safe_load, writer
 from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.open import restore_weights
 from megatron_ext.pruning.depth import skipped
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.targets import target_arch
 from megatron_ext.pruning.trim import trimmed_share
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import UserError
-from megatron_ext.training import state
 from tests.engine import ENGINE, NormLinear, stand_in
 from tests.models import GPT2, LLAMA, MOE, NEMOTRON, random_batch
 from tests.ranks import run_ranks
@@ -99,7 +99,7 @@ def save_and_load(folder, arch, written, read, remembered=None):
         module.remembered = remembered() if callable(remembered) else remembered
     save(folder, arch, chunks)
     others = build_model(arch, ModelOptions(**read), groups, seed=6)
-    state.restore_weights(others, checkpoints.read(folder))
+    restore_weights(others, checkpoints.read(folder))
     known = [m.remembered for m in others[0].modules() if isinstance(m, NormLinear)]
     return logits(arch, chunks), logits(arch, others), known
 
@@ -164,7 +164,7 @@ def trim_and_load(folder, arch, sizes, remembered):
     results = []
     for options in ({}, ENGINE):
         others = build_model(target, ModelOptions(**options), groups, seed=6)
-        state.restore_weights(others, checkpoints.read(f"{folder}/trimmed"))
+        restore_weights(others, checkpoints.read(f"{folder}/trimmed"))
         results.append(logits(target, others))
         assert not any(getattr(m, "remembered", None) for m in others[0].modules())
     return results
@@ -194,6 +194,6 @@ def load_other(folder, arch, other):
     save(folder, arch, build_model(arch, ModelOptions(), groups, seed=5))
     chunks = build_model(other, ModelOptions(**ENGINE), groups)
     try:
-        state.restore_weights(chunks, checkpoints.read(folder))
+        restore_weights(chunks, checkpoints.read(folder))
     except UserError as error:
         raise AssertionError(str(error)) from error

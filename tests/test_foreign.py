@@ -22,9 +22,9 @@ from megatron_ext.checkpoint.foreign_args import FILES, args_of, read_args
 from megatron_ext.checkpoint.slices import layer_key
 from megatron_ext.cli.programs import megatron_command_line
 from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.open import restore_weights
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE
-from megatron_ext.training.state import restore_weights
 from tests.models import BERT, GPT2, LLAMA, MOE, random_batch
 from tests.programs import (
     assert_same_bytes,

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "data": {"cli"},
     "model": {"cli", "checkpoint", "data"},
     # convert: whether a target can be exported. distillation: the divergence by which layers are
-    # scored. rehearsal: the plan that a run executes. training: weights into a model.
+    # scored. rehearsal: the plan that a run executes.
     "pruning": {
         "cli",
         "checkpoint",
@@ -26,15 +26,14 @@ MAY_IMPORT = {
         "distillation",
         "model",
         "rehearsal",
-        "training",
     },
     # pruning: the plan, which says whose layers the student's were.
     "distillation": {"cli", "checkpoint", "model", "pruning"},
     # rehearsal: the plan that a run executes.
     "training": {"cli", "checkpoint", "data", "model", "distillation", "rehearsal"},
     "inference": {"cli", "checkpoint", "data", "model", "pruning", "distillation", "training"},
-    # model, training: a checkpoint is computed beside transformers.
-    "convert": {"cli", "checkpoint", "data", "model", "pruning", "training"},
+    # model: a checkpoint is computed beside transformers.
+    "convert": {"cli", "checkpoint", "data", "model", "pruning"},
     # training: the rules of going on.
     "rehearsal": {
         "cli",

@@ -19,6 +19,7 @@ from megatron_ext.cli.programs import megatron_command_line, parse_prune
 from megatron_ext.convert.fit import check_target, export_note
 from megatron_ext.model import cuda_graphs
 from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.open import restore_weights
 from megatron_ext.pruning import depth
 from megatron_ext.pruning.calibrate import calibrate
 from megatron_ext.pruning.depth import score_sublayers
@@ -31,7 +32,6 @@ from megatron_ext.pruning.trim import pieces, trimmed_share
 from megatron_ext.rehearsal.cost import Layout, Placed, rank_parameters
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
-from megatron_ext.training.state import restore_weights
 from tests import test_engine_layers, test_layouts
 from tests.engine import ENGINE, stand_in
 from tests.models import BERT, GPT2, LLAMA, MOE, NEMOTRON, random_batch

@@ -17,6 +17,7 @@ from megatron_ext.arch import dim_sizes, shape, weights
 from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.checkpoint.slices import SliceReader, layer_key
 from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.open import restore_weights
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.targets import target_arch
@@ -30,7 +31,6 @@ from megatron_ext.pruning.trim import (
 )
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
-from megatron_ext.training.state import restore_weights
 from tests.models import BERT, GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, random_batch
 from tests.ranks import run_ranks
 from tests.test_scores import random_scores

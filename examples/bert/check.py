@@ -12,11 +12,11 @@ import torch
 
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.cli.parser import REQUIRED, flag, parse
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import ModelOptions
+from megatron_ext.model.open import open_model
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import UserError, run_main
 from megatron_ext.runtime.extras import need
-from megatron_ext.training.state import restore_weights
 
 TOLERANCE = 1e-4
 
@@ -48,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # First, because initialize makes of torch on a CPU what megatron-core expects.
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(flags.hf, dtype=torch.float32)
     expected = theirs.eval()(tokens).logits
-    (ours,) = build_model(source.arch, ModelOptions(), platform.initialize().groups)
-    restore_weights([ours], source)
+    (ours,) = open_model(source, ModelOptions(), platform.initialize().groups)
     found = ours.eval()(tokens, positions, None).transpose(0, 1)[..., : expected.size(-1)]
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     print(f"{flags.hf}: {theirs.num_parameters():,} parameters, difference {difference:.1e}")

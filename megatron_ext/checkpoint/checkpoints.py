@@ -86,15 +86,6 @@ def read(root: str, step: int | None = None, sizes: Mapping[str, Any] | None = N
     return Checkpoint(folder, common)
 
 
-def read_again(found: Checkpoint, sizes: Mapping[str, Any]) -> Checkpoint:
-    """Return all that a checkpoint says of itself, of which ``quick_read.glance`` found a part.
-
-    ``sizes`` as of ``read``. The number of tokens that was given to ``found`` stays.
-    """
-    whole = read(str(found.folder), sizes=sizes)
-    return whole.with_tokens(found.arch.vocab_size) if found.knows_tokens else whole
-
-
 def _unread_common(folder: Path, error: Exception) -> UserError:
     """Return what to say of ``error``, met in reading the part that is not sharded."""
     if isinstance(error, OSError) and error.filename:

@@ -11,11 +11,11 @@ from torch.nn.functional import cross_entropy
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.convert.hf_files import CONFIG, read_json
-from megatron_ext.model.build import ModelOptions, build_model, choose_transformer_impl
+from megatron_ext.model.build import ModelOptions, choose_transformer_impl
+from megatron_ext.model.open import open_model
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import CHECKPOINT, DIFFERS, USAGE, UserError
 from megatron_ext.runtime.extras import need
-from megatron_ext.training.state import restore_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +93,7 @@ def megatron_logits(source: Checkpoint, tokens: Tensor) -> Tensor:
     place = platform.initialize(device="cpu")
     checkpoints.verify_integrity(source.folder)
     options = ModelOptions(transformer_impl=choose_transformer_impl(None, place.device))
-    (model,) = build_model(source.arch, options, place.groups)
-    restore_weights([model], source)
+    (model,) = open_model(source, options, place.groups)
     positions = torch.arange(tokens.shape[1]).repeat(len(tokens), 1)
     with torch.no_grad():
         logits = model.eval()(tokens, positions, None)  # [s, n, v]

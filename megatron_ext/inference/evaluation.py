@@ -18,16 +18,9 @@ from tqdm import tqdm
 
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
-from megatron_ext.checkpoint.identity import (
-    check_comparable,
-    check_tokenizer,
-    padded_alike,
-    tokenizer_sha256,
-    with_own_tokenizer,
-)
+from megatron_ext.checkpoint.identity import check_comparable, padded_alike
 from megatron_ext.cli import megatron_flags as group
 from megatron_ext.cli.programs import check_experts, check_layout
-from megatron_ext.data import datasets
 from megatron_ext.data.data_check import check_all_token_ids, check_token_ids
 from megatron_ext.data.documents import Documents
 from megatron_ext.data.masked_lm import FRAME, MaskedTokens, SpecialTokens, special_tokens
@@ -35,13 +28,13 @@ from megatron_ext.distillation.losses import vocab_parallel_kl
 from megatron_ext.distillation.model import LM_LOSS, Distillation, DistillationModel
 from megatron_ext.distillation.placement import layouts_of_both
 from megatron_ext.distillation.topk import teacher_top_k
-from megatron_ext.model.build import LanguageModel, build_model
+from megatron_ext.model.build import LanguageModel
+from megatron_ext.model.open import open_model, read_models
 from megatron_ext.model.options import batches_of_rank, join_ranks, model_options
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
 from megatron_ext.runtime.files import written_aside
 from megatron_ext.runtime.platform import Platform
-from megatron_ext.training.state import restore_weights
 from megatron_ext.training.step import Batch, StepShape, evaluate
 
 TEACHER_LOSS, KL, AGREEMENT = "teacher lm loss", "kl(teacher || student)", "top-1 agreement"
@@ -69,14 +62,9 @@ class Comparison(DistillationModel):
 def evaluate_checkpoint(flags: Any, folder: Path, teacher_folder: Path | None) -> None:
     """Print the figures of the checkpoint in ``folder``. Collective."""
     options = flags.evaluation
-    source = checkpoints.read(str(folder))
-    teacher = checkpoints.read(str(teacher_folder)) if teacher_folder else None
-    flags = replace(flags, tokenizer=with_own_tokenizer(flags.tokenizer, teacher, source))
-    tokenizer = datasets.build_tokenizer(flags.tokenizer)
-    source = source.with_tokens(tokenizer.vocab_size)
-    teacher = teacher and teacher.with_tokens(tokenizer.vocab_size)
-    for model in filter(None, (source, teacher)):
-        check_tokenizer(model, tokenizer.vocab_size, tokenizer_sha256(flags.tokenizer))
+    folders = [*([teacher_folder] if teacher_folder else []), folder]
+    _, tokenizer, (*teachers, source) = read_models(flags.tokenizer, *folders)
+    teacher = teachers[0] if teachers else None
     own = others = flags.parallel
     if teacher:
         depths = source.arch.num_layers, teacher.arch.num_layers
@@ -117,10 +105,7 @@ def build(
 
     def load(model: Checkpoint, layout: str | None) -> list[LanguageModel]:
         laid_out = replace(options, pipeline_model_parallel_layout=layout)
-        arch = padded_alike(model.arch, source.arch)
-        chunks = build_model(arch, laid_out, place.groups)
-        restore_weights(chunks, model, repad=True)
-        return chunks
+        return open_model(model, laid_out, place.groups, arch=padded_alike(model.arch, source.arch))
 
     chunks = load(source, options.pipeline_model_parallel_layout)
     if teacher is None:

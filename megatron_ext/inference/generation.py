@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ from tqdm import tqdm
 
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
-from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256, with_own_tokenizer
 from megatron_ext.data import datasets
-from megatron_ext.model.build import ModelOptions, build_model, choose_transformer_impl
+from megatron_ext.model.build import ModelOptions, choose_transformer_impl
+from megatron_ext.model.open import open_model, read_models
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.runtime.platform import Platform
-from megatron_ext.training.state import restore_weights
 
 # Tokens [n], n >= 1, to the logits of the token that follows them, [padded_vocab_size].
 NextLogits = Callable[[list[int]], Tensor]
@@ -29,13 +27,9 @@ NextLogits = Callable[[list[int]], Tensor]
 def generate(flags: Any, folder: Path) -> None:
     """Print each prompt and how the checkpoint in ``folder`` continues it."""
     options = flags.generation
-    source = checkpoints.read(str(folder))
+    _, tokenizer, (source,) = read_models(flags.tokenizer, folder)
     if source.arch.is_bert:
         raise UserError(f"{source.folder} is a BertModel, which continues no texts.", CHECKPOINT)
-    flags = replace(flags, tokenizer=with_own_tokenizer(flags.tokenizer, source))
-    tokenizer = datasets.build_tokenizer(flags.tokenizer)
-    source = source.with_tokens(tokenizer.vocab_size)
-    check_tokenizer(source, tokenizer.vocab_size, tokenizer_sha256(flags.tokenizer))
     prompts = [tokens_of(text, tokenizer, source.arch.vocab_size) for text in options.prompt]
     for text, ids in zip(options.prompt, prompts, strict=True):
         check_length(text, len(ids), options.max_new_tokens, source.arch.max_position_embeddings)
@@ -91,8 +85,7 @@ def load_model(source: Checkpoint, place: Platform) -> NextLogits:
         params_dtype=source.args.get("params_dtype", torch.float32),
         transformer_impl=choose_transformer_impl(None, place.device),
     )
-    (model,) = build_model(source.arch, options, place.groups)
-    restore_weights([model], source)
+    (model,) = open_model(source, options, place.groups)
     model.eval()
 
     def next_logits(ids: list[int]) -> Tensor:

@@ -17,14 +17,15 @@ from tqdm import tqdm
 
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
-from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256, with_own_tokenizer
+from megatron_ext.checkpoint.identity import tokenizer_sha256
 from megatron_ext.cli.programs import check_experts, check_layout, virtual_pipeline_size
 from megatron_ext.data import datasets
 from megatron_ext.distillation import stored
 from megatron_ext.distillation.store_index import StoreIndex
 from megatron_ext.distillation.topk import TopK, teacher_top_k
-from megatron_ext.model.build import LanguageModel, build_model
+from megatron_ext.model.build import LanguageModel
 from megatron_ext.model.layers import gathered_positions
+from megatron_ext.model.open import open_model, read_models
 from megatron_ext.model.options import join_ranks, model_options
 from megatron_ext.pruning.calibrate import evaluating
 from megatron_ext.runtime import platform
@@ -32,7 +33,6 @@ from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
 from megatron_ext.runtime.errors import USAGE, UserError
 from megatron_ext.runtime.files import hold
 from megatron_ext.runtime.platform import Platform
-from megatron_ext.training.state import restore_weights
 from megatron_ext.training.step import Batch
 
 # About so many samples are in a file: what an interrupted run does again.
@@ -42,11 +42,8 @@ SAMPLES_PER_FILE = 64
 def store_teacher(flags: Any, folder: Path) -> None:
     """Store what is not there yet of the teacher in ``folder``. Collective."""
     options, batch = flags.storing, flags.batch
-    teacher = checkpoints.read(str(folder))
-    flags = replace(flags, data=with_own_tokenizer(flags.data, teacher))
-    tokenizer = datasets.build_tokenizer(flags.data)
-    teacher = teacher.with_tokens(tokenizer.vocab_size)
-    check_tokenizer(teacher, tokenizer.vocab_size, tokenizer_sha256(flags.data))
+    data, tokenizer, (teacher,) = read_models(flags.data, folder)
+    flags = replace(flags, data=data)
     if options.kd_top_k > teacher.arch.vocab_size:
         raise UserError(
             f"--kd-top-k {options.kd_top_k}: the vocabulary has {teacher.arch.vocab_size} tokens.",
@@ -68,10 +65,7 @@ def store_teacher(flags: Any, folder: Path) -> None:
     )
     on_first_rank(lambda: hold(options.kd_teacher_store, "--kd-teacher-store"))
     missing = on_first_rank(lambda: stored.begin(options.kd_teacher_store, index))
-    chunks = build_model(
-        teacher.arch, model_options(flags, place, teacher.arch.num_layers), place.groups
-    )
-    restore_weights(chunks, teacher)
+    chunks = open_model(teacher, model_options(flags, place, teacher.arch.num_layers), place.groups)
     with evaluating(chunks, logits=True), torch.no_grad():
         store_all(flags, index, missing, dataset, chunks, place)
     if place.rank == 0:

@@ -20,6 +20,7 @@ from megatron_ext.convert.fit import export_note
 from megatron_ext.data import data_check, datasets
 from megatron_ext.data.masked_lm import FRAME
 from megatron_ext.model.build import build_model, model_state_dict
+from megatron_ext.model.open import open_model, read_again
 from megatron_ext.model.options import join_ranks, model_options
 from megatron_ext.pruning.aggregation import Aggregation
 from megatron_ext.pruning.baselines import magnitude_scores, random_scores
@@ -43,13 +44,12 @@ from megatron_ext.runtime import platform
 from megatron_ext.runtime.collective_errors import check_alike, on_all_ranks, on_first_rank
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 from megatron_ext.runtime.platform import Platform
-from megatron_ext.training.state import restore_weights
 
 
 def prune(run_plan: PrunePlan) -> int:
     """Execute the plan of a run; returns the exit code."""
     flags, jobs, found = run_plan.flags, run_plan.jobs, run_plan.found
-    source = checkpoints.read_again(run_plan.source.checkpoint, flags.sizes)
+    source = read_again(run_plan.source.checkpoint, flags.sizes)
     place = join_ranks(flags, source.arch.num_layers)
     plans = list(zip(jobs, run_plan.plans, strict=True))
     files = {
@@ -230,12 +230,13 @@ def passes_over(
     """Return the source, or what ``plan`` leaves of it, as a model beside its data. Collective."""
     dataset = calibration_data(flags, source, place)
     arch = plan.target if plan else source.arch
-    chunks = build_model(arch, model_options(flags, place, arch.num_layers), place.groups)
+    options = model_options(flags, place, arch.num_layers)
     if plan:
+        chunks = build_model(arch, options, place.groups)
         state = model_state_dict(chunks)
         on_all_ranks(lambda: fill_trimmed(state, SliceReader(source.folder), plan))
     else:
-        restore_weights(chunks, source)
+        chunks = open_model(source, options, place.groups)
     return Passes(
         chunks=chunks,
         arch=arch,

@@ -18,6 +18,7 @@ from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, Dist
 from megatron_ext.distillation.stored import StoredDistillationModel, WithStoredTeacher
 from megatron_ext.model import cuda_graphs, fp8, tp_overlap
 from megatron_ext.model.build import LanguageModel, ModelOptions, build_model
+from megatron_ext.model.open import open_model, read_again
 from megatron_ext.model.options import batches_of_rank, check_fp8, join_ranks, model_options
 from megatron_ext.rehearsal.run_plan import TrainPlan, check_tokens, flops_per_token
 from megatron_ext.runtime import platform
@@ -38,7 +39,7 @@ def pretrain(plan: TrainPlan) -> int:
     tokenizer = datasets.build_tokenizer(flags.data)
     check_tokens(plan, tokenizer.vocab_size)
     source, teacher = (
-        model and model.checkpoint and checkpoints.read_again(model.checkpoint, flags.sizes)
+        model and model.checkpoint and read_again(model.checkpoint, flags.sizes)
         for model in (plan.student, plan.teacher)
     )
     place = join_ranks(flags, plan.student.arch.num_layers)
@@ -79,18 +80,20 @@ def build(
     flags, arch = plan.flags, plan.student.arch
     options = options_of_both(flags, arch, place)
     check_fp8(flags.fp8, options)
-    seed = flags.batch.seed if source is None else None
-    own_options = student_options(flags, arch, options, place)
-    chunks, teachers = build_model(arch, own_options, place.groups, seed=seed), []
+    own_options, teachers = student_options(flags, arch, options, place), []
+    if source is None:
+        chunks = build_model(arch, own_options, place.groups, seed=flags.batch.seed)
+    elif plan.goes_on:
+        chunks = build_model(arch, own_options, place.groups)
+    else:
+        chunks = open_model(source, own_options, place.groups, arch=arch)
     if teacher is not None:
         layout = plan.teacher_parallel.pipeline_model_parallel_layout
         teacher_options = replace(
             options, pipeline_model_parallel_layout=layout, fp8=fp8.of_teacher(flags.fp8)
         )
-        teachers = build_model(padded_alike(teacher.arch, arch), teacher_options, place.groups)
-        state.restore_weights(teachers, teacher, repad=True)
-    if source is not None and not plan.goes_on:
-        state.restore_weights(chunks, source)
+        alike = padded_alike(teacher.arch, arch)
+        teachers = open_model(teacher, teacher_options, place.groups, arch=alike)
     teacher_arch = teacher and teacher.arch
     run = assemble(flags, arch, chunks, place, teacher_arch, teachers, source)
     if plan.goes_on:

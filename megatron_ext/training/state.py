@@ -24,7 +24,6 @@ from megatron.core.utils import get_model_config
 
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import checkpoints, writer
-from megatron_ext.checkpoint.finite import check_finite
 from megatron_ext.checkpoint.identity import tokenizer_sha256
 from megatron_ext.checkpoint.saved_args import complete
 from megatron_ext.cli.parser import dashed
@@ -33,8 +32,7 @@ from megatron_ext.distillation import native
 from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.model import cuda_graphs
 from megatron_ext.model.build import LanguageModel, model_state_dict
-from megatron_ext.model.fp8 import keep_exact_weights
-from megatron_ext.runtime.collective_errors import on_all_ranks
+from megatron_ext.model.open import set_weights
 from megatron_ext.runtime.errors import CHECKPOINT, UserError, note, warn
 from megatron_ext.training import phase, torch_adam
 from megatron_ext.training.step import wrap
@@ -267,24 +265,6 @@ def _trained_state(run: Run) -> ShardedStateDict:
     return state if run.hidden is None else state | {"distillation": run.hidden.sharded_state()}
 
 
-def restore_weights(
-    chunks: list[LanguageModel], source: checkpoints.Checkpoint, *, repad: bool = False
-) -> None:
-    """Fill ``chunks`` with the weights of ``source``, whatever layout wrote them. Collective.
-
-    ``repad``: the vocabulary may be padded to another size here than there.
-    """
-    state = model_state_dict(chunks)
-    padded_vocab_size = source.arch.padded_vocab_size if repad else None
-    loaded = checkpoints.load_weights(source.folder, state, padded_vocab_size=padded_vocab_size)
-    if loaded is None:
-        on_all_ranks(lambda: check_finite(source.folder, _named_weights(chunks)))
-        return
-    _set_weights(chunks, loaded, source)
-    for index, chunk in enumerate(chunks):
-        keep_exact_weights(chunk.named_parameters(), loaded[_chunk_name(chunks, index)])
-
-
 def restore(run: Run, source: checkpoints.Checkpoint) -> None:
     """Continue where ``source`` was saved: weights, optimizer, schedule, generators, counters.
 
@@ -310,7 +290,7 @@ def restore(run: Run, source: checkpoints.Checkpoint) -> None:
     if flags.checkpoint.load_rng and has_rng:
         state["rng_state"] = _rng_state(run.groups)
     loaded = checkpoints.load(source.folder, state)
-    _set_weights(run.chunks, loaded, source)
+    set_weights(run.chunks, loaded, source)
     if run.hidden is not None:
         run.hidden.load(loaded["distillation"])
         run.counters.alpha = source.args.get("hidden_loss_alpha")
@@ -398,31 +378,6 @@ def _check_optimizer_parts(run: Run, source: checkpoints.Checkpoint) -> None:
             "--finetune.",
             CHECKPOINT,
         )
-
-
-def _set_weights(
-    chunks: list[LanguageModel], loaded: dict[str, Any], source: checkpoints.Checkpoint
-) -> None:
-    """Fill ``chunks``. One collective: all ranks refuse weights that are not finite."""
-    for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[_chunk_name(chunks, index)])
-    on_all_ranks(lambda: check_finite(source.folder, _named_weights(chunks)))
-
-
-def _named_weights(chunks: list[LanguageModel]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield this rank's weights with their names, the layers numbered over all stages."""
-    for chunk in chunks:
-        numbers = [str(layer.layer_number - 1) for layer in chunk.decoder.layers]
-        for name, weight in chunk.named_parameters():
-            head, layers, rest = name.partition(".layers.")
-            if layers:
-                number, _, rest = rest.partition(".")
-                name = f"{head}{layers}{numbers[int(number)]}.{rest}"
-            yield name, weight
-
-
-def _chunk_name(chunks: list[LanguageModel], index: int) -> str:
-    return "model" if len(chunks) == 1 else f"model{index}"
 
 
 def _optimizer_state(run: Run, model_state: ShardedStateDict, *, is_loading: bool) -> Any:
