@@ -23,8 +23,7 @@ from megatron_ext.model.open import restore_weights
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import UserError
 from megatron_ext.training import state
-from megatron_ext.training.loop import step_shape
-from megatron_ext.training.step import train_step
+from megatron_ext.training.loop import step_of
 from tests.models import GPT2, LLAMA, MOE, random_batch
 from tests.ranks import run_ranks
 
@@ -89,14 +88,8 @@ def do_steps(run, first, last):
         dp, per_rank = run.groups.dp, 4 // run.groups.dp.size()
         own = range(dp.rank() * per_rank, (dp.rank() + 1) * per_rank)
         parts = [{key: x[i : i + 1] for key, x in batch.items()} for i in own]
-        losses, apply = train_step(
-            run.model,
-            run.optimizer,
-            [iter(parts) for _ in run.model],
-            step_shape(run),
-            {"lm loss": 1.0},
-            run.groups,
-        )
+        batches = [iter(parts) for _ in run.model]
+        losses, apply = step_of(run, batches)
         results.append((losses["lm loss"], apply()[1]))
         run.schedule.step(increment=4)
         run.counters.iteration += 1

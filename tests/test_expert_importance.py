@@ -11,7 +11,7 @@ from megatron_ext.pruning.aggregation import Aggregation
 from megatron_ext.pruning.importance import Importance
 from megatron_ext.pruning.scores import lengths
 from megatron_ext.runtime import platform
-from megatron_ext.training.step import StepShape, evaluate
+from megatron_ext.training.step import StepShape, Wrapped, evaluate
 from tests.models import MIXTRAL, MOE, random_batch
 from tests.ranks import run_ranks
 from tests.test_importance import CP2, PP2, TP2, aggregated, part
@@ -118,7 +118,8 @@ def score_model(arch, layout, options, micro_batch_size):
     handles = [importance.attached() for importance in importances]
     for handle in handles:
         handle.__enter__()
-    evaluate(chunks, [announced() for _ in chunks], shape, ["lm loss"], groups)
+    wrapped = Wrapped(model=chunks, groups=groups)
+    evaluate(wrapped, [announced() for _ in chunks], shape, ["lm loss"])
     for handle in handles:
         handle.__exit__(None, None, None)
     return [importance.collect() for importance in importances]

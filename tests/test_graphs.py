@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.cli.programs import parse_train
 from megatron_ext.distillation.hidden import HiddenLosses
-from megatron_ext.distillation.losses import LogitLoss
-from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
+from megatron_ext.distillation.losses import KD_LOSS, LM_LOSS, LogitLoss
+from megatron_ext.distillation.model import Distillation, DistillationModel
 from megatron_ext.distillation.pairs import HiddenStates, parse_pairs
 from megatron_ext.model import cuda_graphs
 from megatron_ext.model.build import ModelOptions, build_model
@@ -59,31 +59,21 @@ def losses_and_gradients(how, layout, options, **settings):
     distillation = Distillation(vocab_size=student.vocab_size, lm_loss_weight=0.3, **settings)
     both = zip(students, teachers, strict=True)
     chunks = [DistillationModel(s, t, distillation, groups.tp) for s, t in both]
-    hidden = None
-    if distillation.hidden_states is not None:
-        hidden = HiddenLosses([chunk.hidden for chunk in chunks], groups, None)
-    model = wrap(chunks, DistributedDataParallelConfig(), groups, hidden)
+    hidden = HiddenLosses([chunk.hidden for chunk in chunks if chunk.hidden], groups, None)
+    schedule = cuda_graphs.forward_backward(how)
+    more = {"hidden": hidden, "forward_backward": schedule}
+    wrapped = wrap(chunks, DistributedDataParallelConfig(), groups, **more)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="sgd", lr=0.1, params_dtype=torch.float64, clip_grad=0.0),
-        model,
+        wrapped.model,
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
-    schedule = cuda_graphs.forward_backward(how)
     found = []
     for step in range(6):
-        shape, batches = batches_of_step(step, student, groups, len(model))
-        losses, apply = train_step(
-            model,
-            optimizer,
-            batches,
-            shape,
-            distillation.objective,
-            groups,
-            hidden,
-            alpha=1.0 + step,
-            forward_backward=schedule,
-        )
+        shape, batches = batches_of_step(step, student, groups, len(chunks))
+        hidden.constant = 1.0 + step
+        losses, apply = train_step(wrapped, optimizer, batches, shape, distillation.objective)
         gradients = {
             f"{index} {name}": parameter.main_grad.clone()
             for index, chunk in enumerate(chunks)
@@ -93,10 +83,8 @@ def losses_and_gradients(how, layout, options, **settings):
         apply()
         found.append((losses, gradients))
         if step % 2:
-            shape, batches = batches_of_step(7 + step, student, groups, len(model))
-            names = (KD_LOSS, LM_LOSS)
-            losses = evaluate(model, batches, shape, names, groups, hidden, schedule)
-            found.append((losses, {}))
+            shape, batches = batches_of_step(7 + step, student, groups, len(chunks))
+            found.append((evaluate(wrapped, batches, shape, (KD_LOSS, LM_LOSS)), {}))
     return found
 
 

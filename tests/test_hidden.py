@@ -82,13 +82,13 @@ def trained(
     groups = platform.initialize(**layout).groups
     students, modules = models(case, groups, options, dtype)
     parts = [module.hidden for module in modules if module.hidden is not None]
-    hidden = HiddenLosses(parts, groups, None) if parts else None
+    hidden = HiddenLosses(parts, groups, ALPHA)
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=distributed,
         overlap_grad_reduce=overlap,
         overlap_param_gather=late,
     )
-    model = wrap(modules, ddp, groups, hidden)
+    wrapped = wrap(modules, ddp, groups, hidden=hidden)
     config = OptimizerConfig(
         optimizer="adam",
         lr=1e-3,
@@ -98,7 +98,7 @@ def trained(
         overlap_param_gather=late,
     )
     optimizer = get_megatron_optimizer(
-        config, model, use_gloo_process_groups=False, pg_collection=groups
+        config, wrapped.model, use_gloo_process_groups=False, pg_collection=groups
     )
     whole = random_batch(CASES[case][0], num_samples=NUM_SAMPLES, seq_length=SEQ_LENGTH)
     positions = shard_positions(SEQ_LENGTH // groups.cp.size(), groups.cp, groups.cp.rank())
@@ -112,21 +112,13 @@ def trained(
     )
     history = []
     for _ in range(2):
-        losses, apply = train_step(
-            model,
-            optimizer,
-            [iter(batches) for _ in model],
-            shape,
-            {"kd loss": 1.0},
-            groups,
-            hidden,
-            ALPHA,
-        )
+        parts = [iter(batches) for _ in modules]
+        losses, apply = train_step(wrapped, optimizer, parts, shape, {"kd loss": 1.0})
         history.append({**losses, "grad norm": apply()[1]})
-    for chunk in model if late else ():
+    for chunk in wrapped.model if late else ():
         chunk.disable_forward_pre_hook()  # waits for the parameters
-    tensors, maps = {}, hidden.sharded_state() if hidden else {}
-    for shard in sharded_tensors({**model_state_dict(students), "maps": maps}):
+    tensors = {}
+    for shard in sharded_tensors(model_state_dict(students) | hidden.sharded_state()):
         tensors[shard.key, tuple(shard.global_offset)] = shard.data.detach().clone()
     return history, tensors
 
@@ -298,18 +290,16 @@ def naive_and_ours(case):
     expected = {name: p.grad for name, p in plain.named_parameters()} | {
         f"map {name}": p.grad for name, p in maps.items()
     }
-    hidden = HiddenLosses([module.hidden], groups, None)
-    model = wrap([module], DistributedDataParallelConfig(), groups, hidden)
+    hidden = HiddenLosses([module.hidden], groups, ALPHA)
+    wrapped = wrap([module], DistributedDataParallelConfig(), groups, hidden=hidden)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="sgd", lr=0.1, params_dtype=torch.float64, clip_grad=0.0),
-        model,
+        wrapped.model,
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
     shape = StepShape(num_microbatches=1, micro_batch_size=NUM_SAMPLES, seq_length=SEQ_LENGTH)
-    losses, _ = train_step(
-        model, optimizer, [iter([batch])], shape, {"kd loss": 1.0}, groups, hidden, ALPHA
-    )
+    losses, _ = train_step(wrapped, optimizer, [iter([batch])], shape, {"kd loss": 1.0})
     got = {name: p.main_grad for name, p in ours.named_parameters()} | {
         f"map {name}": p.main_grad for name, p in module.hidden.maps.items()
     }

@@ -28,7 +28,7 @@ from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.scores_file import check_scores
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import UserError
-from megatron_ext.training.step import StepShape, evaluate
+from megatron_ext.training.step import StepShape, Wrapped, evaluate
 from tests.models import GPT2, LLAMA, random_batch
 from tests.ranks import run_ranks
 
@@ -428,7 +428,7 @@ def score_model(arch, layout, options, micro_batch_size=1):
     )
     with both[0].attached(), both[1].attached():
         batches = [announced(both, micro_batches) for _ in chunks]
-        evaluate(chunks, batches, shape, ["lm loss"], groups)
+        evaluate(Wrapped(model=chunks, groups=groups), batches, shape, ["lm loss"])
     return [taps.collect() for taps in both]
 
 

@@ -84,10 +84,10 @@ def gradients_of_one_step(arch, layout, options, teacher=None, dtype=torch.float
             for s, t in zip(chunks, teachers, strict=True)
         ]
         objective = distillation.objective
-    model = wrap(trained, DistributedDataParallelConfig(grad_reduce_in_fp32=False), groups)
+    wrapped = wrap(trained, DistributedDataParallelConfig(grad_reduce_in_fp32=False), groups)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="sgd", lr=0.1, params_dtype=dtype, clip_grad=0.0),
-        model,
+        wrapped.model,
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
@@ -100,9 +100,8 @@ def gradients_of_one_step(arch, layout, options, teacher=None, dtype=torch.float
     shape = StepShape(
         num_microbatches=len(micro_batches), micro_batch_size=1, seq_length=SEQ_LENGTH
     )
-    losses, apply = train_step(
-        model, optimizer, [iter(micro_batches) for _ in model], shape, objective, groups
-    )
+    batches = [iter(micro_batches) for _ in chunks]
+    losses, apply = train_step(wrapped, optimizer, batches, shape, objective)
     gradient_of = {p.data_ptr(): p.main_grad for chunk in chunks for p in chunk.parameters()}
     gradients = {}
     for shard in sharded_tensors(model_state_dict(chunks)):

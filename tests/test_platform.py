@@ -116,17 +116,17 @@ def _optimizers():
     clip_grads.multi_tensor_scale_impl = None
     groups = platform.initialize(device="cpu").groups
     (chunk,) = build_model(LLAMA, ModelOptions(params_dtype=torch.bfloat16), groups, seed=1)
-    model = wrap([chunk], DistributedDataParallelConfig(grad_reduce_in_fp32=True), groups)
+    wrapped = wrap([chunk], DistributedDataParallelConfig(grad_reduce_in_fp32=True), groups)
     config = OptimizerConfig(
         optimizer="adam", lr=0.1, bf16=True, params_dtype=torch.bfloat16, clip_grad=0.1
     )
     adam = get_megatron_optimizer(
-        config, model, use_gloo_process_groups=False, pg_collection=groups
+        config, wrapped.model, use_gloo_process_groups=False, pg_collection=groups
     )
     batch = random_batch(LLAMA, num_samples=2, seq_length=8)
     shape = StepShape(num_microbatches=1, micro_batch_size=2, seq_length=8)
     before = chunk.output_layer.weight.detach().clone()
-    _, apply = train_step(model, adam, [iter([batch])], shape, {"lm loss": 1.0}, groups)
+    _, apply = train_step(wrapped, adam, [iter([batch])], shape, {"lm loss": 1.0})
     updated, norm, _ = apply()
     return updated, norm, (chunk.output_layer.weight - before).abs().max().item()
 

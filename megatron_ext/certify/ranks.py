@@ -32,7 +32,7 @@ from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.runtime import platform
 from megatron_ext.training import run as training
-from megatron_ext.training.loop import first_alpha, step_of
+from megatron_ext.training.loop import step_of, weigh_first_step
 from megatron_ext.training.state import Run
 
 SEEDS = STUDENT, TEACHER, DATA = 7, 8, 9
@@ -65,13 +65,11 @@ def gradients(trial: Trial) -> dict[str, Any]:
     run = training.assemble(flags, arch, chunks, place, trial.teacher, teachers)
     data = samples(arch, flags, flags.batch.global_batch_size)
     make_batches = training.batch_maker(data, flags, place)
-    alpha = 0.0
-    if run.hidden is not None:
-        alpha = run.hidden.constant or first_alpha(run, make_batches)
+    weigh_first_step(run, make_batches)
     states = {name: States(each, place.groups) for name, each in models.items()}
     before = trained_pieces(run)
     batches = [make_batches(0) for _ in run.model]
-    losses, apply = step_of(run, batches, alpha)
+    losses, apply = step_of(run, batches)
     _, grad_norm, _ = apply()
     if flags.parallel.overlap_param_gather:
         for chunk in run.model:
@@ -184,9 +182,7 @@ def masked(windows: list[dict[str, Tensor]], arch: Arch) -> list[dict[str, Tenso
 
 def trained_pieces(run: Run) -> dict[Piece, Tensor]:
     """Return a copy of this rank's pieces of what is trained."""
-    state = {**model_state_dict(run.chunks)}
-    if run.hidden is not None:
-        state["maps"] = run.hidden.sharded_state()
+    state = model_state_dict(run.chunks) | run.wrapped.hidden.sharded_state()
     return {
         (shard.key, tuple(shard.global_offset)): shard.data.detach().clone()
         for shard in sharded_tensors(state)

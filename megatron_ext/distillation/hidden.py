@@ -27,6 +27,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_ext.distillation.losses import HIDDEN_LOSS, KD_LOSS
 from megatron_ext.distillation.pairs import ATTENTION, BLOCK, EMBEDDING, MLP, HiddenStates, Pair
 from megatron_ext.model.build import LanguageModel
 from megatron_ext.runtime.errors import USAGE, UserError
@@ -216,23 +217,32 @@ def _tap(
 
 
 class HiddenLosses:
-    """The hidden-state losses of a run on this rank: one ``HiddenLoss`` per model chunk.
+    """The hidden-state losses of a run on this rank, and the maps that they train. May be none.
 
-    alpha = L_logits / L_is, of the step before: whole global batches, so that it depends neither on
-    micro-batches nor on the layout; the losses of a step are known only when its gradients are.
+    Their weight alpha is a constant, or L_logits / L_is of the step before: of whole global
+    batches, so that it depends neither on micro-batches nor on the layout; the losses of a step are
+    known only when its gradients are.
     """
 
     def __init__(
-        self, chunks: Sequence[HiddenLoss], groups: ProcessGroupCollection, alpha: float | None
+        self,
+        chunks: Sequence[HiddenLoss],
+        groups: ProcessGroupCollection | None,
+        constant: float | None,
     ):
         """Collective over pp: which chunk counts a shared map in the gradient norm.
 
         Args:
-            chunks: one per virtual stage of this rank.
+            chunks: one per virtual stage of this rank; none without such losses, on any rank.
             groups: megatron-core's tp, pp and dp_cp.
-            alpha: a constant; None takes it from the losses of each step before.
+            constant: alpha, above 0; None takes it from the losses of each step before.
         """
-        self.chunks, self.groups, self.constant = chunks, groups, alpha
+        self.chunks, self.groups, self.constant = chunks, groups, constant
+        self.ratio: float | None = None
+        """L_logits / L_is of the step before; 0 where the states were equal."""
+        self.has_map = False
+        if not chunks:
+            return
         places: list[Any] = [None] * groups.pp.size()
         own = [index for index, chunk in enumerate(chunks) if "shared" in chunk.maps]
         torch.distributed.all_gather_object(places, own, group=groups.pp)
@@ -243,23 +253,38 @@ class HiddenLosses:
             # Read by megatron-core's gradient norm.
             chunks[index].maps["shared"].shared = not is_owner
 
+    @property
+    def alpha(self) -> float | None:
+        """The weight in the next step; None: of losses that no pass has measured yet."""
+        return self.constant or self.ratio if self.chunks else 0.0
+
     def begin(self, scale: float) -> None:
         """Set the gradient of the sum of all losses and forget what was summed."""
         for chunk in self.chunks:
             chunk.scale.fill_(scale)
             chunk.total.zero_()
 
-    def mean(self, num_tokens: float) -> float:
+    def report(self, num_tokens: float) -> dict[str, float]:
         """Return L_is of the passes since ``begin``, on every rank. Two or three collectives."""
+        if not self.chunks:
+            return {}
         total = torch.stack([chunk.total for chunk in self.chunks]).sum()
         groups = [self.groups.dp_cp, self.groups.pp]
         if self.chunks[0].config.sequence_parallel:
             groups.append(self.groups.tp)
         for group in groups:
             torch.distributed.all_reduce(total, group=group)
-        return total.item() / max(num_tokens, 1.0)
+        return {HIDDEN_LOSS: total.item() / max(num_tokens, 1.0)}
 
-    def add_gradients_of_shared_map(self) -> None:
+    def adapt(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """Weigh the next step by the losses of this one; return the weight that this one had."""
+        if not self.chunks:
+            return {}
+        before, states = self.alpha, losses[HIDDEN_LOSS]
+        self.ratio = losses[KD_LOSS] / states if states else 0.0
+        return {"alpha": before}
+
+    def finish_gradients(self) -> None:
         """Give every stage the sum of the shared map's gradients. One collective over pp."""
         if not self.has_map:
             return
@@ -272,7 +297,7 @@ class HiddenLosses:
         for parameter in maps:
             parameter.main_grad.copy_(total)
 
-    def sharded_state(self) -> dict[str, ShardedTensor]:
+    def sharded_state(self) -> dict[str, dict[str, ShardedTensor]]:
         """Return the maps as megatron-core's sharded tensors, ``distillation.projection.*``."""
         groups, state = self.groups, {}
         for index, chunk in enumerate(self.chunks):
@@ -284,11 +309,17 @@ class HiddenLosses:
                     parameter,
                     replica_id=(stage, groups.tp.rank(), groups.dp_cp.rank()),
                 )
-        return state
+        return {"distillation": state} if self.chunks else {}
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take the maps that were read for ``sharded_state``."""
+    def load(self, loaded: Mapping[str, Any], ratio: float | None) -> None:
+        """Take the maps that were read for ``sharded_state``, and the ``ratio`` that was saved."""
+        if not self.chunks:
+            return
         for index, chunk in enumerate(self.chunks):
             for name, parameter in chunk.maps.items():
-                parameter.copy_(state[f"{name} {index}"])
+                parameter.copy_(loaded["distillation"][f"{name} {index}"])
+        self.ratio = ratio
+
+
+NO_HIDDEN_LOSSES = HiddenLosses((), None, None)

@@ -24,11 +24,10 @@ from torch.distributed import ProcessGroup
 
 from megatron_ext.distillation.fused import fused_losses
 from megatron_ext.distillation.hidden import HiddenLoss
-from megatron_ext.distillation.losses import LogitLoss
+from megatron_ext.distillation.losses import KD_LOSS, LM_LOSS, LogitLoss
 from megatron_ext.distillation.pairs import HiddenStates
 from megatron_ext.model.build import LanguageModel
 
-KD_LOSS, LM_LOSS = "kd loss", "lm loss"
 # What megatron-core's CUDA graphs look for in a model.
 OF_STUDENT = ("decoder", "position_embedding_type", "rotary_pos_emb")
 

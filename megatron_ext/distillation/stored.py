@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.data import Dataset
 
-from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, StudentStage
+from megatron_ext.distillation.losses import KD_LOSS, LM_LOSS
+from megatron_ext.distillation.model import Distillation, StudentStage
 from megatron_ext.distillation.store_index import INDEX, StoreIndex, read_index
 from megatron_ext.distillation.topk import TopK, vocab_parallel_top_k_kl
 from megatron_ext.model.build import LanguageModel

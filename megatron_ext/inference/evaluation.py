@@ -24,8 +24,8 @@ from megatron_ext.cli.programs import check_experts, check_layout
 from megatron_ext.data.data_check import check_all_token_ids, check_token_ids
 from megatron_ext.data.documents import Documents
 from megatron_ext.data.masked_lm import FRAME, MaskedTokens, SpecialTokens, special_tokens
-from megatron_ext.distillation.losses import vocab_parallel_kl
-from megatron_ext.distillation.model import LM_LOSS, Distillation, DistillationModel
+from megatron_ext.distillation.losses import LM_LOSS, vocab_parallel_kl
+from megatron_ext.distillation.model import Distillation, DistillationModel
 from megatron_ext.distillation.placement import layouts_of_both
 from megatron_ext.distillation.topk import teacher_top_k
 from megatron_ext.model.build import LanguageModel
@@ -35,7 +35,7 @@ from megatron_ext.runtime import platform
 from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
 from megatron_ext.runtime.files import written_aside
 from megatron_ext.runtime.platform import Platform
-from megatron_ext.training.step import Batch, StepShape, evaluate
+from megatron_ext.training.step import Batch, StepShape, Wrapped, evaluate
 
 TEACHER_LOSS, KL, AGREEMENT = "teacher lm loss", "kl(teacher || student)", "top-1 agreement"
 
@@ -156,7 +156,7 @@ def measure(
     names = (LM_LOSS, TEACHER_LOSS, KL, AGREEMENT) if has_teacher else (LM_LOSS,)
     iterators = [iter(batches(chunk)) for chunk in range(len(modules))]
     with torch.no_grad():
-        losses = evaluate(list(modules), iterators, shape, names, groups)
+        losses = evaluate(Wrapped(model=modules, groups=groups), iterators, shape, names)
     figures = {"tokens": documents.num_tokens}
     for name in names:
         figures[name] = losses[name]

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from megatron_ext.checkpoint.folder import find
-from megatron_ext.distillation.model import KD_LOSS
 from megatron_ext.model import cuda_graphs
 from megatron_ext.runtime.errors import INTERRUPTED, RUNTIME, UserError
 from megatron_ext.runtime.signals import StopSignals
@@ -19,7 +18,7 @@ from megatron_ext.training import state
 from megatron_ext.training.diagnostics import params_norm, profiling, read_timers, timed
 from megatron_ext.training.log import Log
 from megatron_ext.training.state import Run
-from megatron_ext.training.step import HIDDEN_LOSS, Batch, StepShape, evaluate, train_step
+from megatron_ext.training.step import Batch, StepShape, evaluate, train_step
 
 # Returns one iterator of micro-batches, from the given number of consumed samples on.
 MakeBatches = Callable[[int], Iterator[Batch]]
@@ -51,8 +50,7 @@ def train(
     began, first = time.perf_counter(), counters.iteration
     saved_at = first
     batches = [train_batches(counters.consumed_data_samples) for _ in run.model]
-    if run.hidden is not None and run.hidden.constant is None and counters.alpha is None:
-        counters.alpha = first_alpha(run, train_batches)
+    weigh_first_step(run, train_batches)
 
     def save_unless_saved() -> None:
         nonlocal saved_at
@@ -98,16 +96,13 @@ def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
     """Take one optimizer step, count it and report it."""
     counters, batch_size = run.counters, run.flags.batch.global_batch_size
     log_interval = run.flags.log.log_interval
-    alpha = 0.0 if run.hidden is None else run.hidden.constant or counters.alpha
-    losses, apply = step_of(run, batches, alpha)
+    losses, apply = step_of(run, batches)
     first = counters.consumed_data_samples
     where = (
         f"iteration {counters.iteration + 1} (training samples {first} to {first + batch_size - 1})"
     )
     _check_finite(run, losses, where)
-    if run.hidden is not None:
-        counters.alpha = alpha_of(losses)
-        losses["alpha"] = alpha
+    losses |= run.wrapped.hidden.adapt(losses)
     learning_rate = run.optimizer.param_groups[0]["lr"]
     with timed(run.timers, "optimizer"):
         updated, grad_norm, num_zeros = apply()
@@ -148,45 +143,24 @@ def _others(run: Run, num_zeros: int | None) -> dict[str, float]:
     return others
 
 
-def first_alpha(run: Run, train_batches: MakeBatches) -> float:
-    """Return alpha of the first global batch, from a forward pass of its own. Collective."""
-    batches = [train_batches(run.counters.consumed_data_samples) for _ in run.model]
-    return alpha_of(_evaluate(run, batches))
+def weigh_first_step(run: Run, train_batches: MakeBatches) -> None:
+    """Weigh hidden-state losses whose weight follows from the losses of the step before.
+
+    Before the first step that is a forward pass over its batch. Collective.
+    """
+    if run.wrapped.hidden.alpha is None:
+        batches = [train_batches(run.counters.consumed_data_samples) for _ in run.model]
+        run.wrapped.hidden.adapt(_evaluate(run, batches))
 
 
 def _evaluate(run: Run, batches: list[Iterator[Batch]]) -> dict[str, float]:
     """Return the losses over one global batch: always the same ones, as a captured step needs."""
-    return evaluate(
-        run.model,
-        batches,
-        step_shape(run),
-        run.eval_losses,
-        run.groups,
-        run.hidden,
-        run.forward_backward,
-    )
+    return evaluate(run.wrapped, batches, step_shape(run), run.eval_losses)
 
 
-def alpha_of(losses: Mapping[str, float]) -> float:
-    """Return L_logits / L_is (arXiv:2407.14679, section 3); 0 where the states are equal."""
-    return losses[KD_LOSS] / losses[HIDDEN_LOSS] if losses[HIDDEN_LOSS] else 0.0
-
-
-def step_of(
-    run: Run, batches: list[Iterator[Batch]], alpha: float
-) -> tuple[dict[str, float], Callable]:
-    """Return what ``train_step`` does for ``run``; ``alpha`` weighs its hidden-state losses."""
-    return train_step(
-        run.model,
-        run.optimizer,
-        batches,
-        step_shape(run),
-        run.objective,
-        run.groups,
-        run.hidden,
-        alpha,
-        run.forward_backward,
-    )
+def step_of(run: Run, batches: list[Iterator[Batch]]) -> tuple[dict[str, float], Callable]:
+    """Return what ``train_step`` does for ``run``."""
+    return train_step(run.wrapped, run.optimizer, batches, step_shape(run), run.objective)
 
 
 def step_shape(run: Run) -> StepShape:
@@ -213,15 +187,14 @@ def validate(
     """
     batches = [make_batches(0) for _ in run.model]
     num_batches = run.flags.log.eval_iters
-    names = [*run.eval_losses, *[HIDDEN_LOSS] * (run.hidden is not None)]
-    totals = dict.fromkeys(names, 0.0)
+    totals: dict[str, float] = {}
     with gathered_parameters(run):
         for done in range(num_batches):
             if stop is not None and done and _caught(stop):
                 log.say(f"leaving the {split} after {done} of {num_batches} batches")
                 return
             for name, value in _evaluate(run, batches).items():
-                totals[name] += value / num_batches
+                totals[name] = totals.get(name, 0.0) + value / num_batches
     _check_finite(run, totals, f"the {split} of iteration {run.counters.iteration}")
     log.evaluation(run.counters.iteration, totals, split)
 

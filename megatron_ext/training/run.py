@@ -12,9 +12,9 @@ from megatron_ext.cli.method_flags import Distill
 from megatron_ext.cli.programs import TrainFlags
 from megatron_ext.data import datasets
 from megatron_ext.distillation import settings
-from megatron_ext.distillation.hidden import HiddenLosses
-from megatron_ext.distillation.losses import LogitLoss
-from megatron_ext.distillation.model import KD_LOSS, LM_LOSS, Distillation, DistillationModel
+from megatron_ext.distillation.hidden import NO_HIDDEN_LOSSES, HiddenLosses
+from megatron_ext.distillation.losses import KD_LOSS, LM_LOSS, LogitLoss
+from megatron_ext.distillation.model import Distillation, DistillationModel
 from megatron_ext.distillation.stored import StoredDistillationModel, WithStoredTeacher
 from megatron_ext.model import cuda_graphs, fp8, tp_overlap
 from megatron_ext.model.build import LanguageModel, ModelOptions, build_model
@@ -134,7 +134,7 @@ def assemble(
         teachers: this rank's part of it, a chunk beside each of ``chunks``.
         source: where the weights of ``chunks`` come from; None for random ones.
     """
-    modules, objective, eval_losses, hidden = chunks, {LM_LOSS: 1.0}, (LM_LOSS,), None
+    modules, objective, eval_losses, hidden = chunks, {LM_LOSS: 1.0}, (LM_LOSS,), NO_HIDDEN_LOSSES
     distillation = Distillation(
         logit_loss=logit_loss(flags.distill),
         loss_weight=flags.distill.kd_loss_weight,

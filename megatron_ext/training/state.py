@@ -2,7 +2,7 @@
 
 import random
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,13 +29,13 @@ from megatron_ext.checkpoint.saved_args import complete
 from megatron_ext.cli.parser import dashed
 from megatron_ext.cli.programs import TrainFlags, flags_as_dict, megatron_command_line
 from megatron_ext.distillation import native
-from megatron_ext.distillation.hidden import HiddenLosses
+from megatron_ext.distillation.hidden import NO_HIDDEN_LOSSES, HiddenLosses
 from megatron_ext.model import cuda_graphs
 from megatron_ext.model.build import LanguageModel, model_state_dict
 from megatron_ext.model.open import set_weights
 from megatron_ext.runtime.errors import CHECKPOINT, UserError, note, warn
 from megatron_ext.training import phase, torch_adam
-from megatron_ext.training.step import wrap
+from megatron_ext.training.step import Wrapped, wrap
 
 # Optimizer state as whole tensors: any layout reads it, also of the distributed optimizer.
 OPTIMIZER_LAYOUT = {
@@ -54,8 +54,6 @@ class Counters:
     consumed_train_samples: int = 0
     consumed_data_samples: int = 0
     """Of them, those of the present data set, see ``phase``."""
-    alpha: float | None = None
-    """Weight of the hidden-state losses in the next step, where it follows from the one before."""
     floating_point_operations: float = 0.0
 
 
@@ -65,10 +63,9 @@ class Run:
 
     flags: TrainFlags
     arch: Arch
-    groups: ProcessGroupCollection
     chunks: list[LanguageModel]
     """What is trained and saved."""
-    model: list[DistributedDataParallel]
+    wrapped: Wrapped
     """What a step runs: ``chunks``, or each beside its teacher, with gradient buffers."""
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
@@ -76,19 +73,25 @@ class Run:
     """The weight of each loss in what a step minimises."""
     eval_losses: tuple[str, ...]
     """The losses that an evaluation reports."""
-    forward_backward: Callable
-    """megatron-core's schedule, or the captured one of ``graphs``."""
     timers: Timers
     """megatron-core's, which it starts and stops around its own operations too."""
     flops_per_step: float
     """Floating-point operations of one step on all ranks together."""
-    hidden: HiddenLosses | None = None
-    """Losses between hidden states, with maps that are trained too."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """config.json of the Hugging Face model that this one comes from."""
     tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
     """What stands beside every checkpoint, as ``Checkpoint.tokenizer_files``."""
     counters: Counters = field(default_factory=Counters)
+
+    @property
+    def groups(self) -> ProcessGroupCollection:
+        """megatron-core's process groups."""
+        return self.wrapped.groups
+
+    @property
+    def model(self) -> Sequence[DistributedDataParallel]:
+        """The chunks of ``wrapped``."""
+        return self.wrapped.model
 
 
 def make_run(
@@ -101,7 +104,7 @@ def make_run(
     objective: Mapping[str, float],
     eval_losses: tuple[str, ...],
     flops_per_token: float,
-    hidden: HiddenLosses | None = None,
+    hidden: HiddenLosses = NO_HIDDEN_LOSSES,
     source: checkpoints.Checkpoint | None = None,
 ) -> Run:
     """Return a run at iteration 0; ``modules`` are ``chunks``, or each beside its teacher.
@@ -115,13 +118,14 @@ def make_run(
         use_distributed_optimizer=flags.parallel.use_distributed_optimizer,
         fp8_param_gather=flags.fp8.fp8_param_gather,
     )
-    model = wrap(modules, ddp_config, groups, hidden)
+    schedule = cuda_graphs.forward_backward(flags.graphs)
+    wrapped = wrap(modules, ddp_config, groups, hidden=hidden, forward_backward=schedule)
     timers = Timers(flags.log.timing_log_level, flags.log.timing_log_option)
-    config = get_model_config(model[0])
+    config = get_model_config(wrapped.model[0])
     config.timers, config.barrier_with_L1_time = timers, flags.log.barrier_with_l1_time
     optimizer = get_megatron_optimizer(
         replace(_optimizer_config(flags, chunks[0].config.params_dtype), timers=timers),
-        model,
+        wrapped.model,
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
@@ -129,17 +133,14 @@ def make_run(
     return Run(
         flags=flags,
         arch=arch,
-        groups=groups,
         chunks=chunks,
-        model=model,
+        wrapped=wrapped,
         optimizer=optimizer,
         schedule=_make_schedule(flags, optimizer),
         objective=objective,
         eval_losses=eval_losses,
-        forward_backward=cuda_graphs.forward_backward(flags.graphs),
         timers=timers,
         flops_per_step=flops_per_token * flags.batch.global_batch_size * flags.batch.seq_length,
-        hidden=hidden,
         origin=source.origin if source else {},
         tokenizer_files=source.tokenizer_files() if source else {},
     )
@@ -251,7 +252,7 @@ def saved_args(run: Run) -> Namespace:
             "no_save_rng": not run.flags.checkpoint.save_rng,
             "consumed_train_samples": run.counters.consumed_train_samples,
             "consumed_data_samples": run.counters.consumed_data_samples,
-            "hidden_loss_alpha": run.counters.alpha,
+            "hidden_loss_alpha": run.wrapped.hidden.ratio,
             "tokenizer_sha256": tokenizer_sha256(run.flags.data),
             **run.origin,
             "logit_kernels": native.name(torch.cuda.current_device()),
@@ -261,8 +262,7 @@ def saved_args(run: Run) -> Namespace:
 
 def _trained_state(run: Run) -> ShardedStateDict:
     """Return the model and what else is trained, as this rank's sharded tensors."""
-    state = model_state_dict(run.chunks)
-    return state if run.hidden is None else state | {"distillation": run.hidden.sharded_state()}
+    return model_state_dict(run.chunks) | run.wrapped.hidden.sharded_state()
 
 
 def restore(run: Run, source: checkpoints.Checkpoint) -> None:
@@ -291,9 +291,7 @@ def restore(run: Run, source: checkpoints.Checkpoint) -> None:
         state["rng_state"] = _rng_state(run.groups)
     loaded = checkpoints.load(source.folder, state)
     set_weights(run.chunks, loaded, source)
-    if run.hidden is not None:
-        run.hidden.load(loaded["distillation"])
-        run.counters.alpha = source.args.get("hidden_loss_alpha")
+    run.wrapped.hidden.load(loaded, source.args.get("hidden_loss_alpha"))
     if flags.checkpoint.load_optim:
         # megatron-core finds the saved groups of parameters by their learning rates too, and its
         # schedule follows the rates of a group: those that are typed until it has been restored.

@@ -6,7 +6,7 @@ and sequences are spread over ranks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_ext.distillation.hidden import HiddenLosses
+from megatron_ext.distillation.hidden import NO_HIDDEN_LOSSES, HiddenLosses
 from megatron_ext.distillation.stored import STORED
 from megatron_ext.model import cuda_graphs
 
 Batch = Mapping[str, Tensor]
-HIDDEN_LOSS = "hidden loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +38,29 @@ class StepShape:
     """Positions of a sample over all context-parallel ranks."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wrapped:
+    """A model as a step runs it, on this rank."""
+
+    model: Sequence[MegatronModule]
+    """Chunks, one per virtual stage: students, or each beside its teacher, or a model alone. What
+    is trained has gradient buffers around it (``wrap``)."""
+    groups: ProcessGroupCollection
+    hidden: HiddenLosses = NO_HIDDEN_LOSSES
+    """Losses between hidden states of the chunks, whose maps are trained too."""
+    forward_backward: Callable = field(default_factory=get_forward_backward_func)
+    """megatron-core's schedule, or the captured one of ``cuda_graphs``."""
+
+
 def wrap(
     chunks: Sequence[MegatronModule],
     ddp_config: DistributedDataParallelConfig,
     groups: ProcessGroupCollection,
-    hidden: HiddenLosses | None = None,
-) -> list[DistributedDataParallel]:
+    **more: Any,
+) -> Wrapped:
     """Return ``chunks`` with gradient buffers that data-parallel ranks reduce together.
 
-    ``hidden`` are the hidden-state losses of the chunks, if they have any.
+    ``more`` as in ``Wrapped``.
     """
     with cuda_graphs.initialization_stream(get_model_config(chunks[0])):
         model = [
@@ -61,50 +74,39 @@ def wrap(
             )
             for index, chunk in enumerate(chunks)
         ]
+    wrapped = Wrapped(model=model, groups=groups, **more)
     config = get_model_config(model[0])
-    config.finalize_model_grads_func = partial(_finalize_model_grads, groups, hidden)
+    config.finalize_model_grads_func = partial(_finalize_model_grads, wrapped)
     if ddp_config.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in model]
         config.no_sync_func = no_sync[0] if len(model) == 1 else no_sync
-    return model
+    return wrapped
 
 
 def _finalize_model_grads(
-    groups: ProcessGroupCollection,
-    hidden: HiddenLosses | None,
-    model: list[MegatronModule],
-    num_tokens: Tensor,
-    **_: Any,
+    wrapped: Wrapped, model: list[MegatronModule], num_tokens: Tensor, **_: Any
 ) -> None:
     """Sum gradients over ranks and divide them by the tokens of the global batch. Collective."""
-    core_finalize_model_grads(model, num_tokens, pg_collection=groups)
-    if hidden is not None:
-        hidden.add_gradients_of_shared_map()
+    core_finalize_model_grads(model, num_tokens, pg_collection=wrapped.groups)
+    wrapped.hidden.finish_gradients()
 
 
 def train_step(
-    model: list[DistributedDataParallel],
+    wrapped: Wrapped,
     optimizer: MegatronOptimizer,
     batches: list[Iterator[Batch]],
     shape: StepShape,
     objective: Mapping[str, float],
-    groups: ProcessGroupCollection,
-    hidden: HiddenLosses | None = None,
-    alpha: float = 0.0,
-    forward_backward: Callable | None = None,
 ) -> tuple[dict[str, float], Callable[[], tuple[bool, float, int | None]]]:
     """Run forward and backward of one global batch.
 
     Args:
-        model: this rank's chunks, wrapped.
+        wrapped: this rank's chunks, of ``wrap``.
         optimizer: as of ``get_megatron_optimizer``.
         batches: one iterator of micro-batches per chunk.
         shape: sizes of the step.
-        objective: the weight of each per-token loss in what is minimised.
-        groups: megatron-core's process groups.
-        hidden: the hidden-state losses, if there are any.
-        alpha: their weight.
-        forward_backward: megatron-core's schedule or what stands for it (``graphs``).
+        objective: the weight of each per-token loss in what is minimised; that of hidden-state
+            losses is their own ``alpha``.
 
     Returns:
         The losses, each a mean over the global batch's tokens in nats, equal on all ranks, and a
@@ -113,16 +115,13 @@ def train_step(
         counts them. Two steps, so that the caller can refuse a loss
         that is not finite while the weights are still good.
     """
-    for chunk in model:
+    for chunk in wrapped.model:
         chunk.zero_grad_buffer()
         chunk.train()
     optimizer.zero_grad()
-    get_model_config(model[0]).grad_scale_func = optimizer.scale_loss
-    if hidden is not None:
-        hidden.begin(alpha * float(optimizer.get_loss_scale()))
-    losses = _run(
-        model, batches, shape, objective, groups, hidden, forward_backward, forward_only=False
-    )
+    get_model_config(wrapped.model[0]).grad_scale_func = optimizer.scale_loss
+    wrapped.hidden.begin(wrapped.hidden.alpha * float(optimizer.get_loss_scale()))
+    losses = _run(wrapped, batches, shape, objective, forward_only=False)
 
     def apply() -> tuple[bool, float, int | None]:
         updated, grad_norm, num_zeros = optimizer.step()
@@ -133,50 +132,34 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(
-    model: list[MegatronModule],
-    batches: list[Iterator[Batch]],
-    shape: StepShape,
-    names: Sequence[str],
-    groups: ProcessGroupCollection,
-    hidden: HiddenLosses | None = None,
-    forward_backward: Callable | None = None,
+    wrapped: Wrapped, batches: list[Iterator[Batch]], shape: StepShape, names: Sequence[str]
 ) -> dict[str, float]:
     """Return the losses ``names`` over one global batch, as ``train_step`` reports them."""
-    for chunk in model:
+    for chunk in wrapped.model:
         chunk.eval()
-    if hidden is not None:
-        hidden.begin(0.0)
-    objective = dict.fromkeys(names, 1.0)
-    return _run(
-        model, batches, shape, objective, groups, hidden, forward_backward, forward_only=True
-    )
+    wrapped.hidden.begin(0.0)
+    return _run(wrapped, batches, shape, dict.fromkeys(names, 1.0), forward_only=True)
 
 
 def _run(
-    model: list[MegatronModule],
+    wrapped: Wrapped,
     batches: list[Iterator[Batch]],
     shape: StepShape,
     objective: Mapping[str, float],
-    groups: ProcessGroupCollection,
-    hidden: HiddenLosses | None,
-    forward_backward: Callable | None,
     *,
     forward_only: bool,
 ) -> dict[str, float]:
-    forward_backward = forward_backward or get_forward_backward_func()
-    reports = forward_backward(
+    reports = wrapped.forward_backward(
         forward_step_func=partial(_forward_step, objective),
         data_iterator=batches,
-        model=model,
+        model=list(wrapped.model),
         num_microbatches=shape.num_microbatches,
         seq_length=shape.seq_length,
         micro_batch_size=shape.micro_batch_size,
         forward_only=forward_only,
     )
-    losses, num_tokens = _reduce(reports, list(objective), groups)
-    if hidden is not None:
-        losses[HIDDEN_LOSS] = hidden.mean(num_tokens)
-    return losses
+    losses, num_tokens = _reduce(reports, list(objective), wrapped.groups)
+    return losses | wrapped.hidden.report(num_tokens)
 
 
 def _forward_step(

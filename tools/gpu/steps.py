@@ -11,7 +11,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
 from megatron_ext.arch import Arch, forward_flops, num_parameters
-from megatron_ext.distillation.model import KD_LOSS, Distillation, DistillationModel
+from megatron_ext.distillation.losses import KD_LOSS
+from megatron_ext.distillation.model import Distillation, DistillationModel
 from megatron_ext.model.build import LanguageModel, ModelOptions, build_model
 from megatron_ext.model.fp8 import Fp8, of_student, of_teacher
 from megatron_ext.training import torch_adam
@@ -190,12 +191,12 @@ def distil(
     others = random_model(setup, teacher, of_teacher(fp8), seed=2)
     distillation = Distillation(vocab_size=student.vocab_size, fused_output=fused)
     both = DistillationModel(own[0], others[0], distillation, groups.tp)
-    model = wrap([both], DistributedDataParallelConfig(grad_reduce_in_fp32=True), groups)
+    wrapped = wrap([both], DistributedDataParallelConfig(grad_reduce_in_fp32=True), groups)
     config = OptimizerConfig(
         optimizer="adam", lr=1e-3, bf16=True, params_dtype=torch.bfloat16, clip_grad=1.0
     )
     optimizer = get_megatron_optimizer(
-        config, model, use_gloo_process_groups=False, pg_collection=groups
+        config, wrapped.model, use_gloo_process_groups=False, pg_collection=groups
     )
     torch_adam.fuse(optimizer)
     shape = StepShape(num_microbatches=1, micro_batch_size=batch, seq_length=seq_length)
@@ -203,7 +204,7 @@ def distil(
     for step in range(steps):
         data = random_batch(student.vocab_size, batch, seq_length, step, device)
         start = clock(device)
-        found, apply = train_step(model, optimizer, [iter([data])], shape, {KD_LOSS: 1.0}, groups)
+        found, apply = train_step(wrapped, optimizer, [iter([data])], shape, {KD_LOSS: 1.0})
         apply()
         seconds.append(clock(device) - start)
         losses.append(found[KD_LOSS])
