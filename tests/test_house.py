@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "distillation": {"cli", "checkpoint", "model", "pruning"},
     # rehearsal: the plan that a run executes.
     "training": {"cli", "checkpoint", "data", "model", "distillation", "rehearsal"},
-    "inference": {"cli", "checkpoint", "data", "model", "pruning", "distillation", "training"},
+    "inference": {"cli", "checkpoint", "data", "model", "distillation", "training"},
     # model: a checkpoint is computed beside transformers.
     "convert": {"cli", "checkpoint", "data", "model", "pruning"},
     # training: the rules of going on.

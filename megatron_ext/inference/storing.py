@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
@@ -24,16 +23,15 @@ from megatron_ext.distillation import stored
 from megatron_ext.distillation.store_index import StoreIndex
 from megatron_ext.distillation.topk import TopK, teacher_top_k
 from megatron_ext.model.build import LanguageModel
+from megatron_ext.model.forward import Batch, evaluating, forward, inputs
 from megatron_ext.model.layers import gathered_positions
 from megatron_ext.model.open import open_model, read_models
-from megatron_ext.model.options import join_ranks, model_options
-from megatron_ext.pruning.calibrate import evaluating
+from megatron_ext.model.options import batches_of_rank, join_ranks, model_options
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
 from megatron_ext.runtime.errors import USAGE, UserError
 from megatron_ext.runtime.files import hold
 from megatron_ext.runtime.platform import Platform
-from megatron_ext.training.step import Batch
 
 # About so many samples are in a file: what an interrupted run does again.
 SAMPLES_PER_FILE = 64
@@ -136,34 +134,25 @@ def store_all(
 def run(flags: Any, samples: Dataset, chunks: list[LanguageModel], place: Platform) -> TopK | None:
     """Return the likeliest tokens of ``samples``, [n, s, K] on the CPU; None off the last stage."""
     batch = flags.batch
-    found = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, flags, place),
-        data_iterator=[batches(flags, samples, place) for _ in chunks],
-        model=chunks,
-        num_microbatches=len(samples) // batch.micro_batch_size,
-        seq_length=batch.seq_length,
+    batches = partial(
+        batches_of_rank,
+        samples,
+        place,
         micro_batch_size=batch.micro_batch_size,
-        forward_only=True,
-        collect_non_loss_data=True,
+        num_workers=flags.data.num_workers,
+        share=(0, 1),
+    )
+    found = forward(
+        chunks,
+        partial(forward_step, flags, place),
+        [batches() for _ in chunks],
+        len(samples) // batch.micro_batch_size,
+        micro_batch_size=batch.micro_batch_size,
+        seq_length=batch.seq_length,
     )
     if not found:
         return None
     return TopK(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-
-
-def batches(flags: Any, samples: Dataset, place: Platform) -> Iterator[Batch]:
-    """Yield all of ``samples`` in order, cut for context parallelism."""
-    cp = place.groups.cp
-    for whole in datasets.batches(
-        samples,
-        micro_batch_size=flags.batch.micro_batch_size,
-        dp_rank=0,
-        dp_size=1,
-        consumed_samples=0,
-        num_workers=flags.data.num_workers,
-    ):
-        shard = datasets.shard_for_context_parallel(whole, cp.rank(), cp.size())
-        yield {name: x.to(place.device) for name, x in shard.items()}
 
 
 def forward_step(
@@ -171,7 +160,7 @@ def forward_step(
 ) -> tuple:
     """Run one micro-batch; what is collected is [b, s, K] twice."""
     batch = next(batches)
-    output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"))
+    output = model(*inputs(batch))
 
     def collect(logits: Tensor, non_loss_data: bool) -> TopK:
         top = teacher_top_k(

@@ -159,17 +159,20 @@ def batches_of_rank(
     micro_batch_size: int,
     num_workers: int,
     consumed_samples: int = 0,
+    share: tuple[int, int] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield this rank's micro-batches on its device, cut for context parallelism.
 
     As ``datasets.batches`` otherwise: tokens, labels, loss_mask, position_ids [b, s / cp], ...
+    ``share``: which of how many parts of the samples; by default dealt to data-parallel ranks.
     """
     groups = place.groups
+    dp_rank, dp_size = share or (groups.dp.rank(), groups.dp.size())
     for batch in datasets.batches(
         dataset,
         micro_batch_size=micro_batch_size,
-        dp_rank=groups.dp.rank(),
-        dp_size=groups.dp.size(),
+        dp_rank=dp_rank,
+        dp_size=dp_size,
         consumed_samples=consumed_samples,
         num_workers=num_workers,
     ):

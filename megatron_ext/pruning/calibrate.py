@@ -1,26 +1,23 @@
 """Forward passes over calibration data, with every axis scored in the same passes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from megatron_ext.arch import Arch
 from megatron_ext.model.build import LanguageModel
+from megatron_ext.model.forward import Batch, evaluating, forward, inputs
 from megatron_ext.model.options import batches_of_rank
 from megatron_ext.pruning.aggregation import DEFAULT, Aggregation
 from megatron_ext.pruning.importance import Importance
 from megatron_ext.runtime.platform import Platform
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +57,13 @@ class Passes:
         Returns:
             On the last stage what the loss function of each job returns; elsewhere nothing.
         """
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(jobs) for _ in self.chunks],
-            model=self.chunks,
-            num_microbatches=len(jobs),
-            seq_length=self.seq_length,
+        return forward(
+            self.chunks,
+            forward_step,
+            [iter(jobs) for _ in self.chunks],
+            len(jobs),
             micro_batch_size=self.micro_batch_size,
-            forward_only=True,
-            collect_non_loss_data=True,
+            seq_length=self.seq_length,
         )
 
 
@@ -99,8 +94,7 @@ def calibrate(passes: Passes, aggregation: Aggregation = DEFAULT) -> dict[str, T
 def _forward_step(importance: Importance, batches: Iterator[Batch], model: LanguageModel) -> tuple:
     batch = next(batches)
     importance.expect(counted_positions(batch))
-    output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"))
-    return output, _nothing
+    return model(*inputs(batch)), _nothing
 
 
 def counted_positions(batch: Batch) -> Tensor:
@@ -113,18 +107,3 @@ def counted_positions(batch: Batch) -> Tensor:
 
 def _nothing(output: Tensor, non_loss_data: bool) -> None:
     """Keep nothing of a forward pass: the hooks have seen it."""
-
-
-@contextmanager
-def evaluating(chunks: Sequence[LanguageModel], *, logits: bool) -> Iterator[None]:
-    """Set ``chunks`` to evaluation, without ``logits`` up to the last norm; as before on exit."""
-    before = [(chunk.training, chunk.post_process) for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-        chunk.post_process = chunk.post_process and logits
-    try:
-        yield
-    finally:
-        for chunk, (training, post_process) in zip(chunks, before, strict=True):
-            chunk.train(training)
-            chunk.post_process = post_process

@@ -31,7 +31,8 @@ from torch.utils.hooks import RemovableHandle
 from megatron_ext.arch import Arch
 from megatron_ext.distillation.losses import vocab_parallel_kl
 from megatron_ext.model.build import LanguageModel
-from megatron_ext.pruning.calibrate import Batch, Passes, counted_positions, evaluating
+from megatron_ext.model.forward import Batch, evaluating, inputs
+from megatron_ext.pruning.calibrate import Passes, counted_positions
 from megatron_ext.pruning.planner import lowest
 from megatron_ext.runtime.errors import UserError
 
@@ -182,9 +183,8 @@ def loss_totals(passes: Passes, blocks: Sequence[Layers], removed: Layers, *, kl
 
     def forward_step(jobs: Iterator[Job], model: LanguageModel) -> tuple:
         batch, layers = next(jobs)
-        inputs = batch["tokens"], batch["position_ids"], batch.get("attention_mask")
         with skipped([model], layers):
-            output = model(*inputs, labels=None if kl else batch["labels"])
+            output = model(*inputs(batch), labels=None if kl else batch["labels"])
         return output, partial(report, batch["loss_mask"])
 
     def report(mask: Tensor, output: Tensor, non_loss_data: bool) -> Tensor:
@@ -228,9 +228,8 @@ def change_totals(passes: Passes, blocks: Sequence[Layers], removed: Layers) -> 
 
     def forward_step(jobs: Iterator[Job], model: LanguageModel) -> tuple:
         batch, layers = next(jobs)
-        inputs = batch["tokens"], batch["position_ids"], batch.get("attention_mask")
         with skipped([model], layers):
-            return model(*inputs), lambda output, non_loss_data: None
+            return model(*inputs(batch)), lambda output, non_loss_data: None
 
     totals = torch.zeros(len(blocks), 2, dtype=torch.float64, device=passes.place.device)
     batches = passes.batches(f"depth, {passes.arch.num_layers - len(removed)} layers")
