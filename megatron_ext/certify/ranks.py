@@ -91,7 +91,9 @@ def scores(trial: Trial) -> dict[str, Any]:
     use_float64()
     flags, arch = trial.flags, trial.arch
     place = join_ranks(flags, arch.num_layers)
-    options = replace(model_options(flags, place, arch.num_layers), params_dtype=torch.float64)
+    has_masks = flags.data.reset_attention_mask
+    options = model_options(flags, place, arch.num_layers, has_masks=has_masks)
+    options = replace(options, params_dtype=torch.float64)
     passes = Passes(
         chunks=new_model(arch, options, place, TEACHER),
         arch=arch,

@@ -6,7 +6,7 @@ Here is what each program gets, and whether a model fits a layout; README.md say
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import axes_of
@@ -43,6 +43,7 @@ from megatron_ext.runtime.errors import USAGE, UserError
 __all__ = [
     "OTHERS_IN_PRUNING",
     "OTHERS_IN_TRAINING",
+    "ModelFlags",
     "PruneFlags",
     "TrainFlags",
     "check_against_checkpoint",
@@ -59,6 +60,22 @@ __all__ = [
     "pipeline_layout",
     "virtual_pipeline_size",
 ]
+
+
+class ModelFlags(Protocol):
+    """The flags of any program that runs a model under a layout."""
+
+    @property
+    def parallel(self) -> group.Parallel:
+        """Layout and kernels."""
+
+    @property
+    def batch(self) -> group.Batch:
+        """Sizes of a step, and the seed."""
+
+    @property
+    def precision(self) -> group.Precision:
+        """Precision of weights and activations."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,9 @@ def store_teacher(flags: Any, folder: Path) -> None:
     )
     on_first_rank(lambda: hold(options.kd_teacher_store, "--kd-teacher-store"))
     missing = on_first_rank(lambda: stored.begin(options.kd_teacher_store, index))
-    chunks = open_model(teacher, model_options(flags, place, teacher.arch.num_layers), place.groups)
+    has_masks = flags.data.reset_attention_mask
+    model = model_options(flags, place, teacher.arch.num_layers, has_masks=has_masks)
+    chunks = open_model(teacher, model, place.groups)
     with evaluating(chunks, logits=True), torch.no_grad():
         store_all(flags, index, missing, dataset, chunks, place)
     if place.rank == 0:

@@ -1,7 +1,4 @@
-"""Steps of all programs around a model: join the ranks, choose its options, feed it.
-
-``flags`` are a program's, with the groups ``parallel``, ``batch`` and ``precision``.
-"""
+"""Steps of all programs around a model: join the ranks, choose its options, feed it."""
 
 import hashlib
 import os
@@ -14,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_ext.cli.megatron_flags import Parallel
 from megatron_ext.cli.parser import dashed, flags_as_dict
-from megatron_ext.cli.programs import pipeline_layout, virtual_pipeline_size
+from megatron_ext.cli.programs import ModelFlags, pipeline_layout, virtual_pipeline_size
 from megatron_ext.data import datasets
 from megatron_ext.model import cuda_graphs
 from megatron_ext.model.build import ModelOptions, choose_transformer_impl
@@ -25,12 +23,19 @@ from megatron_ext.runtime.collective_errors import check_alike
 from megatron_ext.runtime.errors import USAGE, UserError, warn
 from megatron_ext.runtime.platform import Platform
 
+NO_GRAPHS = cuda_graphs.Graphs()
 
-def join_ranks(flags: Any, num_layers: int) -> Platform:
-    """Return this rank's place in the layout of ``flags``, for models of ``num_layers``."""
-    parallel, captured = flags.parallel, getattr(flags, "graphs", cuda_graphs.Graphs())
+
+def join_ranks(
+    flags: ModelFlags, num_layers: int, graphs: cuda_graphs.Graphs = NO_GRAPHS
+) -> Platform:
+    """Return this rank's place in the layout of ``flags``, for models of ``num_layers``.
+
+    ``graphs``: what will be captured.
+    """
+    parallel = flags.parallel
     device = platform.choose_device(parallel.device).type
-    cuda_graphs.check_machine(captured, device=device, transformer_impl=None)
+    cuda_graphs.check_machine(graphs, device=device, transformer_impl=None)
     choose_kernels(parallel)
     place = platform.initialize(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -41,14 +46,14 @@ def join_ranks(flags: Any, num_layers: int) -> Platform:
         device=parallel.device,
         backend=parallel.distributed_backend,
         seed=flags.batch.seed,
-        graph_safe_rng=captured.cuda_graph_impl != "none",
+        graph_safe_rng=graphs.cuda_graph_impl != "none",
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
     check_alike(_what_runs(flags), "start all ranks with the same command and code", USAGE)
     return place
 
 
-def _what_runs(flags: Any) -> dict[str, Any]:
+def _what_runs(flags: ModelFlags) -> dict[str, Any]:
     """Return flags by their typed names, and the versions of the code: the same on all ranks."""
     package = Path(__file__).parent.parent
     code = hashlib.sha256()
@@ -62,7 +67,7 @@ def _what_runs(flags: Any) -> dict[str, Any]:
     }
 
 
-def choose_kernels(parallel: Any) -> None:
+def choose_kernels(parallel: Parallel) -> None:
     """Have torch and the libraries below it take the kernels that ``parallel`` asks for."""
     if parallel.deterministic_mode:
         # Read when the libraries start, which they do with the first operation on a GPU.
@@ -73,8 +78,26 @@ def choose_kernels(parallel: Any) -> None:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def model_options(flags: Any, place: Platform, num_layers: int, **recompute: Any) -> ModelOptions:
-    """Return how this run holds models of ``num_layers``; ``recompute`` as in ``ModelOptions``."""
+def model_options(
+    flags: ModelFlags,
+    place: Platform,
+    num_layers: int,
+    *,
+    has_masks: bool = False,
+    **recompute: Any,
+) -> ModelOptions:
+    """Return how this run holds models of ``num_layers``.
+
+    Args:
+        flags: of the run.
+        place: this rank.
+        num_layers: of the model.
+        has_masks: samples say which positions attend to which (--reset-attention-mask).
+        recompute: as in ``ModelOptions``.
+
+    Raises:
+        UserError: with code ``USAGE``; layers or device do not have what the flags ask for.
+    """
     if flags.precision.fp16 and place.device.type == "cpu":
         raise UserError("--fp16 needs a GPU; use --bf16 on a CPU.", USAGE)
     parallel = flags.parallel
@@ -88,7 +111,7 @@ def model_options(flags: Any, place: Platform, num_layers: int, **recompute: Any
             "equal parts only; use allgather.",
             USAGE,
         )
-    _check_attention(flags, impl)
+    _check_attention(flags.parallel, impl, has_masks=has_masks)
     output_discarding = {"layernorm", "moe_act"} & set(recompute.get("recompute_modules") or ())
     if output_discarding and impl == "local":
         raise UserError(
@@ -118,14 +141,13 @@ def model_options(flags: Any, place: Platform, num_layers: int, **recompute: Any
     )
 
 
-def _check_attention(flags: Any, impl: str) -> None:
+def _check_attention(parallel: Parallel, impl: str, *, has_masks: bool) -> None:
     """Say which choices of attention have no effect; refuse those that would be ignored."""
-    parallel, reads = flags.parallel, getattr(flags, "data", None)
     for name in ("attention_backend", "cp_comm_type"):
         value = getattr(parallel, name)
         if impl == "local" and value != getattr(type(parallel), name):
             warn(f"{dashed(name)} {value}: without effect on local layers.")
-    if impl == "transformer_engine" and reads is not None and reads.reset_attention_mask:
+    if impl == "transformer_engine" and has_masks:
         raise UserError(
             "--reset-attention-mask: Transformer Engine's causal attention takes no mask; use "
             "--transformer-impl local.",

@@ -230,7 +230,8 @@ def passes_over(
     """Return the source, or what ``plan`` leaves of it, as a model beside its data. Collective."""
     dataset = calibration_data(flags, source, place)
     arch = plan.target if plan else source.arch
-    options = model_options(flags, place, arch.num_layers)
+    has_masks = flags.data.reset_attention_mask
+    options = model_options(flags, place, arch.num_layers, has_masks=has_masks)
     if plan:
         chunks = build_model(arch, options, place.groups)
         state = model_state_dict(chunks)

@@ -5,9 +5,14 @@ from typing import Any
 
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.cli.flag_checks import stages
-from megatron_ext.cli.megatron_flags import TrainCheckpoint
+from megatron_ext.cli.megatron_flags import Parallel, TrainCheckpoint
 from megatron_ext.cli.method_flags import DryRun
-from megatron_ext.cli.programs import pipeline_layout, virtual_pipeline_size
+from megatron_ext.cli.programs import (
+    ModelFlags,
+    TrainFlags,
+    pipeline_layout,
+    virtual_pipeline_size,
+)
 from megatron_ext.rehearsal.cost import (
     WIDE,
     Layout,
@@ -33,7 +38,7 @@ FIXES = {
 }
 
 
-def placed(arch: Arch, parallel: Any) -> Placed:
+def placed(arch: Arch, parallel: Parallel) -> Placed:
     """Return the model with the layers of each pipeline stage, as ``parallel`` places them."""
     layout = pipeline_layout(parallel, arch.num_layers)
     pp = parallel.pipeline_model_parallel_size
@@ -43,13 +48,9 @@ def placed(arch: Arch, parallel: Any) -> Placed:
     return Placed(arch, (arch.num_layers // num_stages,) * num_stages)
 
 
-def layout_of(flags: Any, world_size: int, **more: Any) -> Layout:
+def layout_of(flags: ModelFlags, world_size: int, **more: Any) -> Layout:
     """Return the layout in the flags of a program; ``more`` as in ``Layout``."""
     parallel, precision = flags.parallel, flags.precision
-    fp8 = getattr(flags, "fp8", None)  # not among every program's flags
-    formats = (None, None)
-    if fp8 is not None:
-        formats = fp8.fp8_format, fp8.teacher_fp8_format or fp8.fp8_format
     return Layout(
         world_size=world_size,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -60,15 +61,14 @@ def layout_of(flags: Any, world_size: int, **more: Any) -> Layout:
         param_bytes=2 if precision.bf16 or precision.fp16 else WIDE,
         micro_batch_size=flags.batch.micro_batch_size,
         seq_length=flags.batch.seq_length,
-        fp8=formats[0] is not None,
-        teacher_fp8=formats[1] not in (None, "none"),
         **more,
     )
 
 
-def train_layout(flags: Any, world_size: int) -> Layout:
+def train_layout(flags: TrainFlags, world_size: int) -> Layout:
     """Return the layout in the flags of ``pretrain_distill.py``."""
     precision, optimizer, batch = flags.precision, flags.optimizer, flags.batch
+    teacher_fp8 = flags.fp8.teacher_fp8_format or flags.fp8.fp8_format
     half_gradients = precision.fp16 or precision.grad_reduce_in_bf16
     has_momentum = optimizer.optimizer == "sgd" and optimizer.sgd_momentum > 0
     return layout_of(
@@ -84,6 +84,8 @@ def train_layout(flags: Any, world_size: int) -> Layout:
         global_batch_size=batch.global_batch_size,
         fused_output=flags.distill.kd_fused_output,
         lm_loss=flags.distill.kd_lm_loss_weight > 0,
+        fp8=flags.fp8.fp8_format is not None,
+        teacher_fp8=teacher_fp8 not in (None, "none"),
         stored_teacher=flags.distill.kd_teacher_store is not None,
     )
 
@@ -101,7 +103,7 @@ def model_line(name: str, model: Model, way: str = "from") -> str:
     )
 
 
-def layout_line(layout: Layout, parallel: Any) -> str:
+def layout_line(layout: Layout, parallel: Parallel) -> str:
     """Return one line about the ranks."""
     sizes = [
         ("TP", layout.tensor_model_parallel_size),

@@ -42,7 +42,7 @@ def pretrain(plan: TrainPlan) -> int:
         model and model.checkpoint and read_again(model.checkpoint, flags.sizes)
         for model in (plan.student, plan.teacher)
     )
-    place = join_ranks(flags, plan.student.arch.num_layers)
+    place = join_ranks(flags, plan.student.arch.num_layers, flags.graphs)
     if flags.checkpoint.save:
         on_first_rank(lambda: hold(flags.checkpoint.save, "--save"))
     if flags.checkpoint.verify_integrity:
@@ -107,6 +107,7 @@ def options_of_both(flags: TrainFlags, arch: Arch, place: Platform) -> ModelOpti
         flags,
         place,
         arch.num_layers,
+        has_masks=flags.data.reset_attention_mask,
         recompute_granularity=flags.batch.recompute_granularity,
         recompute_method=flags.batch.recompute_method,
         recompute_num_layers=flags.batch.recompute_num_layers,
