@@ -22,7 +22,7 @@ from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
 from megatron_ext.model.open import restore_weights
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import UserError
-from megatron_ext.training import state
+from megatron_ext.training import saving, state
 from megatron_ext.training.loop import step_of
 from tests.models import GPT2, LLAMA, MOE, random_batch
 from tests.ranks import run_ranks
@@ -108,13 +108,13 @@ def weights_of(run):
 def uninterrupted(arch, folder, extra):
     run = make_run(arch, folder, extra)
     do_steps(run, 0, 2)
-    state.save(run)
+    saving.save(run)
     return do_steps(run, 2, 5), weights_of(run)
 
 
 def resumed(arch, folder, extra):
     run = make_run(arch, folder, extra, seed=99)
-    state.restore(run, checkpoints.read(folder))
+    saving.restore(run, checkpoints.read(folder))
     assert run.counters.iteration == 2
     assert run.counters.consumed_train_samples == 8
     return do_steps(run, 2, 5), weights_of(run)
@@ -162,7 +162,7 @@ def check_resume(arch, world_size, extra, tmp_path):
 def resumed_without_optimizer(folder, extra):
     """Return how far a step with a fresh optimizer moves the weights, relative to their size."""
     run = make_run(LLAMA, folder, [*extra, "--no-load-optim", "--lr", "0.002"], seed=99)
-    state.restore(run, checkpoints.read(folder))
+    saving.restore(run, checkpoints.read(folder))
     before = weights_of(run)
     assert run.schedule.num_steps == 2 * 4, "the schedule begins anew"
     do_steps(run, 2, 4)
@@ -184,10 +184,10 @@ def written_on_another_device(folder):
     run = make_run(GPT2, folder, ["--no-load-optim"])
     generator = torch.cuda.get_rng_state
     torch.cuda.get_rng_state = lambda: torch.zeros(16, dtype=torch.uint8)  # as CUDA's
-    state.save(run)
+    saving.save(run)
     torch.cuda.get_rng_state = generator
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        state.restore(run, checkpoints.read(folder))
+        saving.restore(run, checkpoints.read(folder))
     do_steps(run, 0, 1)
     return said.getvalue()
 
@@ -199,7 +199,7 @@ def test_random_state_of_another_device_is_left(tmp_path):
 def resume_elsewhere(arch, folder, extra):
     """Load and train a step without dropout, which is the only thing that a layout may change."""
     run = make_run(arch, folder, extra, seed=99)
-    state.restore(run, checkpoints.read(folder))
+    saving.restore(run, checkpoints.read(folder))
     turn_dropout_off(run)
     return do_steps(run, 2, 4)
 

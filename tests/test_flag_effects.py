@@ -16,7 +16,7 @@ from megatron_ext.model.build import ModelOptions, build_model
 from megatron_ext.model.options import choose_kernels
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import INTERRUPTED, USAGE
-from megatron_ext.training.state import _make_schedule, _optimizer_config
+from megatron_ext.training.optimizer import make_schedule, optimizer_config
 from tests.models import MOE
 from tests.programs import NEW_MODEL, fail, read_tensors, run_program, succeed
 from tests.ranks import run_ranks
@@ -229,7 +229,7 @@ def flags_of(extra):
 
 def test_scale_of_the_loss_under_fp16():
     typed = "--fp16 --min-loss-scale 4 --loss-scale-window 50 --hysteresis 3 --train-iters 1"
-    config = _optimizer_config(flags_of(typed), torch.float16)
+    config = optimizer_config(flags_of(typed), torch.float16)
     assert (config.min_loss_scale, config.loss_scale_window, config.hysteresis) == (4.0, 50.0, 3)
 
 
@@ -237,7 +237,7 @@ def test_last_decay_of_wsd_in_samples():
     typed = "--train-samples 40 --lr-decay-style WSD --global-batch-size 4 --lr-wsd-decay-samples 9"
     flags = flags_of(typed)
     optimizer = type("Optimizer", (), {"param_groups": []})()
-    assert _make_schedule(flags, optimizer).wsd_decay_steps == 9
+    assert make_schedule(flags, optimizer).wsd_decay_steps == 9
 
 
 def router_scores(dtypes):

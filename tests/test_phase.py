@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ext.data import datasets
 from megatron_ext.runtime.errors import CHECKPOINT, INTERRUPTED
-from megatron_ext.training import phase, state
+from megatron_ext.training import phase, saving
 from tests.models import LLAMA
 from tests.programs import (
     data_flags,
@@ -42,12 +42,12 @@ def say_what_is_restored():
         return data_batches(dataset, **kwargs)
 
     def restore(run, source):
-        state_restore(run, source)
+        original(run, source)
         (part,) = run.optimizer.chained_optimizers
         print("MOMENT", squares(s["exp_avg"] for s in part.optimizer.state.values()))
 
     data_batches, datasets.batches = datasets.batches, batches
-    state_restore, state.restore = state.restore, restore
+    original, saving.restore = saving.restore, restore
 
 
 def squares(tensors):

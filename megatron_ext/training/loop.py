@@ -14,7 +14,7 @@ from megatron_ext.checkpoint.folder import find
 from megatron_ext.model import cuda_graphs
 from megatron_ext.runtime.errors import INTERRUPTED, RUNTIME, UserError
 from megatron_ext.runtime.signals import StopSignals
-from megatron_ext.training import state
+from megatron_ext.training import saving
 from megatron_ext.training.diagnostics import params_norm, profiling, read_timers, timed
 from megatron_ext.training.log import Log
 from megatron_ext.training.state import Run
@@ -229,7 +229,7 @@ def collecting_by_hand(is_on: bool) -> Iterator[None]:
 
 def _save(run: Run, log: Log) -> None:
     with gathered_parameters(run):
-        state.save(run)
+        saving.save(run)
     iteration = run.counters.iteration
     tokens = run.counters.consumed_train_samples * run.flags.batch.seq_length
     log.progress(

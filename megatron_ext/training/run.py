@@ -25,7 +25,7 @@ from megatron_ext.runtime import platform
 from megatron_ext.runtime.collective_errors import on_all_ranks, on_first_rank
 from megatron_ext.runtime.files import hold
 from megatron_ext.runtime.platform import Platform
-from megatron_ext.training import state
+from megatron_ext.training import saving, state
 from megatron_ext.training.log import Log
 from megatron_ext.training.loop import MakeBatches, train, validate
 from megatron_ext.training.step import Batch
@@ -97,7 +97,7 @@ def build(
     teacher_arch = teacher and teacher.arch
     run = assemble(flags, arch, chunks, place, teacher_arch, teachers, source)
     if plan.goes_on:
-        state.restore(run, source)
+        saving.restore(run, source)
     return run
 
 

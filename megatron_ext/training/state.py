@@ -1,49 +1,26 @@
-"""What a run trains and what a checkpoint of it holds: model, optimizer, schedule, counters."""
+"""A run in training on this rank: model, optimizer, schedule, counters."""
 
-import random
-from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy
-import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    convert_cuda_rng_state,
-    get_cuda_rng_tracker,
-    is_graph_safe_cuda_rng_tracker,
-)
 from megatron.core.timers import Timers
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
 from megatron_ext.arch import Arch
-from megatron_ext.checkpoint import checkpoints, writer
-from megatron_ext.checkpoint.identity import tokenizer_sha256
-from megatron_ext.checkpoint.saved_args import complete
-from megatron_ext.cli.parser import dashed
-from megatron_ext.cli.programs import TrainFlags, flags_as_dict, megatron_command_line
-from megatron_ext.distillation import native
+from megatron_ext.checkpoint import checkpoints
+from megatron_ext.cli.programs import TrainFlags
 from megatron_ext.distillation.hidden import NO_HIDDEN_LOSSES, HiddenLosses
 from megatron_ext.model import cuda_graphs
-from megatron_ext.model.build import LanguageModel, model_state_dict
-from megatron_ext.model.open import set_weights
-from megatron_ext.runtime.errors import CHECKPOINT, UserError, note, warn
-from megatron_ext.training import phase, torch_adam
+from megatron_ext.model.build import LanguageModel
+from megatron_ext.training import torch_adam
+from megatron_ext.training.optimizer import make_schedule, optimizer_config
 from megatron_ext.training.step import Wrapped, wrap
-
-# Optimizer state as whole tensors: any layout reads it, also of the distributed optimizer.
-OPTIMIZER_LAYOUT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
 
 
 @dataclass
@@ -124,7 +101,7 @@ def make_run(
     config = get_model_config(wrapped.model[0])
     config.timers, config.barrier_with_L1_time = timers, flags.log.barrier_with_l1_time
     optimizer = get_megatron_optimizer(
-        replace(_optimizer_config(flags, chunks[0].config.params_dtype), timers=timers),
+        replace(optimizer_config(flags, chunks[0].config.params_dtype), timers=timers),
         wrapped.model,
         use_gloo_process_groups=False,
         pg_collection=groups,
@@ -136,7 +113,7 @@ def make_run(
         chunks=chunks,
         wrapped=wrapped,
         optimizer=optimizer,
-        schedule=_make_schedule(flags, optimizer),
+        schedule=make_schedule(flags, optimizer),
         objective=objective,
         eval_losses=eval_losses,
         timers=timers,
@@ -144,284 +121,3 @@ def make_run(
         origin=source.origin if source else {},
         tokenizer_files=source.tokenizer_files() if source else {},
     )
-
-
-def _optimizer_config(flags: TrainFlags, params_dtype: torch.dtype) -> OptimizerConfig:
-    options = flags.optimizer
-    return OptimizerConfig(
-        optimizer=options.optimizer,
-        lr=options.lr or 0.0,  # absent with --skip-train
-        min_lr=options.min_lr,
-        decoupled_lr=options.decoupled_lr,
-        decoupled_min_lr=options.decoupled_min_lr,
-        weight_decay=options.weight_decay,
-        adam_beta1=options.adam_beta1,
-        adam_beta2=options.adam_beta2,
-        adam_eps=options.adam_eps,
-        sgd_momentum=options.sgd_momentum,
-        clip_grad=options.clip_grad,
-        barrier_with_L1_time=flags.log.barrier_with_l1_time,
-        log_num_zeros_in_grad=flags.log.log_num_zeros_in_grad,
-        bf16=flags.precision.bf16,
-        fp16=flags.precision.fp16,
-        params_dtype=params_dtype,
-        # Of parameters in FP8.
-        fp8_recipe=flags.fp8.fp8_recipe if flags.fp8.fp8_param_gather else None,
-        loss_scale=flags.precision.loss_scale,
-        initial_loss_scale=flags.precision.initial_loss_scale,
-        min_loss_scale=flags.precision.min_loss_scale,
-        loss_scale_window=flags.precision.loss_scale_window,
-        hysteresis=flags.precision.hysteresis,
-        use_distributed_optimizer=flags.parallel.use_distributed_optimizer,
-        overlap_param_gather=flags.parallel.overlap_param_gather,
-    )
-
-
-def _make_schedule(flags: TrainFlags, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Return the schedule of learning rate and weight decay; megatron-core counts it in samples."""
-    options, batch_size = flags.optimizer, flags.batch.global_batch_size
-    num_samples = flags.batch.train_samples or (flags.batch.train_iters or 1) * batch_size
-    decay_samples = options.lr_decay_samples or (options.lr_decay_iters or 0) * batch_size
-    decay_samples = decay_samples or num_samples
-    warmup_samples = options.lr_warmup_samples or options.lr_warmup_iters * batch_size
-    if options.lr_warmup_fraction is not None:
-        warmup_samples = int(options.lr_warmup_fraction * decay_samples)
-    has_incr = options.weight_decay_incr_style != "constant"
-    start_wd, end_wd = options.start_weight_decay, options.end_weight_decay
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=options.lr_warmup_init,
-        max_lr=options.lr or 0.0,
-        min_lr=options.min_lr,
-        lr_warmup_steps=warmup_samples,
-        lr_decay_steps=decay_samples,
-        lr_decay_style=options.lr_decay_style,
-        start_wd=start_wd if has_incr else options.weight_decay,
-        end_wd=end_wd if has_incr else options.weight_decay,
-        wd_incr_steps=num_samples,
-        wd_incr_style=options.weight_decay_incr_style,
-        use_checkpoint_opt_param_scheduler=options.use_checkpoint_opt_param_scheduler,
-        override_opt_param_scheduler=options.override_opt_param_scheduler,
-        wsd_decay_steps=options.lr_wsd_decay_samples
-        or (options.lr_wsd_decay_iters or 0) * batch_size
-        or None,
-        lr_wsd_decay_style=options.lr_wsd_decay_style,
-    )
-
-
-def save(run: Run) -> None:
-    """Write ``run`` as a checkpoint of its iteration. Collective."""
-    flags, counters = run.flags, run.counters
-    state = _trained_state(run)
-    if flags.checkpoint.save_optim:
-        state["optimizer"] = _optimizer_state(run, state, is_loading=False)
-        state["opt_param_scheduler"] = run.schedule.state_dict()
-    if flags.checkpoint.save_rng:
-        state["rng_state"] = _rng_state(run.groups)
-    state |= {
-        "args": saved_args(run),
-        "checkpoint_version": 3.0,
-        "iteration": counters.iteration,
-        "num_floating_point_operations_so_far": counters.floating_point_operations,
-    }
-    interval = flags.checkpoint.save_retain_interval
-    writer.save(
-        flags.checkpoint.save,
-        checkpoints.iteration_name(counters.iteration),
-        state,
-        files={
-            "megatron_args.sh": megatron_command_line(run.arch) + "\n",
-            **run.tokenizer_files,
-        },
-        dp_group=run.groups.dp_cp,
-        content_metadata=OPTIMIZER_LAYOUT,
-        keep=lambda name: not interval or int(name.removeprefix("iter_")) % interval == 0,
-    )
-
-
-def saved_args(run: Run) -> Namespace:
-    """Return the flags and sizes of ``run`` under Megatron-LM's names; plain values only."""
-    return complete(
-        run.arch,
-        {
-            **flags_as_dict(run.flags),
-            "world_size": torch.distributed.get_world_size(),
-            "data_parallel_size": run.groups.dp.size(),
-            "params_dtype": run.chunks[0].config.params_dtype,
-            "no_save_optim": not run.flags.checkpoint.save_optim,
-            "no_save_rng": not run.flags.checkpoint.save_rng,
-            "consumed_train_samples": run.counters.consumed_train_samples,
-            "consumed_data_samples": run.counters.consumed_data_samples,
-            "hidden_loss_alpha": run.wrapped.hidden.ratio,
-            "tokenizer_sha256": tokenizer_sha256(run.flags.data),
-            **run.origin,
-            "logit_kernels": native.name(torch.cuda.current_device()),
-        },
-    )
-
-
-def _trained_state(run: Run) -> ShardedStateDict:
-    """Return the model and what else is trained, as this rank's sharded tensors."""
-    return model_state_dict(run.chunks) | run.wrapped.hidden.sharded_state()
-
-
-def restore(run: Run, source: checkpoints.Checkpoint) -> None:
-    """Continue where ``source`` was saved: weights, optimizer, schedule, generators, counters.
-
-    Collective. Random state is taken up only under the layout that wrote it.
-    """
-    flags = run.flags
-    state = _trained_state(run)
-    if flags.checkpoint.load_optim:
-        _check_optimizer_parts(run, source)
-        torch_adam.allocate(run.optimizer)
-        state["optimizer"] = _optimizer_state(run, state, is_loading=True)
-    same_ranks = all(
-        source.args.get(name, 1) == getattr(flags.parallel, name)
-        for name in (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "expert_model_parallel_size",
-        )
-    )
-    if run.groups.ep.size() > 1:
-        same_ranks &= source.args.get("world_size") == torch.distributed.get_world_size()
-    has_rng = same_ranks and not source.args.get("no_save_rng", False)
-    if flags.checkpoint.load_rng and has_rng:
-        state["rng_state"] = _rng_state(run.groups)
-    loaded = checkpoints.load(source.folder, state)
-    set_weights(run.chunks, loaded, source)
-    run.wrapped.hidden.load(loaded, source.args.get("hidden_loss_alpha"))
-    if flags.checkpoint.load_optim:
-        # megatron-core finds the saved groups of parameters by their learning rates too, and its
-        # schedule follows the rates of a group: those that are typed until it has been restored.
-        _set_rates(run, _param_groups(loaded["optimizer"]))
-        run.optimizer.load_state_dict(loaded["optimizer"])
-        torch_adam.fuse(run.optimizer)
-        _restore_schedule(run, loaded["opt_param_scheduler"], source)
-        _set_rates(run, run.optimizer.param_groups)
-        _set_typed(run)
-        run.schedule.step(increment=0)
-    else:
-        run.optimizer.reload_model_params()  # its float32 copies of what was there before
-        done = source.iteration * flags.batch.global_batch_size
-        if flags.batch.train_samples is not None:
-            done = source.args["consumed_train_samples"]
-        run.schedule.step(increment=done)
-    if "rng_state" in state:
-        _set_rng_state(loaded["rng_state"])
-    run.counters.iteration = source.iteration
-    run.counters.consumed_train_samples = source.args["consumed_train_samples"]
-    run.counters.consumed_data_samples = phase.consumed_data_samples(source.args, flags)
-    for name, (before, now) in phase.changes(source.args, flags).items():
-        warn(f"{dashed(name)}: {before} before, {now} from here on; the data begin anew.")
-    if table := phase.table_of_changes(source.args, vars(saved_args(run))):
-        note(f"going on from {source.folder} with other flags:\n{table}")
-    run.counters.floating_point_operations = loaded["num_floating_point_operations_so_far"]
-
-
-def _set_rates(run: Run, param_groups: Iterable[dict[str, Any]]) -> None:
-    options, schedule = run.flags.optimizer, run.schedule
-    for group in param_groups:
-        group |= {"max_lr": schedule.max_lr, "min_lr": schedule.min_lr}
-        if not group["default_config"]:  # of embedding and output layer, --decoupled-lr
-            group["max_lr"] = options.decoupled_lr
-            if options.decoupled_min_lr is not None:
-                group["min_lr"] = options.decoupled_min_lr
-
-
-def _set_typed(run: Run) -> None:
-    """Use the typed constants of the update rule; megatron-core's groups hold the saved ones."""
-    options = run.flags.optimizer
-    typed = {
-        "betas": (options.adam_beta1, options.adam_beta2),
-        "eps": options.adam_eps,
-        "momentum": options.sgd_momentum,
-    }
-    for group in run.optimizer.param_groups:
-        group.update({name: value for name, value in typed.items() if name in group})
-
-
-def _param_groups(saved: dict[Any, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the groups of parameters in the saved state of an optimizer, or of several."""
-    for name, value in saved.items():
-        if name == "param_groups":
-            yield from value
-        elif isinstance(value, dict):
-            yield from _param_groups(value)
-
-
-def _restore_schedule(run: Run, saved: dict[str, Any], source: checkpoints.Checkpoint) -> None:
-    batch_size = run.flags.batch.global_batch_size
-    before = source.args.get("global_batch_size") or batch_size
-    if run.flags.batch.train_samples is not None:
-        before = batch_size  # it counts as the run does
-    try:
-        run.schedule.load_state_dict(phase.rescaled_schedule(saved, before, batch_size))
-    except AssertionError as error:
-        raise UserError(
-            f"{source.folder} was trained with another schedule ({' '.join(str(error).split())}): "
-            "--override-opt-param-scheduler takes the typed one, "
-            "--use-checkpoint-opt-param-scheduler the saved one.",
-            CHECKPOINT,
-        ) from error
-
-
-def _check_optimizer_parts(run: Run, source: checkpoints.Checkpoint) -> None:
-    parts, saved = run.optimizer.chained_optimizers, source.common.get("optimizer", {})
-    if len(parts) > 1 and saved and 0 not in saved:
-        raise UserError(
-            f"{source.folder}: its optimizer state holds experts and other weights together, as "
-            "megatron-core does without expert parallelism; leave it with --no-load-optim or "
-            "--finetune.",
-            CHECKPOINT,
-        )
-
-
-def _optimizer_state(run: Run, model_state: ShardedStateDict, *, is_loading: bool) -> Any:
-    return run.optimizer.sharded_state_dict(
-        {k: v for k, v in model_state.items() if k.startswith(("model", "distillation"))},
-        is_loading=is_loading,
-        metadata=OPTIMIZER_LAYOUT,
-    )
-
-
-def _rng_state(groups: ProcessGroupCollection) -> ShardedObject:
-    """Return this rank's generators as Megatron-LM does.
-
-    An object per (pipeline, tensor) rank; under expert parallelism, per data-parallel rank too.
-    """
-    state = {
-        "random_rng_state": random.getstate(),
-        "np_rng_state": numpy.random.get_state(),
-        "torch_rng_state": torch.get_rng_state(),
-        "cuda_rng_state": torch.cuda.get_rng_state(),
-        "rng_tracker_states": _tracked(get_cuda_rng_tracker().get_states(), graph_safe=False),
-    }
-    axes, replica = [groups.pp, groups.tp], groups.dp_cp.rank()
-    if groups.ep.size() > 1:
-        axes, replica = [*axes, groups.dp_cp], 0
-    sizes, place = [group.size() for group in axes], [group.rank() for group in axes]
-    return ShardedObject("rng_state", [state], tuple(sizes), tuple(place), replica_id=replica)
-
-
-def _set_rng_state(loaded: list[dict[str, Any]]) -> None:
-    (state,) = loaded
-    random.setstate(state["random_rng_state"])
-    numpy.random.set_state(state["np_rng_state"])
-    torch.set_rng_state(state["torch_rng_state"])
-    if state["cuda_rng_state"].shape != torch.cuda.get_rng_state().shape:
-        warn("the checkpoint was written on another kind of device: dropout begins anew.")
-        return
-    torch.cuda.set_rng_state(state["cuda_rng_state"])
-    tracker = get_cuda_rng_tracker()
-    graph_safe = is_graph_safe_cuda_rng_tracker(tracker)
-    tracker.set_states(_tracked(state["rng_tracker_states"], graph_safe=graph_safe))
-
-
-def _tracked(states: Mapping[str, Any], *, graph_safe: bool) -> dict[str, Any]:
-    """Return the tracker's states as tensors, which a checkpoint holds, or as CUDA graphs need."""
-    return {
-        name: convert_cuda_rng_state(state, to_graphable=graph_safe)
-        for name, state in states.items()
-    }

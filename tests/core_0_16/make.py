@@ -17,7 +17,7 @@ from megatron_ext.checkpoint.saved_args import complete
 from megatron_ext.cli.programs import megatron_command_line
 from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
 from megatron_ext.runtime import platform
-from megatron_ext.training import state
+from megatron_ext.training import saving
 from tests.models import LLAMA, MOE
 from tests.programs import logits_of, read_model, read_tensors
 from tests.ranks import run_ranks
@@ -77,14 +77,14 @@ def train(arch, folder, flags):
     """Save after two steps, and return losses and gradient norms of three more."""
     run = make_run(arch, folder, flags)
     do_steps(run, 0, 2)
-    state.save(run)
+    saving.save(run)
     return three_more(run, flags)
 
 
 def go_on(arch, folder, flags):
     """Return losses and gradient norms of three steps from the state on disk."""
     run = make_run(arch, folder, flags, seed=99)
-    state.restore(run, checkpoints.read(folder))
+    saving.restore(run, checkpoints.read(folder))
     return three_more(run, flags)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_ext.runtime.errors import INTERRUPTED
-from megatron_ext.training import phase, state
+from megatron_ext.training import phase, saving
 from tests.programs import NEW_MODEL, run_program
 
 RUN = (
@@ -14,7 +14,7 @@ RUN = (
 
 def print_groups():
     """Print what the optimizer's groups of parameters hold, once a run is restored."""
-    restore = state.restore
+    restore = saving.restore
 
     def restored(run, source):
         restore(run, source)
@@ -22,7 +22,7 @@ def print_groups():
             told = {k: v for k, v in group.items() if k != "params"}
             print("GROUP", {k: told[k] for k in sorted(told)})
 
-    state.restore = restored
+    saving.restore = restored
 
 
 @pytest.fixture(scope="module")
