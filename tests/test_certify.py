@@ -12,9 +12,9 @@ import torch
 from megatron_ext.arch import Arch
 from megatron_ext.certify import command, run, shrink
 from megatron_ext.certify.layouts import Ranks, small_layouts
+from megatron_ext.cli.fit import check_layout
 from megatron_ext.cli.flag_checks import stages
 from megatron_ext.cli.megatron_flags import Parallel
-from megatron_ext.cli.programs import check_layout
 from megatron_ext.distillation.pairs import parse_pairs
 from megatron_ext.runtime import local_ranks
 from megatron_ext.runtime.errors import CHECKPOINT, DIFFERS, RUNTIME, USAGE

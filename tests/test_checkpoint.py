@@ -16,7 +16,8 @@ from megatron.core import dist_checkpointing
 from megatron_ext.arch import shape, weights
 from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.checkpoint.checkpoints import sharded_tensors
-from megatron_ext.cli.programs import parse_train, virtual_pipeline_size
+from megatron_ext.cli.fit import virtual_pipeline_size
+from megatron_ext.cli.programs import parse_train
 from megatron_ext.model import build
 from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
 from megatron_ext.model.open import restore_weights

@@ -8,7 +8,8 @@ import pytest
 import torch
 from megatron.core.optimizer import ChainedOptimizer
 
-from megatron_ext.cli.programs import check_layout, parse_train, virtual_pipeline_size
+from megatron_ext.cli.fit import check_layout, virtual_pipeline_size
+from megatron_ext.cli.programs import parse_train
 from megatron_ext.distillation.fused import CHUNK_TOKENS
 from megatron_ext.model.build import ModelOptions, build_model
 from megatron_ext.rehearsal import cost_report as report

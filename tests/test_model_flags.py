@@ -5,19 +5,17 @@ from dataclasses import replace
 import pytest
 
 from megatron_ext.arch import Arch
-from megatron_ext.cli.flag_checks import stages
-from megatron_ext.cli.megatron_flags import TrainParallel
-from megatron_ext.cli.method_flags import Prune
-from megatron_ext.cli.programs import (
-    check_against_checkpoint,
+from megatron_ext.cli.fit import (
     check_experts,
     check_layout,
     check_targets,
-    megatron_command_line,
-    new_arch,
     pipeline_layout,
     virtual_pipeline_size,
 )
+from megatron_ext.cli.flag_checks import stages
+from megatron_ext.cli.megatron_flags import TrainParallel
+from megatron_ext.cli.method_flags import Prune
+from megatron_ext.cli.programs import check_against_checkpoint, megatron_command_line, new_arch
 from megatron_ext.pruning.targets import target_arch
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 from tests.test_flags import NEW, refused, train

@@ -23,16 +23,11 @@ from megatron_ext.certify.shrink import (
     small_stages,
     small_target,
 )
+from megatron_ext.cli.fit import check_layout, pipeline_layout, virtual_pipeline_size
 from megatron_ext.cli.flag_checks import stages
 from megatron_ext.cli.megatron_flags import Optimizer, Parallel
 from megatron_ext.cli.parser import dashed, option
-from megatron_ext.cli.programs import (
-    PruneFlags,
-    TrainFlags,
-    check_layout,
-    pipeline_layout,
-    virtual_pipeline_size,
-)
+from megatron_ext.cli.programs import PruneFlags, TrainFlags
 from megatron_ext.distillation import settings
 from megatron_ext.runtime.errors import USAGE, UserError
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from megatron_ext.cli.fit import pipeline_layout, virtual_pipeline_size
 from megatron_ext.cli.flag_checks import ENDS, layout_of_stages, stages
 from megatron_ext.cli.megatron_flags import Parallel
-from megatron_ext.cli.programs import pipeline_layout, virtual_pipeline_size
 from megatron_ext.distillation.pairs import Pair
 from megatron_ext.runtime.errors import USAGE, UserError
 

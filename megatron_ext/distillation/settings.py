@@ -5,8 +5,9 @@ from dataclasses import replace
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import check_comparable, padded_alike, tokenizer_sha256
+from megatron_ext.cli.fit import check_experts, check_layout
 from megatron_ext.cli.megatron_flags import Parallel
-from megatron_ext.cli.programs import TrainFlags, check_experts, check_layout
+from megatron_ext.cli.programs import TrainFlags
 from megatron_ext.distillation.pairs import MLP, WITHIN, HiddenStates, Pair, parse_pairs
 from megatron_ext.distillation.placement import layouts_of_both
 from megatron_ext.distillation.store_index import check_store, read_index

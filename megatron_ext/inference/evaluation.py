@@ -20,7 +20,7 @@ from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import check_comparable, padded_alike
 from megatron_ext.cli import megatron_flags as group
-from megatron_ext.cli.programs import check_experts, check_layout
+from megatron_ext.cli.fit import check_experts, check_layout
 from megatron_ext.data.data_check import check_all_token_ids, check_token_ids
 from megatron_ext.data.documents import Documents
 from megatron_ext.data.masked_lm import FRAME, MaskedTokens, SpecialTokens, special_tokens

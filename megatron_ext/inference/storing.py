@@ -17,7 +17,7 @@ from tqdm import tqdm
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import tokenizer_sha256
-from megatron_ext.cli.programs import check_experts, check_layout, virtual_pipeline_size
+from megatron_ext.cli.fit import check_experts, check_layout, virtual_pipeline_size
 from megatron_ext.data import datasets
 from megatron_ext.distillation import stored
 from megatron_ext.distillation.store_index import StoreIndex

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_ext.cli.fit import pipeline_layout, virtual_pipeline_size
 from megatron_ext.cli.megatron_flags import Parallel
 from megatron_ext.cli.parser import dashed, flags_as_dict
-from megatron_ext.cli.programs import ModelFlags, pipeline_layout, virtual_pipeline_size
+from megatron_ext.cli.programs import ModelFlags
 from megatron_ext.data import datasets
 from megatron_ext.model import cuda_graphs
 from megatron_ext.model.build import ModelOptions, choose_transformer_impl

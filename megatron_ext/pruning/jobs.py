@@ -7,14 +7,14 @@ from pathlib import Path
 
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint.folder import find
-from megatron_ext.cli.method_flags import AUTO
-from megatron_ext.cli.programs import (
-    PruneFlags,
+from megatron_ext.cli.fit import (
     check_experts,
     check_layout,
     check_targets,
     virtual_pipeline_size,
 )
+from megatron_ext.cli.method_flags import AUTO
+from megatron_ext.cli.programs import PruneFlags
 from megatron_ext.convert.config import Config
 from megatron_ext.convert.fit import check_target
 from megatron_ext.pruning.budget import Use, around, read_budget

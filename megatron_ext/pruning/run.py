@@ -15,7 +15,8 @@ from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256
 from megatron_ext.checkpoint.slices import SliceReader
-from megatron_ext.cli.programs import PruneFlags, check_layout, format_flags
+from megatron_ext.cli.fit import check_layout
+from megatron_ext.cli.programs import PruneFlags, format_flags
 from megatron_ext.convert.fit import export_note
 from megatron_ext.data import data_check, datasets
 from megatron_ext.data.masked_lm import FRAME

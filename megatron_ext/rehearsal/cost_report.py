@@ -4,15 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ext.arch import Arch, num_parameters
+from megatron_ext.cli.fit import pipeline_layout, virtual_pipeline_size
 from megatron_ext.cli.flag_checks import stages
 from megatron_ext.cli.megatron_flags import Parallel, TrainCheckpoint
 from megatron_ext.cli.method_flags import DryRun
-from megatron_ext.cli.programs import (
-    ModelFlags,
-    TrainFlags,
-    pipeline_layout,
-    virtual_pipeline_size,
-)
+from megatron_ext.cli.programs import ModelFlags, TrainFlags
 from megatron_ext.rehearsal.cost import (
     WIDE,
     Layout,
