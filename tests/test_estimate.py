@@ -17,7 +17,6 @@ from megatron_ext.rehearsal.cost import (
     FUSED_TOKENS,
     Layout,
     Placed,
-    bubble,
     in_flight,
     kept_bytes,
     layer_bytes,
@@ -25,8 +24,8 @@ from megatron_ext.rehearsal.cost import (
     memory,
     rank_memory,
     rank_parameters,
-    step_seconds,
 )
+from megatron_ext.rehearsal.speed import bubble, step_seconds
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.gpus import GPUS, Gpu
 from megatron_ext.training import state

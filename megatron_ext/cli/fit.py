@@ -7,9 +7,7 @@ from megatron_ext.arch.axes import axes_of
 from megatron_ext.cli import flag_checks as check
 from megatron_ext.cli import megatron_flags as group
 from megatron_ext.cli import method_flags as own
-from megatron_ext.cli.parser import (
-    dashed,
-)
+from megatron_ext.cli.parser import dashed
 from megatron_ext.runtime.errors import USAGE, UserError
 
 

@@ -9,18 +9,10 @@ from megatron_ext.cli.flag_checks import stages
 from megatron_ext.cli.megatron_flags import Parallel, TrainCheckpoint
 from megatron_ext.cli.method_flags import DryRun
 from megatron_ext.cli.programs import ModelFlags, TrainFlags
-from megatron_ext.rehearsal.cost import (
-    WIDE,
-    Layout,
-    Placed,
-    bubble,
-    forward_memory,
-    forward_seconds,
-    memory,
-    step_seconds,
-)
+from megatron_ext.rehearsal.cost import WIDE, Layout, Placed, forward_memory, memory
 from megatron_ext.rehearsal.models import Model
 from megatron_ext.rehearsal.run_plan import PrunePlan, TrainPlan
+from megatron_ext.rehearsal.speed import bubble, forward_seconds, step_seconds
 from megatron_ext.runtime.errors import USAGE, UserError
 from megatron_ext.runtime.gpus import GPUS, Gpu
 
