@@ -6,7 +6,7 @@ from typing import Any
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.cli.fit import pipeline_layout, virtual_pipeline_size
 from megatron_ext.cli.flag_checks import stages
-from megatron_ext.cli.megatron_flags import Parallel, TrainCheckpoint
+from megatron_ext.cli.megatron_flags import Parallel
 from megatron_ext.cli.method_flags import DryRun
 from megatron_ext.cli.programs import ModelFlags, TrainFlags
 from megatron_ext.rehearsal.cost import WIDE, Layout, Placed, forward_memory, memory
@@ -175,9 +175,11 @@ def whole_run(plan: TrainPlan) -> str:
     lines = [
         f"  {steps:,} steps = {steps * tokens / 1e9:,.1f}B tokens: {hours / 24:,.2f} days, "
         f"{hours * layout.world_size:,.0f} GPU hours, {plan.flops:.3g} FLOPs",
+    ] * bool(steps)
+    lines += [
         f"{'begins':12}at iteration {plan.iteration}, {begins_with(plan)}",
         f"{'data':12}{train:,} samples for training, {valid:,} for validation, {test:,} for a test",
-        f"{'saves':12}{saves(plan.flags.checkpoint)}",
+        f"{'saves':12}{saves(plan)}",
     ]
     return "\n".join(lines)
 
@@ -189,12 +191,12 @@ def begins_with(plan: TrainPlan) -> str:
     return f"with the weights of {plan.student.where}" if plan.has_weights else "with new weights"
 
 
-def saves(options: TrainCheckpoint) -> str:
+def saves(plan: TrainPlan) -> str:
     """Return where a training run saves, and when, in words."""
-    if options.save is None:
-        return "nothing (--save)"
-    between = f"every {options.save_interval} steps and " if options.save_interval else ""
-    return f"{between}at the end, to {options.save}"
+    options = plan.flags.checkpoint
+    if options.save is None or plan.flags.batch.skip_train:
+        return "nothing"
+    return f"to {options.save} every {options.save_interval} steps and at the end"
 
 
 def of_pruning(plan: PrunePlan) -> tuple[str, dict[str, int]]:
