@@ -15,7 +15,7 @@ from megatron_ext.distillation.steps import COSINE, FORWARD_KL, MSE, REVERSE_KL,
 from megatron_ext.distillation.topk import DROP, teacher_top_k, vocab_parallel_top_k_kl
 
 KD_LOSS, LM_LOSS, HIDDEN_LOSS = "kd loss", "lm loss", "hidden loss"
-"""What the losses of a step are called wherever they are reported."""
+"""Names of the losses of a step, wherever they are reported."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What is refused before torch and megatron-core are imported, beside a plan: files of data.
+"""Refusals before torch and megatron-core are imported, beside a plan: files of data.
 
 The run looks at all of them again, where it has the model, its groups and its tokenizer at hand.
 """
