@@ -15,6 +15,7 @@ from megatron_ext.distillation import settings
 from megatron_ext.distillation.hidden import NO_HIDDEN_LOSSES, HiddenLosses
 from megatron_ext.distillation.losses import KD_LOSS, LM_LOSS, LogitLoss
 from megatron_ext.distillation.model import Distillation, DistillationModel
+from megatron_ext.distillation.pairs import HiddenStates
 from megatron_ext.distillation.stored import StoredDistillationModel, WithStoredTeacher
 from megatron_ext.model import cuda_graphs, fp8, tp_overlap
 from megatron_ext.model.build import LanguageModel, ModelOptions, build_model
@@ -54,18 +55,6 @@ def pretrain(plan: TrainPlan) -> int:
     return code
 
 
-def logit_loss(distill: Distill) -> LogitLoss:
-    """Return the loss between distributions over the vocabulary."""
-    return LogitLoss(
-        kind=distill.kd_loss,
-        temperature=distill.kd_temperature,
-        temperature_squared=distill.kd_temperature_squared,
-        beta=distill.kd_jsd_beta,
-        top_k=distill.kd_top_k,
-        top_k_rest=distill.kd_top_k_rest,
-    )
-
-
 def build(
     plan: TrainPlan, source: Checkpoint | None, teacher: Checkpoint | None, place: Platform
 ) -> state.Run:
@@ -79,8 +68,8 @@ def build(
     """
     flags, arch = plan.flags, plan.student.arch
     options = options_of_both(flags, arch, place)
-    check_fp8(flags.fp8, options)
-    own_options, teachers = student_options(flags, arch, options, place), []
+    prepare_engine(flags, arch, options, place)
+    own_options, teachers = student_options(flags, options), []
     if source is None:
         chunks = build_model(arch, own_options, place.groups, seed=flags.batch.seed)
     elif plan.goes_on:
@@ -88,12 +77,8 @@ def build(
     else:
         chunks = open_model(source, own_options, place.groups, arch=arch)
     if teacher is not None:
-        layout = plan.teacher_parallel.pipeline_model_parallel_layout
-        teacher_options = replace(
-            options, pipeline_model_parallel_layout=layout, fp8=fp8.of_teacher(flags.fp8)
-        )
-        alike = padded_alike(teacher.arch, arch)
-        teachers = open_model(teacher, teacher_options, place.groups, arch=alike)
+        alike, others = padded_alike(teacher.arch, arch), teacher_options(plan, options)
+        teachers = open_model(teacher, others, place.groups, arch=alike)
     teacher_arch = teacher and teacher.arch
     run = assemble(flags, arch, chunks, place, teacher_arch, teachers, source)
     if plan.goes_on:
@@ -112,6 +97,38 @@ def options_of_both(flags: TrainFlags, arch: Arch, place: Platform) -> ModelOpti
         recompute_method=flags.batch.recompute_method,
         recompute_num_layers=flags.batch.recompute_num_layers,
         recompute_modules=list(flags.batch.recompute_modules) or None,
+    )
+
+
+def student_options(flags: TrainFlags, options: ModelOptions) -> ModelOptions:
+    """Return ``options`` with what the trained model has alone: FP8, CUDA graphs, overlap."""
+    return replace(
+        options,
+        fp8=fp8.of_student(flags.fp8),
+        graphs=cuda_graphs.of_student(flags.graphs),
+        overlap=tp_overlap.of_student(flags.overlap),
+    )
+
+
+def teacher_options(plan: TrainPlan, options: ModelOptions) -> ModelOptions:
+    """Return ``options`` with the teacher's pipeline layout and FP8."""
+    layout = plan.teacher_parallel.pipeline_model_parallel_layout
+    formats = fp8.of_teacher(plan.flags.fp8)
+    return replace(options, pipeline_model_parallel_layout=layout, fp8=formats)
+
+
+def prepare_engine(flags: TrainFlags, arch: Arch, options: ModelOptions, place: Platform) -> None:
+    """Refuse features that layers or GPU lack; start Transformer Engine's buffers. Collective."""
+    impl, batch = options.transformer_impl, flags.batch
+    check_fp8(flags.fp8, options)
+    cuda_graphs.check_machine(flags.graphs, device=place.device.type, transformer_impl=impl)
+    tp_overlap.start(
+        flags.overlap,
+        arch,
+        flags.fp8,
+        tokens=batch.micro_batch_size * batch.seq_length // place.groups.cp.size(),
+        tp_size=place.groups.tp.size(),
+        transformer_impl=impl,
     )
 
 
@@ -136,26 +153,20 @@ def assemble(
         source: where the weights of ``chunks`` come from; None for random ones.
     """
     modules, objective, eval_losses, hidden = chunks, {LM_LOSS: 1.0}, (LM_LOSS,), NO_HIDDEN_LOSSES
-    distillation = Distillation(
-        logit_loss=logit_loss(flags.distill),
-        loss_weight=flags.distill.kd_loss_weight,
-        lm_loss_weight=flags.distill.kd_lm_loss_weight,
-        fused_output=flags.distill.kd_fused_output,
-        vocab_size=arch.vocab_size,
-    )
     if flags.distill.kd_teacher_store is not None:
+        distillation = losses_of(flags.distill, arch.vocab_size)
         modules = [StoredDistillationModel(s, distillation, place.groups.tp) for s in chunks]
         objective = distillation.objective
     if teacher is not None:
         states = settings.hidden_states(flags, arch, teacher, source)
-        distillation = replace(distillation, hidden_states=states)
+        distillation = losses_of(flags.distill, arch.vocab_size, states)
         modules = on_all_ranks(
             lambda: [
                 DistillationModel(student, frozen, distillation, place.groups.tp)
                 for student, frozen in zip(chunks, teachers, strict=True)
             ]
         )
-        if distillation.hidden_states is not None:
+        if states is not None:
             alpha = flags.distill.kd_alpha
             constant = None if alpha == "dynamic" else float(alpha)
             hidden = HiddenLosses([m.hidden for m in modules], place.groups, constant)
@@ -174,25 +185,25 @@ def assemble(
     )
 
 
-def student_options(
-    flags: TrainFlags, arch: Arch, options: ModelOptions, place: Platform
-) -> ModelOptions:
-    """Return ``options`` with what is the trained model's alone, and prepare it. Collective."""
-    impl, batch = options.transformer_impl, flags.batch
-    cuda_graphs.check_machine(flags.graphs, device=place.device.type, transformer_impl=impl)
-    tp_overlap.start(
-        flags.overlap,
-        arch,
-        flags.fp8,
-        tokens=batch.micro_batch_size * batch.seq_length // place.groups.cp.size(),
-        tp_size=place.groups.tp.size(),
-        transformer_impl=impl,
+def losses_of(
+    distill: Distill, vocab_size: int, states: HiddenStates | None = None
+) -> Distillation:
+    """Return the losses between two models; ``states``: the hidden states that are compared."""
+    loss = LogitLoss(
+        kind=distill.kd_loss,
+        temperature=distill.kd_temperature,
+        temperature_squared=distill.kd_temperature_squared,
+        beta=distill.kd_jsd_beta,
+        top_k=distill.kd_top_k,
+        top_k_rest=distill.kd_top_k_rest,
     )
-    return replace(
-        options,
-        fp8=fp8.of_student(flags.fp8),
-        graphs=cuda_graphs.of_student(flags.graphs),
-        overlap=tp_overlap.of_student(flags.overlap),
+    return Distillation(
+        logit_loss=loss,
+        loss_weight=distill.kd_loss_weight,
+        lm_loss_weight=distill.kd_lm_loss_weight,
+        hidden_states=states,
+        fused_output=distill.kd_fused_output,
+        vocab_size=vocab_size,
     )
 
 
