@@ -1,7 +1,6 @@
 """FP8: what reaches megatron-core of each model, and what is refused. No GPU runs here."""
 
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -250,9 +249,8 @@ def test_flags_without_effect_are_said_to_be(capsys):
     from megatron_ext.model.options import _check_attention
 
     parallel = TrainParallel(attention_backend="flash")
-    flags = SimpleNamespace(parallel=parallel, data=SimpleNamespace(reset_attention_mask=True))
-    _check_attention(flags, "local")
+    _check_attention(parallel, "local", has_masks=True)
     assert "--attention-backend flash: without effect" in capsys.readouterr().err
     with pytest.raises(UserError, match="--reset-attention-mask"):
-        _check_attention(flags, "transformer_engine")
+        _check_attention(parallel, "transformer_engine", has_masks=True)
     assert asdict(parallel)["cp_comm_type"] == "p2p"

@@ -7,12 +7,7 @@ from pathlib import Path
 
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint.folder import find
-from megatron_ext.cli.fit import (
-    check_experts,
-    check_layout,
-    check_targets,
-    virtual_pipeline_size,
-)
+from megatron_ext.cli.fit import check_experts, check_layout, check_targets, virtual_pipeline_size
 from megatron_ext.cli.method_flags import AUTO
 from megatron_ext.cli.programs import PruneFlags
 from megatron_ext.convert.config import Config
