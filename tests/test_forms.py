@@ -11,13 +11,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.open import restore_weights
 from megatron_ext.pruning.plan import load_plan
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.targets import target_arch
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
-from megatron_ext.training.state import restore_weights
 from tests import test_engine_layers
 from tests.engine import ENGINE, stand_in
 from tests.models import BERT, GPT2, LLAMA, MOE, NEMOTRON

@@ -10,8 +10,8 @@ import torch
 
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.open import restore_weights
 from megatron_ext.runtime import platform
-from megatron_ext.training.state import restore_weights
 from tests.core_0_16.make import DENSE
 from tests.programs import assert_same_bytes, read_tensors, succeed
 from tests.ranks import run_ranks

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 from megatron_ext.arch import num_parameters
 from megatron_ext.checkpoint.folder import locate
+from megatron_ext.checkpoint.quick_read import glance
 from megatron_ext.checkpoint.unpickling import trust
 from megatron_ext.cli.flag_checks import dry_run_problems, refuse
 from megatron_ext.cli.megatron_flags import trust_flag
