@@ -1,6 +1,7 @@
 """Generation against a naive loop, sampling on made-up logits, and what is refused."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,45 @@ def test_learned_positions_and_tied_embeddings(tmp_path):
     (outcome,) = succeed("tools.generate", flags)
     ((expected, _),) = run_ranks(1, naive_greedy, str(tmp_path), [8, 16, 32], 5, GPT2.vocab_size)
     assert continuations(outcome.stdout) == [expected]
+
+
+def naive_loss(folder, prompt, new, vocab_size):
+    """Return a teacher's mean loss over ``new``."""
+    model, ids = read_model(folder), list(prompt) + new
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), torch.arange(len(ids))[None], None)[:, 0, :vocab_size]
+    losses = [
+        -logits[i - 1].double().log_softmax(-1)[ids[i]].item() for i in range(len(prompt), len(ids))
+    ]
+    return sum(losses) / len(losses)
+
+
+def test_yardsticks_beside_a_teacher(load, tmp_path):
+    write_model(str(tmp_path / "teacher"), replace(LLAMA, num_layers=2))
+    flags = ["--load", load, "--teacher-load", str(tmp_path / "teacher"), *NULL]
+    prompts = ["3 1 4", "7"]
+    flags += ["--max-new-tokens", "6", "--prompt", *prompts]
+    (outcome,) = succeed("tools.generate", flags)
+    found = continuations(outcome.stdout)
+    losses, common = [], []
+    for prompt, new in zip(prompts, found, strict=True):
+        ids = [int(word) for word in prompt.split()]
+        folder = str(tmp_path / "teacher")
+        (loss,) = run_ranks(1, naive_loss, folder, ids, new, LLAMA.vocab_size)
+        ((own, _),) = run_ranks(1, naive_greedy, folder, ids, len(new), LLAMA.vocab_size)
+        losses.append(loss)
+        parted = [i for i, pair in enumerate(zip(new, own, strict=True)) if len(set(pair)) > 1]
+        common.append(min(parted, default=len(new)))
+    lines = outcome.stdout.split("--- yardsticks, means of 2 continuations\n")[1].splitlines()
+    values = [line.rsplit(None, 1)[1] for line in lines[:4]]
+    assert float(values[0]) == pytest.approx(sum(losses) / 2, abs=1e-3)
+    assert float(values[3]) == sum(common) / 2
+
+
+def test_a_teacher_of_another_vocabulary(load, tmp_path):
+    write_model(str(tmp_path), replace(LLAMA, vocab_size=90, padded_vocab_size=96))
+    flags = ["--load", load, "--teacher-load", str(tmp_path), *NULL, "--prompt", "7"]
+    assert fail("tools.generate", flags)[0] == CHECKPOINT
 
 
 # Logits that one can read: after token t, t + 1 is the likeliest, then t + 2, ...

@@ -1,6 +1,7 @@
 """Continue texts with a checkpoint, in one process; the likeliest token each time, or sampled.
 
     python tools/generate.py --load ckpt/student --prompt "def main(" "Once upon a time"
+    python tools/generate.py --load ckpt/student --teacher-load ckpt/teacher --prompt ...
 
 The tokenizer is the one beside the checkpoint, unless --tokenizer-type and its files name another.
 Sizes and precision are the checkpoint's. Every token costs a forward pass over all tokens before
@@ -28,6 +29,11 @@ class Generation:
     load: str = flag(REQUIRED, "folder of the checkpoint")
     ckpt_step: int | None = flag(None, "iteration to read; default the latest", at_least=0)
     prompt: tuple[str, ...] = flag(REQUIRED, "texts to continue")
+    teacher_load: str | None = flag(
+        None,
+        "folder of a teacher's checkpoint: print its loss on the continuations, how much they "
+        "repeat, and how long they agree with the teacher's own",
+    )
     max_new_tokens: int = flag(64, "tokens after each prompt, unless the document ends", at_least=1)
     temperature: float = flag(0.0, "of sampling; 0 takes the likeliest token", at_least=0)
     top_k: int | None = flag(None, "sample from the K likeliest tokens; default all", at_least=1)
@@ -50,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = flags.generation
     trust(options.trust_checkpoint)
     folder = locate(options.load, options.ckpt_step)
+    teacher = locate(options.teacher_load) if options.teacher_load else None
     check_tokenizer_file(flags.tokenizer)
     with heavy.imports():
         from megatron_ext.inference import generation
-    generation.generate(flags, folder)
+    generation.generate(flags, folder, teacher)
 
 
 def parse(argv: Sequence[str]) -> GenerateFlags:

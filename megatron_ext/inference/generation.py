@@ -3,7 +3,7 @@
 ``flags`` are that program's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +13,92 @@ from tqdm import tqdm
 
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
+from megatron_ext.checkpoint.identity import check_comparable
 from megatron_ext.data import datasets
+from megatron_ext.inference.yardsticks import agreed, distinct, mean_nll, repeated
 from megatron_ext.model.build import ModelOptions, choose_transformer_impl
 from megatron_ext.model.open import open_model, read_models
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
 from megatron_ext.runtime.platform import Platform
 
-# Tokens [n], n >= 1, to the logits of the token that follows them, [padded_vocab_size].
+# Tokens [n], n >= 1, to the logits of the token that follows each, [n, padded_vocab_size].
+Logits = Callable[[list[int]], Tensor]
+# ... and of the last alone, [padded_vocab_size].
 NextLogits = Callable[[list[int]], Tensor]
+# n-grams of which a text should not repeat many, and of which most should be different.
+REPEATED, DIFFERENT = 4, 2
 
 
-def generate(flags: Any, folder: Path) -> None:
-    """Print each prompt and how the checkpoint in ``folder`` continues it."""
+def generate(flags: Any, folder: Path, teacher_folder: Path | None) -> None:
+    """Print each prompt and its continuation by the checkpoint in ``folder``; then yardsticks.
+
+    Yardsticks are printed beside a teacher: its loss on the continuations, and how many tokens they
+    have in common with its own.
+    """
     options = flags.generation
-    _, tokenizer, (source,) = read_models(flags.tokenizer, folder)
+    folders = [folder, *([teacher_folder] if teacher_folder else [])]
+    _, tokenizer, (source, *teachers) = read_models(flags.tokenizer, *folders)
     if source.arch.is_bert:
         raise UserError(f"{source.folder} is a BertModel, which continues no texts.", CHECKPOINT)
+    for teacher in teachers:
+        check_comparable(source.arch, teacher.arch)
     prompts = [tokens_of(text, tokenizer, source.arch.vocab_size) for text in options.prompt]
     for text, ids in zip(options.prompt, prompts, strict=True):
-        check_length(text, len(ids), options.max_new_tokens, source.arch.max_position_embeddings)
+        for arch in (model.arch for model in (source, *teachers)):
+            check_length(text, len(ids), options.max_new_tokens, arch.max_position_embeddings)
 
     place = platform.initialize(device=options.device)
-    checkpoints.verify_integrity(source.folder)
-    next_logits = load_model(source, place)
+    for model in (source, *teachers):
+        checkpoints.verify_integrity(model.folder)
+    how = {
+        "max_new_tokens": options.max_new_tokens,
+        "eod": tokenizer.eod,
+        "vocab_size": source.arch.vocab_size,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "seed": options.seed,
+    }
+    logits, continuations = load_model(source, place), []
     for text, ids in zip(options.prompt, prompts, strict=True):
-        new = continue_tokens(
-            next_logits,
-            ids,
-            max_new_tokens=options.max_new_tokens,
-            eod=tokenizer.eod,
-            vocab_size=source.arch.vocab_size,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            seed=options.seed,
-        )
+        new = continue_tokens(_last(logits), ids, **how)
         # Many tokenizers drop a space at the beginning of what they turn into text.
         whole, head = tokenizer.detokenize(ids + new), tokenizer.detokenize(ids)
         print(f"--- prompt\n{text}\n--- continuation, {len(new)} tokens\n{whole[len(head) :]}\n")
+        continuations.append(new)
+    for teacher in teachers:
+        print(measured(load_model(teacher, place), prompts, continuations, how))
     platform.shut_down()
+
+
+@torch.no_grad()
+def measured(
+    teacher: Logits,
+    prompts: Sequence[list[int]],
+    continuations: Sequence[list[int]],
+    how: Mapping[str, Any],
+) -> str:
+    """Return the yardsticks of continuations beside a teacher, means over those that have tokens.
+
+    ``how``: the settings of ``continue_tokens``, for the teacher's own texts.
+    """
+    rows = []
+    for prompt, new in zip(prompts, continuations, strict=True):
+        if new:
+            own = continue_tokens(_last(teacher), prompt, **how)
+            tokens = prompt + new
+            loss = mean_nll(teacher(tokens), tokens, len(prompt), how["vocab_size"])
+            rows.append((loss, repeated(new, REPEATED), distinct(new, DIFFERENT), agreed(new, own)))
+    if not rows:
+        return "--- yardsticks\nnone: no continuation has a token"
+    loss, again, different, common = (sum(x) / len(rows) for x in zip(*rows, strict=True))
+    return (
+        f"--- yardsticks, means of {len(rows)} continuations\n"
+        f"loss of the teacher on them, nats per token   {loss:.3f}\n"
+        f"tokens in {REPEATED}-grams that stood there before        {again:.1%}\n"
+        f"{DIFFERENT}-grams that are different                   {different:.1%}\n"
+        f"tokens until the teacher's own text parts     {common:.1f}"
+    )
 
 
 def tokens_of(prompt: str, tokenizer: datasets.MegatronTokenizerBase, vocab_size: int) -> list[int]:
@@ -79,7 +126,7 @@ def check_length(prompt: str, num_tokens: int, max_new_tokens: int, num_position
         )
 
 
-def load_model(source: Checkpoint, place: Platform) -> NextLogits:
+def load_model(source: Checkpoint, place: Platform) -> Logits:
     """Return the model of ``source`` in the precision that it was saved in, on this process."""
     options = ModelOptions(
         params_dtype=source.args.get("params_dtype", torch.float32),
@@ -88,12 +135,16 @@ def load_model(source: Checkpoint, place: Platform) -> NextLogits:
     (model,) = open_model(source, options, place.groups)
     model.eval()
 
-    def next_logits(ids: list[int]) -> Tensor:
+    def logits(ids: list[int]) -> Tensor:
         tokens = torch.tensor([ids], device=place.device)
         positions = torch.arange(len(ids), device=place.device).unsqueeze(0)
-        return model(tokens, positions, None)[-1, 0]  # of [s, 1, padded_vocab_size]
+        return model(tokens, positions, None)[:, 0]  # of [s, 1, padded_vocab_size]
 
-    return next_logits
+    return logits
+
+
+def _last(logits: Logits) -> NextLogits:
+    return lambda ids: logits(ids)[-1]
 
 
 @torch.no_grad()
