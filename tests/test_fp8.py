@@ -59,7 +59,9 @@ def test_each_model_has_its_own_format(typed, student, teacher):
 
 def configs(fp8_settings):
     groups = platform.initialize().groups
-    options = ModelOptions(params_dtype=torch.bfloat16, fp8=fp8_settings, cp_comm_type="a2a")
+    options = ModelOptions(
+        params_dtype=torch.bfloat16, fp8=fp8_settings, settings={"cp_comm_type": "a2a"}
+    )
     config = transformer_config(FITTING, options, groups)
     return {name: getattr(config, name) for name in (*fp8_settings, "cp_comm_type")}
 

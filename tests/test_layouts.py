@@ -48,7 +48,7 @@ LAYOUTS = {
         {
             "virtual_pipeline_model_parallel_size": 2,
             "overlap_p2p_comm": True,
-            "overlap_p2p_comm_warmup_flush": True,
+            "settings": {"overlap_p2p_comm_warmup_flush": True},
         },
     ),
     "DP2": (2, {}, {}),

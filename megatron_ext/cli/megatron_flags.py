@@ -38,7 +38,9 @@ class Parallel:
         off="--no-overlap-p2p-communication",
     )
     overlap_p2p_communication_warmup_flush: bool = flag(
-        False, "overlap them at the beginning and the end of a step too"
+        False,
+        "overlap them at the beginning and the end of a step too",
+        setting="overlap_p2p_comm_warmup_flush",
     )
     context_parallel_size: int = flag(1, "ranks that share each sequence (CP)", at_least=1)
     sequence_parallel: bool = flag(
@@ -48,7 +50,11 @@ class Parallel:
         None, "default nccl on CUDA, gloo on CPU", choices=("nccl", "gloo")
     )
     distributed_timeout_minutes: int = flag(10, "of every collective, minutes", at_least=1)
-    deterministic_mode: bool = flag(False, "only kernels that give the same bits each time; slower")
+    deterministic_mode: bool = flag(
+        False,
+        "only kernels that give the same bits each time; slower",
+        setting="deterministic_mode",
+    )
     disable_bf16_reduced_precision_matmul: bool = flag(
         False, "add products of bfloat16 matrices in float32 throughout, on a GPU"
     )
@@ -69,6 +75,7 @@ class Parallel:
         "p2p",
         "how Transformer Engine's attention exchanges keys and values over CP",
         choices=("p2p", "all_gather", "a2a"),
+        setting="cp_comm_type",
     )
 
     expert_model_parallel_size: int = flag(

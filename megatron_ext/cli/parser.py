@@ -48,6 +48,7 @@ def flag(
     aliases: Sequence[str] = (),
     shorthands: Mapping[str, Any] | None = None,
     choices: Sequence[str] | None = None,
+    setting: str | None = None,
     **bounds: float,
 ) -> Any:
     """Declare one flag as a dataclass field; its option is ``--`` and the field's name.
@@ -59,6 +60,7 @@ def flag(
         aliases: other spellings of the option.
         shorthands: option without a value -> the value it stands for.
         choices: the allowed values.
+        setting: the setting of megatron-core that takes the value as it is (``settings_of``).
         bounds: ``at_least``, ``above``, ``at_most``, ``below``: limits of a number.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
@@ -69,6 +71,7 @@ def flag(
         "aliases": tuple(aliases),
         "shorthands": shorthands or {},
         "choices": choices,
+        "setting": setting,
         "bounds": bounds,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -84,6 +87,12 @@ def flag_fields(program: type) -> Iterator[dataclasses.Field]:
     """Yield the field of every flag of ``program``."""
     for group in groups(program).values():
         yield from dataclasses.fields(group)
+
+
+def settings_of(group: Any) -> dict[str, Any]:
+    """Return the settings of megatron-core that flags of ``group`` (an instance) stand for."""
+    named = {f.name: f.metadata["setting"] for f in dataclasses.fields(group)}
+    return {setting: getattr(group, name) for name, setting in named.items() if setting}
 
 
 def dashed(name: str) -> str:

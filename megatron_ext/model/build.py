@@ -42,23 +42,20 @@ class ModelOptions:
     pipeline_model_parallel_layout: str | None = None
     overlap_p2p_comm: bool = False
     """With virtual stages only: send activations while computing."""
-    overlap_p2p_comm_warmup_flush: bool = False
-    """At the beginning and the end of a step too."""
     transformer_impl: str = "local"
     attention_backend: str = "auto"
     """flash, fused, unfused; of Transformer Engine's attention only."""
-    cp_comm_type: str = "p2p"
-    """all_gather, a2a; of Transformer Engine's attention only."""
     fp8: dict[str, Any] = field(default_factory=dict)
     """megatron-core's settings of FP8 (``model.fp8``); Transformer Engine's layers only."""
     fuse_kernels: bool = False
     """Let megatron-core fuse element-wise operations (torch.compile); for GPUs."""
     moe_token_dispatcher_type: str = "allgather"
     moe_grouped_gemm: bool = False
+    """One kernel for the experts of a rank; Transformer Engine's layers only."""
     moe_router_dtype: str | None = None
     """fp32 or fp64, of a router's scores; None for the weights' dtype."""
-    deterministic_mode: bool = False
-    """One kernel for the experts of a rank; Transformer Engine's layers only."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """megatron-core's settings that flags stand for, as ``cli.parser.settings_of`` returns them."""
     recompute: dict[str, Any] = field(default_factory=dict)
     """megatron-core's recompute_granularity, recompute_method, recompute_num_layers and
     recompute_modules."""
@@ -175,19 +172,17 @@ def _transformer_config(
         virtual_pipeline_model_parallel_size=options.virtual_pipeline_model_parallel_size,
         pipeline_model_parallel_layout=options.pipeline_model_parallel_layout,
         context_parallel_size=groups.cp.size(),
-        cp_comm_type=options.cp_comm_type,
         attention_backend=AttnBackend[options.attention_backend],
         sequence_parallel=options.sequence_parallel and groups.tp.size() > 1,
         overlap_p2p_comm=options.overlap_p2p_comm,
-        overlap_p2p_comm_warmup_flush=options.overlap_p2p_comm_warmup_flush,
         batch_p2p_comm=not options.overlap_p2p_comm,
         batch_p2p_sync=False,
         variable_seq_lengths=False,
         transformer_impl=impl,
-        deterministic_mode=options.deterministic_mode,
         use_cpu_initialization=False,
         is_hybrid_model=arch.is_hybrid,
         **(_expert_config(arch, options, groups) if arch.num_experts else {}),
+        **options.settings,
         **options.recompute,
         **options.fp8,
         **options.graphs,

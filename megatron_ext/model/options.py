@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from megatron_ext.cli.fit import pipeline_layout, virtual_pipeline_size
 from megatron_ext.cli.megatron_flags import Parallel
-from megatron_ext.cli.parser import dashed, flags_as_dict
+from megatron_ext.cli.parser import dashed, flags_as_dict, settings_of
 from megatron_ext.cli.programs import ModelFlags
 from megatron_ext.data import datasets
 from megatron_ext.model import cuda_graphs
@@ -128,16 +128,14 @@ def model_options(
         virtual_pipeline_model_parallel_size=pieces,
         pipeline_model_parallel_layout=pipeline_layout(parallel, num_layers),
         overlap_p2p_comm=bool(pieces) and parallel.overlap_p2p_comm,
-        overlap_p2p_comm_warmup_flush=parallel.overlap_p2p_communication_warmup_flush,
         transformer_impl=impl,
         attention_backend=parallel.attention_backend,
-        cp_comm_type=parallel.cp_comm_type,
         moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
         moe_grouped_gemm=parallel.moe_grouped_gemm,
         moe_router_dtype=parallel.moe_router_dtype,
-        deterministic_mode=parallel.deterministic_mode,
         # The compiler that fuses them is not on every machine without a GPU.
         fuse_kernels=place.device.type == "cuda",
+        settings=settings_of(parallel),
         recompute=recompute,
     )
 
