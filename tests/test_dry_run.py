@@ -185,6 +185,28 @@ def test_pruning(place, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("line", "passes"),
+    [
+        ("--target-hidden-size 40", 1),
+        ("--target-hidden-size 24 --prune-iterations 3", 3),
+        ("--target-num-layers 2 --depth-importance loss", 1 + 4),
+        ("--target-num-layers 2 --depth-importance kl", 1 + 5),
+        ("--target-num-layers 2 --depth-importance kl --depth-rescore", 1 + 5 + 4),
+        ("--target-num-layers 2 --depth-importance loss --depth-block 2", 1 + 3),
+        ("--target-num-layers 2 --depth-block 2", 1 + 1),
+        ("--target-num-layers 2 --depth-rescore", 1 + 2),
+        ("--target-attention-layers 3", 1 + 1),
+        ("--target-attention-layers 3 --depth-importance kl", 1 + 9),
+    ],
+)
+def test_every_pass_counts(line, passes, place, tmp_path):
+    line += f" --load {place}/teacher --save {tmp_path}/pruned --calibration-samples 8"
+    code, stdout, stderr = dry("prune.py", f"{line} {data_of(place)}")
+    assert (code, stderr) == (0, "")
+    assert f"{passes} forward passes over 8 samples" in stdout
+
+
 @pytest.mark.parametrize("what", ["scores", "plan", "targets"])
 def test_pruning_without_data_where_the_run_needs_none(what, place, tmp_path):
     """Scores or a plan that are there; a search that only lists its candidates."""

@@ -47,7 +47,7 @@ class Sizes:
         at_least=1,
     )
     """Not tied to hidden_size / num_attention_heads."""
-    add_qkv_bias: bool = size(False, "a bias on query, key and value even without the others")
+    add_qkv_bias: bool = size(False, "a bias on query, key and value, whatever the others have")
     qk_layernorm: bool = size(False, "a norm on the query and the key of each head")
     attention_dropout: float = size(
         0.1, "share of attention weights dropped in training", at_least=0, below=1
@@ -87,7 +87,7 @@ def weights(arch: "Arch", layer: str) -> list[Weight]:
 
 
 def multiply_adds(arch: "Arch", seq_length: int) -> int:
-    """Return those of one token beside the weights': scores and values.
+    """Return one token's multiply-adds outside of weight matrices: scores and sums of values.
 
     Causal attention counts half of the square, seq_length / 2 keys a token on average; a
     BertModel's all of it.
@@ -103,7 +103,8 @@ def _head_outputs(arch: "Arch") -> list[Sequence[int]]:
 def _queries_keys_values(arch: "Arch") -> list[Sequence[int]]:
     """Queries, key and value of one query group after another: kv_channels positions each.
 
-    A key and value belong to the group, or to the head where every head has its own.
+    A key and value have the unit of their group, heads + group (``Axis.within``), or of the head
+    where every head has its own.
     """
     heads, groups = arch.num_attention_heads, arch.num_query_groups
     blocks: list[int] = []

@@ -62,7 +62,8 @@ def is_gelu(sizes: Mapping[str, Any]) -> bool:
 
 def problems(arch: "Arch") -> Iterator[str]:
     """Yield how these sizes contradict each other."""
-    yield from ()
+    if arch.swiglu and arch.squared_relu:
+        yield "--swiglu and --squared-relu contradict each other: give one."
 
 
 def dims(arch: "Arch") -> dict[str, int]:
@@ -83,7 +84,7 @@ def weights(arch: "Arch", layer: str) -> list[Weight]:
 
 
 def multiply_adds(arch: "Arch", seq_length: int) -> int:
-    """Return those of one token beside the weights'."""
+    """Return one token's multiply-adds outside of weight matrices."""
     return 0
 
 

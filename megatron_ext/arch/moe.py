@@ -142,7 +142,7 @@ def weights(arch: "Arch", layer: str) -> list[Weight]:
 
 
 def multiply_adds(arch: "Arch", seq_length: int) -> int:
-    """Return those of one token beside the weights'."""
+    """Return one token's multiply-adds outside of weight matrices."""
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from megatron_ext.arch.sizes import Arch
 
-# Positions of a dim: sections, one behind the other, each with the unit of every position.
+# Indices along a tensor dim as sections, one behind the other: each says the unit of every index.
 Sections = Callable[["Arch"], list[Sequence[int]]]
 
 REQUIRED: Any = object()
@@ -75,7 +75,7 @@ class Size:
     help: str
     """Text of its --target- flag's help: the thing that is counted."""
     rows: Callable[["Arch"], int] | None = None
-    """Rows of a matrix product that one of them is; None where no product grows with it."""
+    """Rows of a weight matrix that one unit takes; None where no matrix grows with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,9 @@ class Axis:
     size: Size
     """Number of units."""
     within: Size | None = None
-    """Groups of neighbouring units; units are ranked within their group, and each group that stays
-    keeps as many. What a group shares is unit ``size`` + group: it stays with any unit of it."""
+    """Groups of neighbouring units. Units are ranked within their group, and every group that stays
+    keeps the same number of units. What group g shares (a query group's key and value) has the unit
+    number ``length`` + g, and stays if any unit of group g stays."""
     scope: Literal["model", "layer", "expert"] = "layer"
     """Owner of a set of units: the model, each layer, each expert of each layer."""
     kind: str | None = None

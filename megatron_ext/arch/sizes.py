@@ -15,8 +15,10 @@ RENAMED = {
     "norm_epsilon": "layernorm_epsilon",
     "apply_layernorm_1p": "layernorm_zero_centered_gamma",
 }
-# What else is not built here and what leaves it out, beside None. Most of it has no tensor of its
-# own: a model without it would load and compute something else.
+# Saved args of features that are not built here: name -> values that mean "off", beside None. Most
+# have no tensor of their own: a model without the feature would load and compute something else.
+# A feature that gets built leaves this table, cli/refused_flags.py and has its name in
+# checkpoint/foreign_args.py, so that no reader takes in a model without it.
 LEFT_OUT: dict[str, tuple[Any, ...]] = {
     "activation_func_clamp_value": (),
     "attention_output_gate": (False,),

@@ -29,7 +29,7 @@ from megatron_ext.checkpoint.safe_load import load_metadata
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 
 FIRST_WEIGHT = "embedding.word_embeddings.weight"
-# Of other tensors whose names end alike.
+# Prefixes of the optimizer's tensors, whose names end alike.
 NOT_A_MODEL = ("optimizer.", "chained_")
 LAYER_NUMBER = re.compile(rf"({'|'.join(map(re.escape, LAYER_PREFIXES))})(\d+)\.")
 # What torch raises on files that are missing, cut short or overwritten.
@@ -166,7 +166,7 @@ class SliceReader:
     def read_shard(self, shard: ShardedTensor) -> Tensor:
         """Return the part of a global tensor that ``shard`` stands for, in its local shape.
 
-        Shorter where the tensor ends before it, as a vocabulary with less padding.
+        Shorter where the stored tensor ends before the shard, as a vocabulary with less padding.
         """
         index = [
             slice(start, start + length)

@@ -39,7 +39,7 @@ class Parallel:
     )
     overlap_p2p_communication_warmup_flush: bool = flag(
         False,
-        "overlap them at the beginning and the end of a step too",
+        "overlap transfers between stages at the beginning and the end of a step too",
         setting="overlap_p2p_comm_warmup_flush",
     )
     context_parallel_size: int = flag(1, "ranks that share each sequence (CP)", at_least=1)
@@ -83,7 +83,9 @@ class Parallel:
     )
 
     expert_tensor_parallel_size: int | None = flag(
-        None, "ranks that share an expert's layers: the same as those of the others", at_least=1
+        None,
+        "ranks that share an expert's layers; must equal --tensor-model-parallel-size",
+        at_least=1,
     )
 
     moe_router_dtype: str | None = flag(

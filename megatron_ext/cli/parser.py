@@ -1,4 +1,4 @@
-"""Frozen dataclasses as command-line flags: the machinery behind ``flags``, without any flag.
+"""Frozen dataclasses as command-line flags: the machinery, without any flag.
 
     @dataclass(frozen=True, kw_only=True)
     class Batch:                                      a group; the docstring is its title in --help
@@ -60,7 +60,9 @@ def flag(
         aliases: other spellings of the option.
         shorthands: option without a value -> the value it stands for.
         choices: the allowed values.
-        setting: the setting of megatron-core that takes the value as it is (``settings_of``).
+        setting: the setting of megatron-core's TransformerConfig that takes the value as it is, of
+            flags in the group of the layout (``settings_of``, in ``model.options``); one that
+            ``model.build`` does not fill itself.
         bounds: ``at_least``, ``above``, ``at_most``, ``below``: limits of a number.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds

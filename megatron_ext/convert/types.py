@@ -65,7 +65,7 @@ NULL = ("sliding_window", "num_key_value_heads", "head_dim", "rope_theta")
 
 
 def typed(family: Family, config: Config) -> dict[str, Any]:
-    """Return ``config`` with what it stands for where it leaves a key out.
+    """Return ``config`` with the family's values of the keys that it leaves out.
 
     Raises:
         ValueError: naming a key that is read and holds a value of another kind.

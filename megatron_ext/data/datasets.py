@@ -123,7 +123,7 @@ def build_datasets(
         tokenizer: of ``build_tokenizer``.
         seed: of the order of documents and samples, and of what is masked.
         vocab_size: tokens of the model, which may have fewer than its tokenizer; None for those.
-        masked: samples of a masked language model, see ``masked``.
+        masked: samples of a masked language model, see ``masked_lm``.
 
     Raises:
         UserError: what ``check_data`` finds, a cache folder that cannot be written, or data that
@@ -206,7 +206,7 @@ def batches(
     Yields:
         CPU tensors: tokens, labels, position_ids [b, s] int64, loss_mask [b, s] float32, and
         attention_mask [b, 1, s, s] bool (True = masked) under --reset-attention-mask; of a masked
-        language model padding_mask and attention_mask, see ``masked``.
+        language model padding_mask and attention_mask, see ``masked_lm``.
     """
     step = micro_batch_size * dp_size
     starts = range(consumed_samples, len(dataset) - step + 1, step)

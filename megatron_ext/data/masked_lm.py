@@ -40,7 +40,7 @@ class SpecialTokens:
 
 
 def special_tokens(tokenizer: Any, vocab_size: int) -> SpecialTokens:
-    """Return the special tokens of ``tokenizer``, as of ``data.build_tokenizer``.
+    """Return the special tokens of ``tokenizer``, as of ``datasets.build_tokenizer``.
 
     ``vocab_size``: tokens of the model, from which random ones are drawn.
 

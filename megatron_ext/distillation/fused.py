@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # (student logits [n, B, v], teacher logits [n, B, v], labels [B, n]) -> {name: loss [B, n]}.
-# What a position loses depends on its own logits only.
+# The loss at a position depends on that position's logits only.
 Losses = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 # Tokens whose logits exist at a time. Matrix products want more rows than the losses do.
 CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
-# Elements of the weight's gradient that are summed at a time on a CPU: there is a product of that
-# size.
+# On a CPU, at most so many elements of the weight's gradient are computed at once, in a temporary
+# tensor of that size.
 CHUNK_PRODUCT = 2**22
 
 
@@ -118,7 +118,7 @@ class _Fused(torch.autograd.Function):
         names.extend(found)
         if objective:
             ctx.save_for_backward(grad_states, grad_weight, grad_bias, loss_mask)
-            ctx.dtypes = states.dtype, weight.dtype, weight.dtype
+            ctx.dtypes = states.dtype, weight.dtype, weight.dtype  # the last: of the bias
             ctx.factors = [objective.get(name, 0.0) for name in names]
         return tuple(torch.cat(parts, dim=1) for parts in found.values())
 
@@ -129,7 +129,8 @@ class _Fused(torch.autograd.Function):
         number, grad = next(
             (f, g) for f, g in zip(ctx.factors, grads, strict=True) if f and g is not None
         )
-        # Without a token that counts, all gradients are zero whatever this is.
+        # Without a token that counts, all gradients are zero whatever ``scale`` is. Gradients are
+        # scaled in place: backward runs once.
         scale = grad.sum() / (number * loss_mask.sum()).clamp(min=1e-30)
         scaled = (
             None if gradient is None else gradient.mul_(scale).to(dtype)

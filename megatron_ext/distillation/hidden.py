@@ -6,13 +6,15 @@ Shape letters in this file:
 
     L_is = sum over pairs of the mean over tokens of Loss(W norm(h_s), norm(h_t))
 
-(arXiv:2407.14679, section 3.) States are those of the residual stream, normalised as the norm that
-follows would, without its weights: that norm may be on the next stage, and it is trained. W, with
+(arXiv:2407.14679, section 3.) States are those of the residual stream, or what attention adds to it
+(``pairs``), normalised as the student's norms do, without weights: the norm that follows may be on
+the next stage, and it is trained. W, with
 other widths only, is one linear map for all pairs, or one for each, trained with the student.
 
 A stage that is not the last cannot return a loss. It adds the gradient where it belongs: the
 state passes through a function that hands it on and gives the loss its gradient in backward, as
-megatron-core does for the load-balancing loss. Both parts are sums over tokens, as all losses here.
+megatron-core does for the load-balancing loss. Hidden-state losses are sums over tokens, as all
+losses here.
 """
 
 import hashlib
@@ -113,7 +115,10 @@ class HiddenLoss(nn.Module):
             _tap(student, pair.kind, pair.student, self._compare(seen, pair))
 
     def expect(self, loss_mask: Tensor) -> None:
-        """Say which positions [b, s] of the next micro-batch count, of this cp rank."""
+        """Say which positions of the next micro-batch count.
+
+        ``loss_mask``: [b, s * tp under sequence parallelism, else s], of this cp rank.
+        """
         mask = loss_mask.T
         if self.config.sequence_parallel:
             mask = mask.chunk(self.tp_group.size())[self.tp_group.rank()]
@@ -125,15 +130,16 @@ class HiddenLoss(nn.Module):
 
         def compare(x: Tensor) -> Tensor:
             if self.training and not torch.is_grad_enabled():
-                # Of a layer that runs again in backward, and has a gradient then: of the oldest
-                # micro-batch that waits, while the teacher may be some ahead.
+                # First pass of a layer that is recomputed in backward. The teacher's state and
+                # the mask wait in a queue: when the layer runs again, with gradients, the teacher
+                # may be several micro-batches ahead, and the oldest entry is the layer's.
                 waiting.append((seen.pop(pair), self.loss_mask))
                 return x
             teacher, mask = waiting.popleft() if waiting else (seen.pop(pair), self.loss_mask)
-            teacher = normalised(teacher, normalization, epsilon)
-            student = normalised(x, normalization, epsilon)
+            teacher = normalised(teacher, normalization, epsilon)  # [s, b, T]
+            student = normalised(x, normalization, epsilon)  # [s, b, H]
             if self.maps:
-                student = self.maps(self._map_of(pair), student).to(teacher.dtype)
+                student = self.maps(self._map_of(pair), student).to(teacher.dtype)  # [s, b, T]
             loss = distance(self.states.loss, student, teacher)
             loss = (loss * mask).sum()
             self.total += loss.detach()

@@ -1,11 +1,12 @@
 """The layers of each pipeline stage, where teacher and student differ in depth.
 
-Student layers that are compared with a teacher's go to its stage; the others are spread evenly in
-between. Stages are counted along the pipeline, virtual ones too, as in Megatron's
+Student layers that are compared with a teacher's go to its stage; the others are spread as evenly
+as that allows. Stages are counted along the pipeline, virtual ones too, as in Megatron's
 --pipeline-model-parallel-layout. Pure functions.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -21,8 +22,9 @@ def layouts_of_both(
 ) -> tuple[Parallel, Parallel]:
     """Return the layouts of student and teacher.
 
-    A typed layout holds for each model whose layers it places. Else the teacher is cut evenly, and
-    the student so that the layers of ``pairs`` meet.
+    A typed layout holds for a model of as many layers as it has ``t``. A teacher without one is cut
+    evenly, a student without one so that the layers of ``pairs`` meet. Where a typed layout holds
+    for the student alone they need not meet: ``hidden`` refuses what does not.
 
     Raises:
         UserError: pairs that cross each other.
@@ -30,7 +32,8 @@ def layouts_of_both(
     typed, pp = pipeline_layout(parallel, student_layers), parallel.pipeline_model_parallel_size
     if pp == 1:
         return parallel, parallel
-    # They stand in ``typed``, which may not hold for the teacher.
+    # The layers of the first and the last stage are part of ``typed``, which may not hold for the
+    # teacher.
     parallel = replace(parallel, **dict.fromkeys(ENDS))
     if typed is None:
         num_stages = pp * (virtual_pipeline_size(parallel, teacher_layers) or 1)
@@ -63,20 +66,39 @@ def _even(num_layers: int, num_stages: int) -> list[int]:
 
 
 def _assign(num_layers: int, num_stages: int, pinned: Mapping[int, int]) -> list[int]:
-    """Return the number of layers of each stage; free layers as even as the pinned ones allow."""
-    order = sorted(pinned)
-    for before, after in pairwise(order):
+    """Return the number of layers of each stage; free layers as even as the pinned ones allow.
+
+    Even is what makes the sum of squares of the numbers smallest.
+    """
+    for before, after in pairwise(sorted(pinned)):
         if pinned[before] > pinned[after]:
             raise UserError(
                 f"--kd-hidden-states: layer {before} of the student is compared with a later "
                 f"pipeline stage of the teacher than layer {after}; pairs must not cross.",
                 USAGE,
             )
-    even = _even(num_layers, num_stages)
-    free = [stage for stage, count in enumerate(even) for _ in range(count)]
-    counts = [0] * num_stages
-    for layer in range(num_layers):
-        lower = max((pinned[p] for p in order if p <= layer), default=0)
-        upper = min((pinned[p] for p in order if p >= layer), default=num_stages - 1)
-        counts[min(max(free[layer], lower), upper)] += 1
+
+    def possible(stage: int, held: int) -> Iterator[int]:
+        """Yield the numbers of layers that a stage may take behind the first ``held``."""
+        yield 0
+        for layer in range(held, num_layers):
+            if pinned.get(layer, stage) != stage:
+                return
+            yield layer - held + 1
+
+    # [stage][layers before it]: the smallest sum of squares from this stage on.
+    rest = [[math.inf] * (num_layers + 1) for _ in range(num_stages + 1)]
+    rest[-1][num_layers] = 0
+    for stage in reversed(range(num_stages)):
+        for held in range(num_layers + 1):
+            rest[stage][held] = min(
+                n * n + rest[stage + 1][held + n] for n in possible(stage, held)
+            )
+    counts: list[int] = []
+    for stage in range(num_stages):
+        held = sum(counts)
+        best = rest[stage][held]
+        # Where two are as even, the first stages hold more.
+        fits = (n for n in possible(stage, held) if n * n + rest[stage + 1][held + n] == best)
+        counts.append(max(fits))
     return counts

@@ -31,7 +31,7 @@ class Steps(NamedTuple):
     """The steps in which one loss differs from another."""
 
     loss: str
-    """Its name in ``native``."""
+    """Its name in ``LOSSES`` of losses_c and losses_triton; torch computes what they lack."""
     forward: Callable[..., tuple[Tensor, Tensor]]
     """(student, teacher, temperature, real columns, group) -> loss per token [S, B] float64, and
     what ``gradient`` needs as statistics [k, S, B]: the student's and the teacher's maximum, their

@@ -113,7 +113,8 @@ def vocab_parallel_top_k_kl(
         d loss / d student_logits = (p_s - p_t) / T at the K tokens;
                                     elsewhere 0 (drop) or p_s (1 - P_t / P_s) / T (tail)
 
-    p are renormalised over the K tokens (drop), or P the masses of all other tokens (tail).
+    drop: p is normalised over the K tokens. tail: p is over the K tokens and one bucket of all
+    others, whose mass is P.
 
     Args:
         student_logits: [S, B, v], any float dtype; gets the gradient.
@@ -127,7 +128,7 @@ def vocab_parallel_top_k_kl(
         [S, B], equal on every rank of ``tp_group``; float32, or float64 if an input is.
 
     Cost: one all-gather of K floats per token, for the tail K + 2; none in backward. Kept for
-    backward: the student's logits (by reference) and 3 K + 4 numbers per token.
+    backward: the student's logits (by reference) and 3 K + 2 numbers per token.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}.")

@@ -67,6 +67,7 @@ def sums_over_positions(kind: str, x: Tensor, left_out: Tensor | None) -> Tensor
         return (x.abs_() if is_copy else x.abs()).sum(dim=0).double().unsqueeze(0)
     if kind == "l2":
         return x.square().sum(dim=0).double().unsqueeze(0)
+    assert kind == "var", f"no rule to sum for {kind!r}"
     # In float32 only around the mean: plain sums of squares lose a variance that is small beside
     # the squared mean.
     count = len(x) if left_out is None else (~left_out).sum(dim=0).clamp_min(1).unsqueeze(-1)
@@ -84,6 +85,7 @@ def aggregate(kind: str, sums: Sequence[Tensor] | Tensor, count: Tensor) -> Tens
         return sums[0] / count
     if kind == "l2":
         return sums[-1].sqrt()
+    assert kind == "var", f"no rule to aggregate by {kind!r}"
     return (sums[-1] / count - (sums[0] / count).square()).clamp_min(0)
 
 

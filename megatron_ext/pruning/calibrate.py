@@ -85,7 +85,7 @@ def calibrate(passes: Passes, aggregation: Aggregation = DEFAULT) -> dict[str, T
     forward_step = partial(_forward_step, importance)
     batches = passes.batches("calibration")
     with evaluating(chunks, logits=False), importance.attached():
-        # A pipeline of depth p is busy with 2p micro-batches.
+        # p stages wait for p - 1 micro-batches of each round: a third of the time with 2p.
         while several := list(islice(batches, 2 * groups.pp.size())):
             passes.run(several, forward_step)
     return importance.collect()

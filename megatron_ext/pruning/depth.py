@@ -5,7 +5,8 @@
     kl      KL(whole model || model without the layers) of the next token, nats per token
 
 Layers here may be sub-layers, the attention or the MLP of a layer alone. Means are over the
-unmasked tokens of the calibration samples. Higher means keep. loss orders layers as the perplexity
+tokens of the calibration samples that a loss counts, for block over all but padding. Higher means
+keep. loss orders layers as the perplexity
 of arXiv:2407.14679 does, block is its block importance over contiguous layers, kl the metric of
 arXiv:2504.11409.
 
@@ -153,6 +154,7 @@ def skipped(chunks: Sequence[nn.Module], layers: Layers) -> Iterator[None]:
             delattr(layer, method)
 
 
+# megatron-core's methods of a layer and of its attention return a pair, that of its MLP a tensor.
 def _hand_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
     return hidden_states, kwargs.get("context")
 
@@ -316,7 +318,10 @@ def _stages(chunks: Sequence[nn.Module], arch: Arch, pp: ProcessGroup) -> list[i
 def _hand_over(
     x: Tensor | None, like: Tensor | None, source: int, target: int, pp: ProcessGroup
 ) -> Tensor | None:
-    """Send ``x`` from rank ``source`` of ``pp`` to ``target``, which returns it; ``like`` it."""
+    """Send ``x`` from rank ``source`` of ``pp`` to ``target``, which returns it.
+
+    ``like`` has the shape and dtype of what is received; only the target needs it.
+    """
     if source != target and pp.rank() == source:
         torch.distributed.send(x.contiguous(), group=pp, group_dst=target)
     if source != target and pp.rank() == target:

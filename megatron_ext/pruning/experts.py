@@ -91,18 +91,23 @@ class DispatchedSums:
     def sent_home(self) -> Tensor:
         """Return [K, B, E * c] over the positions of this rank. One collective over tp_ep."""
         ranks, _, batch = self.left_out.shape
-        sums = torch.stack([self.parts[i] for i in range(len(self.parts))], dim=2)
+        # e: experts of this rank; c: its units of each.
+        sums = torch.stack(
+            [self.parts[i] for i in range(len(self.parts))], dim=2
+        )  # [K, R * B, e, c]
         num_sums, num_experts, width = sums.size(0), sums.size(2), sums.size(3)
         parts = sums.view(num_sums, ranks, batch, num_experts, width).transpose(0, 1).contiguous()
+        # [R, K, B, e, c]: to each rank of tp_ep the sums over its positions.
         if ranks > 1:
             received = torch.empty_like(parts)
             torch.distributed.all_to_all_single(received, parts, group=self.groups.tp_ep)
             parts = received
-        # Ranks that exchange tokens: expert parallel ranks, of tensor-parallel ranks each.
+        # Rank in tp_ep = rank in ep * size of expt_tp + rank in expt_tp.
         split = self.groups.expt_tp.size()
-        parts = parts.view(-1, split, num_sums, batch, num_experts, width)
+        parts = parts.view(-1, split, num_sums, batch, num_experts, width)  # [ep, tp, K, B, e, c]
         if not self.tap.is_split:
             parts = parts[:, :1]  # all of expt_tp hold the same
+        # [K, B, ep, e, tp, c]: all experts in their order, and all units of each.
         return parts.permute(2, 3, 0, 4, 1, 5).reshape(num_sums, batch, -1)
 
 

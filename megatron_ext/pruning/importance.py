@@ -12,7 +12,7 @@ How scores lie over the ranks follows from the tensor that a hook taps:
     heads    input of self_attention.linear_proj   [S, B, c*D] TP-split    whole (D: kv_channels)
     hidden   output of both norms of a layer       [s, B, H]   whole       TP-split under SP
     layers   input and output of a layer           [s, B, H]   whole       TP-split under SP
-      attention, mlp    of a HybridModel's, instead
+      attention, mlp, moe    in a HybridModel, instead: input and output of a sub-layer
     under context parallelism                      as above    as above    also CP-split
 
     in a mixture of experts, instead of ffn (the first two: see ``pruning.experts``)
@@ -20,8 +20,9 @@ How scores lie over the ranks follows from the tensor that a hook taps:
     moe_ffn     its input; pre: as above           [n, c]
     shared_ffn  the shared experts': as ffn        [S, B, c]   TP-split    whole
 
-Positions of one sample are summed over ranks before they are aggregated. Samples, stages and split
-units come together once, in ``Importance.collect``. A layer's score is 1 - cos(input, output), a
+Positions of one sample are summed over ranks before they are aggregated. Sums over samples of other
+data-parallel ranks, layers of other stages and units of other TP ranks are added once, in
+``Importance.collect``. A layer's score is 1 - cos(input, output), a
 mean over positions whatever the aggregation of the other axes.
 
 Positions with loss mask 0, the padding of a sample, take no part: a sample of 100 tokens and 28 of
@@ -138,7 +139,7 @@ class Importance:
         counts = (~left_out).sum(dim=1).double()
         if self.groups.cp.size() > 1:
             torch.distributed.all_reduce(counts, group=self.groups.cp)
-        # A GPU is not asked whether there are any: it would have to finish all before.
+        # On a GPU any() would wait for all queued kernels: there the mask is always passed on.
         some = left_out.is_cuda or left_out.any()
         self.left_out = left_out.T.contiguous() if some else None  # [s, B]
         self.num_positions = counts.clamp_min(1).unsqueeze(-1)  # [B, 1]
@@ -229,7 +230,10 @@ class Importance:
         )
 
     def _width(self, axis: Axis) -> int:
-        """Return how many numbers per layer and tap an axis aggregates."""
+        """Return how many numbers per layer and tap an axis aggregates.
+
+        Experts x units x numbers of a unit, in this order: a TP rank's share is one slice.
+        """
         measure = MEASURES[axis.name]
         units = 1 if measure.of_layer else axis.length(self.arch)
         experts = self.arch.num_experts if axis.scope == "expert" else 1
@@ -290,9 +294,10 @@ class Importance:
     def _rows(self, axis: Axis, total: Tensor) -> Tensor:
         """Return the scores of an axis, [vectors, units] float32, of its totals."""
         measure = MEASURES[axis.name]
-        *sums, count = total.unbind(dim=2)
+        *sums, count = total.unbind(dim=2)  # [layers, taps, c] each
         batch = "mean" if measure.of_layer else self.aggregation.batch
         scores = measure.scores(aggregate(batch, sums, count), self.arch)  # [layers, taps, units]
+        # Channels of the residual stream are the same units in all layers: their scores add up.
         shared_by_layers = axis.scope == "model" and not measure.of_layer
         scores = scores.sum(dim=(0, 1) if shared_by_layers else 1)
         return scores.reshape(-1, axis.length(self.arch)).float()
@@ -322,7 +327,7 @@ def _check(totals: Mapping[str, Tensor], layers: Mapping[str, Sequence[int]]) ->
         finite = total.isfinite().flatten(1).all(dim=1)
         bad += [(layers[axis][row], axis) for row in (~finite).nonzero().flatten().tolist()]
     if bad:
-        layer, axis = min(bad)  # those above it only hand on what they are given
+        layer, axis = min(bad)  # later layers only propagate what is not finite
         raise UserError(
             f"layer {layer} (from 0): activations that score the axis {axis!r} are NaN or "
             "infinite: check the weights under --load and the dtype."

@@ -24,17 +24,18 @@ def kept_indices(
         layer: the layer's number in the source; None for a weight outside the layers.
         expert: the expert's number in the source, of a weight of one expert.
     """
-    ranks = [
-        _ranks(axis, sections, units, plan.kept[axis.vector(layer, expert)], plan.source)
+    keys = [
+        _sort_keys(axis, sections, units, plan.kept[axis.vector(layer, expert)], plan.source)
         for axis, sections, units in units_on(dim, plan.source)
     ]
-    if not ranks:
+    if not keys:
         return None
-    # Where units of two axes lie on a dim, the first axis orders, then the second.
-    order = torch.arange(len(ranks[0]))
-    for rank in reversed(ranks):
-        order = order[rank[order].argsort(stable=True)]
-    stays = torch.stack(ranks).isfinite().all(dim=0)
+    # Where units of two axes lie on a dim, indices are sorted by the first, ties by the second. The
+    # first must then tell apart what may not mix, as a key from a value.
+    order = torch.arange(len(keys[0]))
+    for key in reversed(keys):
+        order = order[key[order].argsort(stable=True)]
+    stays = torch.stack(keys).isfinite().all(dim=0)
     order = order[stays[order]]
     return None if torch.equal(order, torch.arange(len(stays))) else order
 
@@ -54,8 +55,10 @@ def _units(sections: list[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return section, torch.tensor(list(chain(*sections)))
 
 
-def _ranks(axis: Axis, sections: Tensor, units: Tensor, kept: Sequence[int], arch: Arch) -> Tensor:
-    """Return by what the positions that stay are ordered, [n] float64; infinity for the others."""
+def _sort_keys(
+    axis: Axis, sections: Tensor, units: Tensor, kept: Sequence[int], arch: Arch
+) -> Tensor:
+    """Return the sort key of every index along the dim, [n] float64; infinity: cut."""
     length, groups = axis.length(arch), getattr(arch, axis.within.name) if axis.within else 0
     rank = torch.full((length + groups,), torch.inf, dtype=torch.float64)
     rank[list(kept)] = torch.arange(len(kept), dtype=torch.float64)
@@ -63,4 +66,5 @@ def _ranks(axis: Axis, sections: Tensor, units: Tensor, kept: Sequence[int], arc
         in_groups = rank[:length].view(groups, -1)
         last = in_groups.masked_fill(in_groups.isinf(), -1).amax(dim=1)
         rank[length:] = torch.where(last < 0, torch.inf, last + 0.5)
+    # A section's keys lie above all of the section before it: sections stay in their order.
     return sections * len(rank) + rank[units]

@@ -34,8 +34,8 @@ def make_plan(
     Args:
         scores: checked scores of ``source``; None if nothing has to be ranked.
         source: the model that is pruned.
-        target: the model that is left, see ``target_arch``. Where it has sub-layers of its own,
-            only their numbers count: which ones stay, and so their order, the scores decide.
+        target: the model that is left, see ``target_arch``. A target of sub-layers says how many of
+            each kind stay; which of them, and so the pattern, follows from the scores.
         head_residual: one of ``residual.MODES``. Without effect if all heads are kept.
 
     Raises:
@@ -86,7 +86,8 @@ def _rank(
     groups = 1 if axis.within is None else getattr(source, axis.within.name)
     if axis.within is None or groups in (1, len(scores)):
         return [_descending(scores).tolist()]
-    rows = scores.view(groups, -1)
+    rows = scores.view(groups, -1)  # [groups, units of a group]
+    # Numbers of units: those within the group, and the number of the group's first.
     first = rows.size(1) * torch.arange(groups).unsqueeze(1)
     rankings = (_descending(rows) + first).tolist()
     left = highest(rows.norm(dim=1), getattr(target, axis.within.name))

@@ -82,7 +82,7 @@ def gate(arch: Arch, _: Tensor, output: tuple[Tensor, Tensor | None]) -> tuple[T
     """Return what goes into the activation function; of fc1 [gate ; up] the gate."""
     x, bias = output
     x = x if bias is None else x + bias
-    return (x.chunk(2, dim=-1)[0] if arch.swiglu else x,)
+    return (x.chunk(2, dim=-1)[0] if arch.is_gated else x,)
 
 
 def head_norms(x: Tensor, channels: int) -> Tensor:
@@ -159,8 +159,9 @@ class Measure:
     count: Callable[[Arch], int] = lambda arch: 1
     """Number of taps of a layer; a unit's score is the sum of theirs."""
     tp_split: bool = False
-    """A tensor-parallel rank sees its own share of the units, at all positions; otherwise it sees
-    all units, under sequence parallelism at its own positions."""
+    """The tap sees a tensor-parallel rank's share of the units, at all positions; otherwise all
+    units, under sequence parallelism at the rank's own positions. (``Axis.tp_split`` is about
+    weights.)"""
     of_layer: bool = False
     """The unit is the layer: one mean over positions and samples, whatever the aggregation."""
     numbers: Callable[[Arch, Aggregation], int] = lambda arch, how: 1
@@ -181,7 +182,8 @@ MEASURES = {
         scores=norms_of_heads,
     ),
     "ffn": Measure(taps=lambda layer, *rest: neurons(layer.mlp, *rest), tp_split=True),
-    # What experts sum goes home: it is of all units and a rank's own positions there.
+    # Sums of experts are sent back to the rank that owns the tokens, which then holds all units at
+    # its own positions: not tp_split, though the weights are.
     "experts": Measure(taps=expert_outputs),
     "moe_ffn": Measure(taps=expert_neurons),
     "shared_ffn": Measure(

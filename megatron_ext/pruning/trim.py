@@ -93,9 +93,9 @@ def trimmed_share(
 ) -> dict[str, ShardedTensor | ShardedObject]:
     """Read and trim this rank's share of the weights. No collectives.
 
-    All ranks' shares together are the target's checkpoint; every element is held by
-    one rank, and each rank has about the same number of bytes. Beside its share, a rank holds one
-    piece of the source at a time.
+    All ranks' shares together are the target's checkpoint; every element is held by one rank, and
+    each rank has about the same number of elements. Beside its share, a rank holds one piece of the
+    source at a time, two where the shape changes from one to the next.
 
     Raises:
         UserError: on every rank, if the checkpoint's tensors are not those of ``plan.source``; on
@@ -105,7 +105,8 @@ def trimmed_share(
     share = empty_extra_states(reader, plan.target) if rank == 0 else {}
     spare = None
     for piece in deal(pieces(plan), plan.target, world_size)[rank]:
-        # Pieces of one shape follow each other: fresh memory costs more than reading into old.
+        # ``deal`` sorts pieces by size, so that those of one shape follow each other: a piece is
+        # read into the memory of the one before, which costs less than fresh memory.
         source = read_piece(reader, piece, plan.source, spare)
         trimmed = _cut(source, piece, plan)
         spare = None if trimmed is source else source
@@ -155,7 +156,8 @@ def as_share(piece: Piece, tensor: Tensor, target: Arch) -> dict[str, ShardedTen
 def on_disk(piece: Piece, target: Arch) -> tuple[str, tuple[tuple[int, int], ...]]:
     """Return the name of the tensor that holds a piece of the target, and its place in the stack.
 
-    The place is (number, count) for each axis of the stack: layers, experts, both or neither.
+    The place has a (number, count) for each dim of the stack: (layer, layers), (expert, experts),
+    both, or neither.
     """
     key, stack = piece.weight.key, [(piece.new_expert, target.num_experts)]
     if piece.new_layer is not None and target.is_hybrid:

@@ -18,6 +18,7 @@ from megatron_ext.cli.programs import PruneFlags, TrainFlags, measures, new_arch
 from megatron_ext.cli.size_flags import check_source
 from megatron_ext.data.vocabulary import absent_files, vocab_size
 from megatron_ext.distillation.settings import check_stored_teacher, plan_layouts
+from megatron_ext.pruning.iterate import iteration_targets
 from megatron_ext.pruning.jobs import Found, Job, check_passes, given_plan, plan_jobs
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.rehearsal.models import Model, find_student, find_teacher, model_at
@@ -44,8 +45,8 @@ class TrainPlan:
     iteration: int
     """Steps that were taken before."""
     num_samples: tuple[int, int, int]
-    """Samples of the training, validation and test data that are read; of the first from its
-    beginning, also those that were read before."""
+    """Samples of the training, validation and test data that are read. Training samples count from
+    the beginning of the data, with those that earlier starts have read."""
 
     @property
     def models(self) -> list[Model]:
@@ -165,7 +166,7 @@ class PrunePlan:
     source: Model
     jobs: tuple[Job, ...]
     plans: tuple[Plan | None, ...]
-    """The plan of each job whose file is there."""
+    """What is kept, for each job whose --plan file is there; else None."""
     found: Found | None
     """The candidates of a search."""
     is_measured: bool
@@ -191,13 +192,29 @@ class PrunePlan:
 
     @property
     def num_passes(self) -> int:
-        """Forward passes over the calibration data: one, and those that score depth alone."""
-        arch = self.source.arch
-        if arch.is_hybrid or any(target.arch.is_hybrid for target in self.targets):
-            more = len(arch.pattern) if self.compares else int(not arch.is_hybrid)
+        """Forward passes over the calibration data: of each iteration one, and those for depth."""
+        if not self.is_measured:
+            return 0
+        prune, source = self.flags.prune, self.source.arch
+        targets = [target.arch for target in self.targets]
+        if any(arch.is_hybrid for arch in (source, *targets)):
+            # Block importance of a HybridModel comes with the other scores, of a GPTModel it does
+            # not: its hooks are on whole layers.
+            depth = self._passes_of(len(source.pattern)) if self.compares else not source.is_hybrid
+        elif self.compares or prune.depth_block > 1 or prune.depth_rescore:
+            remove = source.num_layers - min(arch.num_layers for arch in targets)
+            rounds = range(0, max(remove, 1), prune.depth_block) if prune.depth_rescore else [0]
+            blocks = (source.num_layers - gone - prune.depth_block + 1 for gone in rounds)
+            depth = sum(map(self._passes_of, blocks))
         else:
-            more = arch.num_layers - self.flags.prune.depth_block + 1 if self.compares else 0
-        return (1 + more) * self.is_measured
+            depth = 0
+        again = len(iteration_targets(source, targets[0], prune.prune_iterations)) - 1
+        return 1 + depth + again
+
+    def _passes_of(self, blocks: int) -> int:
+        """Return the passes that score ``blocks``: one without comparing, for the KL one more."""
+        importance = self.flags.prune.depth_importance
+        return {"block": 1, "loss": blocks, "kl": blocks + 1}[importance]
 
 
 def plan_pruning(flags: PruneFlags, world_size: int) -> PrunePlan:

@@ -120,8 +120,9 @@ def restore(run: Run, source: checkpoints.Checkpoint) -> None:
     set_weights(run.chunks, loaded, source)
     run.wrapped.hidden.load(loaded, source.args.get("hidden_loss_alpha"))
     if flags.checkpoint.load_optim:
-        # megatron-core finds the saved groups of parameters by their learning rates too, and its
-        # schedule follows the rates of a group: those that are typed until it has been restored.
+        # megatron-core finds the saved groups of parameters by their learning rates too: the typed
+        # rates stand in both while they are loaded. The schedule's own rates, which may be the
+        # saved ones, are written into the groups when the schedule has been restored.
         _set_rates(run, _param_groups(loaded["optimizer"]))
         run.optimizer.load_state_dict(loaded["optimizer"])
         torch_adam.fuse(run.optimizer)
@@ -148,6 +149,7 @@ def restore(run: Run, source: checkpoints.Checkpoint) -> None:
 
 
 def _set_rates(run: Run, param_groups: Iterable[dict[str, Any]]) -> None:
+    """Write the schedule's highest and lowest learning rate into ``param_groups``."""
     options, schedule = run.flags.optimizer, run.schedule
     for group in param_groups:
         group |= {"max_lr": schedule.max_lr, "min_lr": schedule.min_lr}

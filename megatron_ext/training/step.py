@@ -112,8 +112,8 @@ def train_step(
         The losses, each a mean over the global batch's tokens in nats, equal on all ranks, and a
         function that applies the gradients; it returns whether it did (fp16 skips a step whose
         gradients overflow), their global norm and how many entries are zero, if the optimizer
-        counts them. Two steps, so that the caller can refuse a loss
-        that is not finite while the weights are still good.
+        counts them. Applying is a call of its own, so that the caller can refuse a loss that is not
+        finite while the weights are still good.
     """
     for chunk in wrapped.model:
         chunk.zero_grad_buffer()
