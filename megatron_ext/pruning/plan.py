@@ -28,6 +28,7 @@ from megatron_ext.pruning.residual import MODES, NONE, Pairs, bad_pairs
 from megatron_ext.pruning.scores import arch_from_json
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 from megatron_ext.runtime.files import written_aside
+from megatron_ext.runtime.texts import parse_json
 
 FORMAT = "minitron-plan-1"
 
@@ -78,7 +79,7 @@ class Plan:
             UserError: the text is not a plan, or the plan contradicts itself.
         """
         try:
-            values = json.loads(text)
+            values = parse_json(text)
             if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
             source = arch_from_json(values.pop("source"))

@@ -13,13 +13,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.arch.axes import DEPTH_SIZES, SIZES, sizes_of
 from megatron_ext.pruning.budget import COSTS, Limit, Use, fits
 from megatron_ext.pruning.targets import check_size, target_arch
 from megatron_ext.runtime.errors import USAGE, UserError
+from megatron_ext.runtime.texts import parse_yaml
 
 Space = Mapping[str, Sequence[int | str]]
 """Names of ``SIZES`` and the values to try: numbers, of neurons also multiples of hidden_size as
@@ -36,8 +35,8 @@ def read_space(path: str | os.PathLike, source: Arch) -> Space:
         UserError: it cannot be read, or names a size or a value that cannot be pruned to.
     """
     try:
-        space = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        space = parse_yaml(Path(path).read_text())
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--search-space {path} cannot be read: {reason}.", USAGE) from error
     if not isinstance(space, dict) or not space:

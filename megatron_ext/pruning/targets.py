@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import DEPTH_SIZES, SIZES, has_sublayers, sizes_of
 from megatron_ext.arch.pattern import without_last
 from megatron_ext.runtime.errors import USAGE, UserError
+from megatron_ext.runtime.texts import parse_yaml
 
 
 def target_arch(source: Arch, **sizes: int | None) -> Arch:
@@ -95,8 +94,8 @@ def read_targets(path: str | os.PathLike, source: Arch) -> dict[str, Arch]:
         UserError: it cannot be read, or names a size that cannot be pruned or pruned to.
     """
     try:
-        entries = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        entries = parse_yaml(Path(path).read_text())
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--targets {path} cannot be read: {reason}.", USAGE) from error
     is_table = isinstance(entries, dict) and all(isinstance(e, dict) for e in entries.values())
