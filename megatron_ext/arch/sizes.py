@@ -15,6 +15,8 @@ RENAMED = {
     "norm_epsilon": "layernorm_epsilon",
     "apply_layernorm_1p": "layernorm_zero_centered_gamma",
 }
+# Tables have a row for each of them, before any weight is looked at.
+MOST = {"num_layers": 100_000, "num_experts": 100_000}
 # Saved args of features that are not built here: name -> values that mean "off", beside None. Most
 # have no tensor of their own: a model without the feature would load and compute something else.
 # A feature that gets built leaves this table, cli/refused_flags.py and has its name in
@@ -111,6 +113,8 @@ class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, ModelSizes):
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"--{name.replace('_', '-')} must be >= {bound}: {value}.")
+            if value is not None and value > MOST.get(name, value):
+                raise ValueError(f"--{name.replace('_', '-')} must be <= {MOST[name]}: {value}.")
         for problem in self._problems():
             raise ValueError(problem)
 

@@ -33,6 +33,8 @@ BOUNDS = {
     "at_most": (operator.le, "<="),
     "below": (operator.lt, "<"),
 }
+LARGEST = 2**63 - 1
+"""Whole numbers become int64 somewhere."""
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 OTHERS = (
     "Every other option of Megatron-LM is known: typed, it is refused, or named as one without "
@@ -270,6 +272,8 @@ def _help_text(field: dataclasses.Field, hint: Any) -> str:
 def _check_bounds(field: dataclasses.Field, value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{option(field)} {value}: must be a finite number.", USAGE)
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f"{option(field)} {value}: must be <= {LARGEST}.", USAGE)
     for name, limit in field.metadata["bounds"].items():
         holds, symbol = BOUNDS[name]
         if not holds(value, limit):

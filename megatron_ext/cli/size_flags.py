@@ -89,6 +89,12 @@ def new_arch(sizes: Mapping[str, Any], vocab_size: int) -> Arch:
         values["ffn_hidden_size"] = (
             int(4 * hidden * 2 / 3 / 64) * 64 if values["swiglu"] else 4 * hidden
         )
+        if values["ffn_hidden_size"] == 0 < hidden:
+            raise UserError(
+                f"--hidden-size {hidden} with --swiglu: the default of --ffn-hidden-size, 8/3 of "
+                "it down to a multiple of 64, is 0: give --ffn-hidden-size.",
+                USAGE,
+            )
     if values["num_experts"] is not None and values["moe_ffn_hidden_size"] is None:
         values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
     values["bias_gelu_fusion"] &= is_gelu(values) and values["add_bias_linear"]
