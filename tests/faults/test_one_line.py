@@ -13,7 +13,7 @@ import pytest
 from megatron_ext.runtime import errors
 from megatron_ext.runtime.errors import CHECKPOINT, DATA, RUNTIME, USAGE
 from megatron_ext.runtime.texts import TOO_DEEP
-from megatron_ext.training import state
+from megatron_ext.training import saving
 from tests.models import LLAMA
 from tests.programs import (
     NEW_MODEL,
@@ -141,7 +141,7 @@ def without(name):
         delattr(args, name)
         return args
 
-    saved, state.saved_args = state.saved_args, saved_args
+    saved, saving.saved_args = saving.saved_args, saved_args
 
 
 def without_counter():
