@@ -523,7 +523,6 @@ def test_a_run_in_samples_and_collecting_by_hand(place, whole, tmp_path):
         ("{alone} --teacher-load {pruned} --kd-top-k 101", USAGE, ["--kd-top-k 101", "100 tokens"]),
         ("{alone} --data-path {tmp}/none", DATA, ["{tmp}/none.idx", "no such file"]),
         ("{alone} --save {tmp}/file", RUNTIME, ["{tmp}/file"]),
-        ("{alone} --tensorboard-dir {tmp}/file", RUNTIME, ["{tmp}/file"]),
     ],
 )
 def test_what_is_refused(extra, code, words, place, tmp_path):

@@ -112,9 +112,11 @@ def check_goes_on(source: Checkpoint, *, load_optim: bool) -> None:
     needed |= {"opt_param_scheduler": source.common} if load_optim else {}
     for name, where in needed.items():
         if where.get(name) is None:
+            fix = "--load it with --finetune for its weights alone"
+            if name == "opt_param_scheduler":
+                fix = f"--no-load-optim goes on without the optimizer's state, or {fix}"
             raise UserError(
-                f"{source.folder} does not hold {name}: no run can go on from it; --load it with "
-                "--finetune for its weights alone.",
+                f"{source.folder} does not hold {name}, as every run that goes on needs: {fix}.",
                 CHECKPOINT,
             )
 
