@@ -15,7 +15,8 @@ RENAMED = {
     "norm_epsilon": "layernorm_epsilon",
     "apply_layernorm_1p": "layernorm_zero_centered_gamma",
 }
-# Tables have a row for each of them, before any weight is looked at.
+# Upper limits. The table of weights has a row per layer and expert: a corrupt count would take
+# all memory before any tensor is read.
 MOST = {"num_layers": 100_000, "num_experts": 100_000}
 # Saved args of features that are not built here: name -> values that mean "off", beside None. Most
 # have no tensor of their own: a model without the feature would load and compute something else.
