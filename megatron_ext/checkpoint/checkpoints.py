@@ -4,7 +4,7 @@
     <root>/iter_0000100/  or  <root>/release/    one torch_dist checkpoint of megatron-core
         .metadata metadata.json __*.distcp     (up to megatron-core 0.18 common.pt too)
         integrity.json         SHA-256 of the files above, in Megatron-LM's schema
-        megatron_args.sh       the flags with which Megatron-LM builds this model
+        megatron_args.sh       the flags with which Megatron-LM builds this model, if it can
         tokenizer/             of a model that was imported, and of what came of it
 
 ``checkpoint.writer`` writes them. Loading compares every tensor's name and shape first, and

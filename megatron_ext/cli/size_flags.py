@@ -125,7 +125,8 @@ def check_against_checkpoint(sizes: Mapping[str, Any], arch: Arch) -> Arch:
         UserError: a typed size contradicts the checkpoint, all of them in one table; or load
             balancing is typed for a model without experts.
     """
-    saved = arch.to_args()
+    # What is typed is of all layers: it contradicts a size in which they differ.
+    saved = arch.to_args() | {name: arch.span(name) for name, _ in arch.by_layer}
     skip = set(NOT_COMPARED)
     if "num_query_groups" in sizes:
         # One group per head, typed as groups, is the same model as one without groups.
@@ -196,6 +197,14 @@ def megatron_command_line(arch: Arch) -> str:
         elif field.name != "num_query_groups" or values["group_query_attention"]:
             words += [option(field), str(value)]
     return shlex.join(words)
+
+
+def megatron_args(arch: Arch) -> dict[str, str]:
+    """Return the file beside a checkpoint that tells Megatron-LM its architecture, by name.
+
+    None of a model whose layers differ in size: Megatron-LM has no flags for it.
+    """
+    return {} if arch.by_layer else {"megatron_args.sh": megatron_command_line(arch) + "\n"}
 
 
 def vocab_multiple(arch: Arch) -> int:

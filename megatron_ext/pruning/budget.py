@@ -24,8 +24,8 @@ class Use:
 
 def kv_bytes(arch: Arch, use: Use) -> int:
     """Return the bytes of the keys and values of all sequences, in bf16."""
-    of_token = 2 * arch.num_query_groups * arch.kv_channels * BYTES * arch.attention_layers
-    return of_token * use.context * use.batch
+    groups = sum(layer.num_query_groups * n for layer, n in arch.alike("attention").items())
+    return 2 * groups * arch.kv_channels * BYTES * use.context * use.batch
 
 
 # Each by its name in --target-budget.

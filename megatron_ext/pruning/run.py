@@ -39,6 +39,7 @@ from megatron_ext.pruning.plan import Plan, save_plan
 from megatron_ext.pruning.planner import make_plan, summary
 from megatron_ext.pruning.scores import Scores, depth_method
 from megatron_ext.pruning.scores_file import check_scores, load_scores, save_scores
+from megatron_ext.pruning.targets import leaves_out_sublayers
 from megatron_ext.pruning.trim import fill_trimmed, write_trimmed
 from megatron_ext.rehearsal.run_plan import PrunePlan
 from megatron_ext.runtime import platform
@@ -187,7 +188,7 @@ def scores_sublayers(flags: PruneFlags, source: Arch, targets: Sequence[Arch]) -
     """Whether sub-layers get scores of their own, beside what calibration measures."""
     if source.is_hybrid:
         return flags.prune.depth_importance != "block"
-    return any(target.is_hybrid for target in targets)
+    return any(leaves_out_sublayers(source, target) for target in targets)
 
 
 def scoring(flags: PruneFlags, *, sublayers: bool) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def load_scores(path: str | os.PathLike) -> Scores:
 
 def check_scores(scores: Scores, arch: Arch) -> None:
     """Raise ``UserError`` unless ``scores`` are complete, finite and of a model like ``arch``."""
-    for size in (*SIZES, "kv_channels", "hybrid_layer_pattern"):
+    for size in (*SIZES, "kv_channels", "hybrid_layer_pattern", "by_layer"):
         theirs, ours = getattr(scores.source, size), getattr(arch, size)
         if theirs != ours:
             raise _refused(f"were made for another model: {size} {theirs}, this one has {ours}")

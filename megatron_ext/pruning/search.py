@@ -72,12 +72,14 @@ def auto_space(source: Arch) -> Space:
     """Return the space of ``--search-space auto``: depth and width, from all of it to a half.
 
     Layers and widths in eighths, experts in quarters; heads and query groups stay (section 3 of the
-    paper: pruning them saves least). Widths are multiples of what the source's are, up to 64.
+    paper: pruning them saves least), and so do widths in which layers differ. Widths are multiples
+    of what the source's are, up to 64.
     """
     space = {}
     for name in sizes_of(source):
         number = getattr(source, name)
-        if name in ("num_attention_heads", "num_query_groups"):
+        differs = len(source.values(name)) > 1
+        if name in ("num_attention_heads", "num_query_groups") or differs:
             continue
         multiple = 1 if name in (*DEPTH_SIZES, "num_experts") else math.gcd(number, 64)
         eighths = range(8, 3, -2 if name == "num_experts" else -1)

@@ -19,7 +19,8 @@ from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.checkpoint.identity import tokenizer_sha256
 from megatron_ext.checkpoint.saved_args import complete
 from megatron_ext.cli.parser import dashed
-from megatron_ext.cli.programs import flags_as_dict, megatron_command_line
+from megatron_ext.cli.programs import flags_as_dict
+from megatron_ext.cli.size_flags import megatron_args
 from megatron_ext.distillation import native
 from megatron_ext.model.build import model_state_dict
 from megatron_ext.model.open import set_weights
@@ -57,7 +58,7 @@ def save(run: Run) -> None:
         checkpoints.iteration_name(counters.iteration),
         state,
         files={
-            "megatron_args.sh": megatron_command_line(run.arch) + "\n",
+            **megatron_args(run.arch),
             **run.tokenizer_files,
         },
         dp_group=run.groups.dp_cp,
