@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.queues import Queue
 from types import SimpleNamespace
@@ -106,10 +106,11 @@ def build_datasets(
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
     """Return the train, valid and test datasets, the same on every rank.
 
-    A collective over all ranks: three all-gathers of small objects and megatron-core's barriers.
-    Global rank 0 checks the data and writes the indices, all ranks then read them. Before that each
-    rank reads its part of the data: every token must be in the vocabulary. A blend needs
-    torch.distributed to be initialised even for one rank.
+    A collective over all ranks: three all-gathers of small objects, five where the index cache is
+    not there yet, none of mock data, and megatron-core's barriers. Global rank 0 checks the data
+    and writes the indices, all ranks then read them. Before that each rank reads its part of the
+    data: every token must be in the vocabulary. megatron-core's blends call a barrier, for which
+    torch.distributed must be initialised even for one rank.
 
     The indices go to ``<--data-cache-path>/<key>``, by default ``<folder of the first
     prefix>/cache/<key>``. The key covers size and time of every .bin and .idx: megatron-core's own
@@ -126,8 +127,8 @@ def build_datasets(
         masked: samples of a masked language model, see ``masked_lm``.
 
     Raises:
-        UserError: what ``check_data`` finds, a cache folder that cannot be written, or data that
-            some rank does not see.
+        UserError: what ``check_data`` finds, a cache folder that cannot be written, data that some
+            rank does not see; of a masked model a flag that is not for it, or no special tokens.
     """
     if not any(num_samples):
         return None, None, None
@@ -136,6 +137,10 @@ def build_datasets(
         special = masked_view.special_tokens(tokenizer, vocab_size)
         _check_maskable(data)
         seq_length -= masked_view.FRAME
+    if data.mock_data:
+        used = tuple(Source((), None, (0.0, 1.0), n) if n else None for n in num_samples)
+    else:
+        used = sources(data, num_samples)
 
     def build(cache: str | None, on_this_rank: bool = True) -> list[Dataset | None]:
         config = _dataset_config(data, used, seq_length, tokenizer, seed, cache)
@@ -143,33 +148,11 @@ def build_datasets(
         builder = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: on_this_rank, config)
         return builder.build()
 
-    def prepare() -> tuple[str, str | None]:
+    def reserve() -> tuple[str, str | None]:
         check_data(data, seq_length=seq_length, num_samples=num_samples, vocab_size=vocab_size)
-        files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in _files(used)]
-        settings = (seq_length, seed, tokenizer.unique_identifiers, vocab_size)
-        parent = data.data_cache_path or os.path.join(os.path.dirname(files[0][0]), "cache")
-        return index_cache.reserve(
-            parent, repr((files, used, data.split, settings, "sealed, every token in vocabulary"))
-        )
+        return _reserve(data, used, (seq_length, seed, tokenizer.unique_identifiers, vocab_size))
 
-    if data.mock_data:
-        used = tuple(Source((), None, (0.0, 1.0), n) if n else None for n in num_samples)
-        cache = None
-    else:
-        used = sources(data, num_samples)
-        cache, scratch = on_first_rank(prepare)
-        if scratch:  # what is cached was read with this vocabulary before
-            check = partial(check_all_token_ids, all_prefixes(used), vocab_size)
-            try:
-                on_all_ranks(lambda: check(_rank(), _world_size()))
-            except UserError:
-                on_first_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
-                raise
-            build(scratch, on_this_rank=_rank() == 0)
-            on_first_rank(lambda: index_cache.publish(scratch, cache))
-        on_all_ranks(lambda: _check_visible([cache, *_files(used)]))
-        sizes = {f"the size of {path}": os.path.getsize(path) for path in _files(used)}
-        check_alike(sizes, "ranks read different data", DATA)
+    cache = None if data.mock_data else _index_cache(used, reserve, build, vocab_size)
     datasets = build(cache)
     for dataset in filter(None, datasets):
         # The masks of the first sample that a process reads are reused for all others, with the
@@ -182,6 +165,48 @@ def build_datasets(
             for dataset in datasets
         ]
     return tuple(datasets)
+
+
+def _reserve(data: Any, used: tuple[Source | None, ...], settings: tuple) -> tuple[str, str | None]:
+    """Return the folder of the index cache, and one to build it in if it is not there."""
+    files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in _files(used)]
+    parent = data.data_cache_path or os.path.join(os.path.dirname(files[0][0]), "cache")
+    # The words stand for how a cache is made: with others, older caches are built again.
+    made = "sealed, every token in vocabulary"
+    return index_cache.reserve(parent, repr((files, used, data.split, settings, made)))
+
+
+def _index_cache(
+    used: tuple[Source | None, ...],
+    reserve: Callable[[], tuple[str, str | None]],
+    build: Callable[[str, bool], Any],
+    vocab_size: int,
+) -> str:
+    """Return the folder of the index cache, which is there then and seen by all ranks. Collective.
+
+    Args:
+        used: sources of the splits.
+        reserve: as ``_reserve``; global rank 0 calls it.
+        build: writes the indices into a folder, on this rank or not.
+        vocab_size: tokens of the model.
+
+    Raises:
+        UserError: on every rank; as ``build_datasets``.
+    """
+    cache, scratch = on_first_rank(reserve)
+    if scratch:  # what is cached was read with this vocabulary before
+        check = partial(check_all_token_ids, all_prefixes(used), vocab_size)
+        try:
+            on_all_ranks(lambda: check(_rank(), _world_size()))
+        except UserError:
+            on_first_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
+            raise
+        build(scratch, _rank() == 0)
+        on_first_rank(lambda: index_cache.publish(scratch, cache))
+    on_all_ranks(lambda: _check_visible([cache, *_files(used)]))
+    sizes = {f"the size of {path}": os.path.getsize(path) for path in _files(used)}
+    check_alike(sizes, "ranks read different data", DATA)
+    return cache
 
 
 def batches(
