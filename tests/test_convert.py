@@ -78,6 +78,7 @@ MODELS = {
     "qwen2.5 7B": ("qwen2", {**COMMON, "tie_word_embeddings": False, "max_window_layers": 4}),
     "qwen3": ("qwen3", {**COMMON, "head_dim": 14}),
     "nemotron": ("nemotron", {**COMMON, "head_dim": 16}),
+    "phi3": ("phi3", {**COMMON, "pad_token_id": 0, "head_dim": 12, "partial_rotary_factor": 0.5}),
     "gpt2": (
         "gpt2",
         {
@@ -120,6 +121,7 @@ TARGETS = {
     "qwen2.5 7B": f"{LAYERS} {WIDTH} {DENSE} --target-num-attention-heads 4",
     "qwen3": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     "nemotron": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
+    "phi3": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     # The head_dim of these is hidden_size / heads, always.
     "gpt2": f"{LAYERS} --target-hidden-size 24 --target-num-attention-heads 3 {DENSE}",
     "bert": f"{LAYERS} --target-hidden-size 36 --target-num-attention-heads 6 {DENSE}",

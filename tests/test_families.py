@@ -53,6 +53,7 @@ GPT2 = {"vocab_size": ROWS, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_position
 CONFIGS = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "nemotron"), GROUPED),
     "mistral": {**GROUPED, "sliding_window": None},
+    "phi3": {**GROUPED, "pad_token_id": 0},
     "mixtral": {**GROUPED, "num_experts_per_tok": 2, "num_local_experts": 4},
     "qwen3_moe": {**GROUPED, **EXPERTS},
     "gpt2": GPT2,

@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ext.convert import bert
-from megatron_ext.convert.layouts import COPY, GATED, QKV, TRANSPOSED, TRANSPOSED_QKV, Layout
+from megatron_ext.convert.layouts import (
+    COPY,
+    FUSED_QKV,
+    GATED,
+    QKV,
+    TRANSPOSED,
+    TRANSPOSED_QKV,
+    Layout,
+)
 from megatron_ext.convert.rows import Row, both
 
 
@@ -100,6 +108,10 @@ def expert_rows(layer: str, module: str, gate: str, up: str, down: str) -> dict[
 HF_LAYER, GPT2_LAYER = "model.layers.{layer}.", "transformer.h.{layer}."
 GATED_ROWS = decoder_rows(HF_LAYER, dense_rows(HF_LAYER, GATED, "gate_proj", "up_proj"))
 NEMOTRON_ROWS = decoder_rows(HF_LAYER, dense_rows(HF_LAYER, COPY, "up_proj"))
+PHI3_ROWS = {
+    **decoder_rows(HF_LAYER, dense_rows(HF_LAYER, COPY, "gate_up_proj")),  # [gate ; up] there too
+    **both(f"{ATTENTION}linear_qkv.", FUSED_QKV, f"{HF_LAYER}self_attn.qkv_proj"),
+}
 MIXTRAL_ROWS = decoder_rows(HF_LAYER, expert_rows(HF_LAYER, "block_sparse_moe", "w1", "w3", "w2"))
 QWEN3_MOE_ROWS = decoder_rows(
     HF_LAYER, expert_rows(HF_LAYER, "mlp", "gate_proj", "up_proj", "down_proj")
@@ -211,6 +223,24 @@ FAMILIES = {
                 "partial_rotary_factor": 0.5,
                 "bos_token_id": 2,
                 "eos_token_id": 3,
+            },
+            partial_rotary=True,
+        ),
+        Family(
+            model_type="phi3",
+            architecture="Phi3ForCausalLM",
+            rows=PHI3_ROWS,
+            sizes={**SIZES, "hidden_dropout": ("resid_pdrop", "embd_pdrop")},
+            activation=SILU,
+            fixed=GATED_DECODER,
+            negated=TIED,
+            defaults={
+                **UNTIED_BY_DEFAULT,
+                "rms_norm_eps": 1e-5,
+                "sliding_window": None,
+                "bos_token_id": 1,
+                "eos_token_id": 32000,
+                "pad_token_id": 32000,
             },
             partial_rotary=True,
         ),
