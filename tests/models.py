@@ -26,6 +26,17 @@ LLAMA = Arch(
     hidden_dropout=0.0,
 )
 
+# Layers that differ in what they look at and in what rotates.
+WINDOWS = replace(
+    LLAMA,
+    window_size="3,0",
+    window_attn_skip_freq="[1,0,1,1]",
+    no_rope_freq="[0,1,0,0]",
+    position_embedding_type="yarn",
+    rotary_scaling_factor=4.0,
+    yarn_original_max_position_embeddings=8,
+)
+
 GPT2 = Arch(
     num_layers=4,
     hidden_size=32,

@@ -417,10 +417,10 @@ def test_what_is_not_computed_is_refused_whoever_wrote_it(tmp_path):
                 read({name: "mrope"})
     own = str(tmp_path / "own")
     write_model(own, LLAMA)
-    args = plain | {"window_size": (127, 0)}
-    run_ranks(1, rewrite, own, tmp_path / "window", "core 0.19", args)
-    code, line = fail("tools.inspect_checkpoint", ["--load", str(tmp_path / "window")])
-    assert (code, "window_size is (127, 0)" in line) == (CHECKPOINT, True)
+    args = plain | {"softmax_type": "off-by-one"}
+    run_ranks(1, rewrite, own, tmp_path / "sinks", "core 0.19", args)
+    code, line = fail("tools.inspect_checkpoint", ["--load", str(tmp_path / "sinks")])
+    assert (code, "softmax_type is off-by-one" in line) == (CHECKPOINT, True)
 
 
 class Malicious:

@@ -1,10 +1,10 @@
 """The sizes of a model, from and to the args that Megatron-LM saves."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
-from megatron_ext.arch import attention, bert, mlp, moe
+from megatron_ext.arch import attention, bert, mlp, moe, per_layer, rotary
 from megatron_ext.arch import pattern as patterns
 from megatron_ext.arch.kinds import MODULES
 from megatron_ext.arch.mlp import is_gelu
@@ -33,18 +33,14 @@ LEFT_OUT: dict[str, tuple[Any, ...]] = {
     "low_freq_factor": (1.0,),
     "mtp_num_layers": (0,),
     "multi_latent_attention": (False,),
-    "no_rope_freq": (),
     "old_context_len": (8192,),
-    "position_embedding_type": ("learned_absolute", "rope", "none"),
+    "position_embedding_type": ("learned_absolute", "rope", "yarn", "none"),
     "qk_l2_norm": (False,),
     "quick_geglu": (False,),
     "rotary_interleaved": (False,),
-    "rotary_seq_len_interpolation_factor": (),
-    "seq_len_interpolation_factor": (),
     "softmax_scale": (),
     "softmax_type": ("vanilla",),
     "use_mup": (False,),
-    "window_size": (),
 }
 
 
@@ -79,15 +75,9 @@ class ModelSizes:
     position_embedding_type: str = size(
         "learned_absolute",
         "how positions enter",
-        choices=("learned_absolute", "rope", "none"),
+        choices=("learned_absolute", "rope", "yarn", "none"),
         shorthands={"--use-rotary-position-embeddings": "rope"},
     )
-    rotary_base: int = size(10000, "base of the rotary periods (theta)", at_least=1)
-    rotary_percent: float = size(
-        1.0, "share of a head's channels that rotate, 0 to 1", above=0, at_most=1
-    )
-    use_rope_scaling: bool = size(False, "scale rotary frequencies as Llama 3.1 does")
-    rope_scaling_factor: float = size(8.0, "factor of --use-rope-scaling", at_least=1)
     normalization: str = size("LayerNorm", "kind of norm", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = size(1e-5, "added to the variance in norms", above=0)
     apply_layernorm_1p: bool = size(False, "norm weights are stored as gamma - 1")
@@ -103,7 +93,7 @@ class ModelSizes:
 
 # Bases from the last to the first: their fields are flags in this order.
 @dataclass(frozen=True, kw_only=True)
-class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, ModelSizes):
+class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, rotary.Sizes, ModelSizes):
     """The architecture of one model, in the names that Megatron-LM saves in a checkpoint's args."""
 
     def __post_init__(self) -> None:
@@ -126,6 +116,8 @@ class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, ModelSizes):
             )
         for kind in MODULES:
             yield from kind.problems(self)
+        yield from rotary.problems(self)
+        yield from per_layer.problems(self)
         yield from bert.problems(self)
 
     @property
@@ -200,6 +192,10 @@ class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, ModelSizes):
             )
         return self.with_pattern(self.pattern)
 
+    def with_layers(self, layers: Sequence[int]) -> "Arch":
+        """Return the GPTModel or BertModel of some of these layers, by number."""
+        return replace(self, num_layers=len(layers), **per_layer.of_layers(self, layers))
+
     @classmethod
     def from_args(cls, args: Mapping[str, Any]) -> "Arch":
         """Read an architecture from Megatron-LM's saved args (a mapping of names to values).
@@ -229,7 +225,9 @@ class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, ModelSizes):
         missing = [name for name in _SIZES if name not in known]
         if missing:
             raise KeyError(missing[0])
-        return cls(**known)
+        if known.get("window_size") is None:  # then it is of no window
+            known.pop("window_attn_skip_freq", None)
+        return cls(**canonical(known, known["num_layers"]))
 
     def to_args(self) -> dict[str, Any]:
         """Return the inverse of ``from_args``: the names that Megatron-LM reads back."""
@@ -241,6 +239,8 @@ class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, ModelSizes):
             # takes the flag with rope only: nobody has to type it.
             "add_position_embedding": True,
             "is_hybrid_model": self.is_hybrid,
+            "window_size": None if self.window is None else (self.window, 0),
+            **{name: per_layer.switches(self, name) for name in per_layer.NAMES},
         }
 
 
@@ -250,6 +250,17 @@ _AT_LEAST = {"vocab_size": 1} | {
     for f in fields(Arch)
     if "at_least" in f.metadata.get("flag", ())
 }
+
+
+def canonical(sizes: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Return ``sizes`` with what Megatron-LM takes in several forms in that of ``Arch``.
+
+    Raises ``ValueError`` for a list that does not fit the layers, and for windows to the right.
+    """
+    found = per_layer.expanded(sizes, num_layers)
+    if found.get("window_size") is not None:
+        found["window_size"] = attention.window_text(found["window_size"])
+    return found
 
 
 def check_left_out(settings: Mapping[str, Any]) -> None:

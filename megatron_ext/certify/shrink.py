@@ -13,12 +13,15 @@ from typing import Any
 
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import sizes_of
+from megatron_ext.arch.per_layer import of_layers
 from megatron_ext.certify.layouts import Ranks
 from megatron_ext.cli.flag_checks import ENDS, stages
 from megatron_ext.distillation.pairs import Pair
 
 POSITIONS, TOKENS = 16, 48
 """Least number of tokens of a sample, and of the vocabulary."""
+WINDOW = 5
+"""Most tokens before its own that a query looks at, where there is a window."""
 KEPT_EXPERTS, KEPT_TOP_K = 16, 8
 """Above these, fewer."""
 
@@ -56,7 +59,10 @@ def small_arch(arch: Arch, real: Ranks, small: Ranks, num_layers: int) -> Arch:
             sizes[name] = up_to_multiple(getattr(arch, name) * factor, small.tp)
     if arch.num_experts is not None:
         sizes["num_experts"] = _num_experts(arch, real.ep, small.ep)
-    return replace(arch, **sizes)
+    if arch.window is not None:
+        sizes["window_size"] = f"{min(arch.window, WINDOW)},0"
+    layers = [layer % arch.num_layers for layer in range(num_layers)]
+    return replace(arch, **sizes, **of_layers(arch, layers))
 
 
 def _kv_channels(arch: Arch) -> int:
@@ -152,7 +158,8 @@ def small_target(source: Arch, target: Arch, small: Arch, num_layers: int) -> Ar
     sizes["num_attention_heads"] = target.num_attention_heads // target.num_query_groups * groups
     if "num_experts" in sizes:
         sizes["num_experts"] = max(sizes["num_experts"], small.moe_router_topk)
-    return replace(small, **{**sizes, "num_layers": num_layers})
+    layers = of_layers(small, range(num_layers))
+    return replace(small, **{**sizes, "num_layers": num_layers, **layers})
 
 
 def small_batch(

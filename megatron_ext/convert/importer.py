@@ -25,7 +25,7 @@ from megatron_ext.convert.config import (
     with_positions,
     without_biases,
 )
-from megatron_ext.convert.families import Family
+from megatron_ext.convert.family import Family
 from megatron_ext.convert.hf_files import CONFIG, carried, has_tokenizer, read_files
 from megatron_ext.convert.hf_folder import ADAPTER, HfFolder
 from megatron_ext.convert.pieces import Piece, pieces

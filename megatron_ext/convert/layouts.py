@@ -47,8 +47,8 @@ def split_qkv(tensor: "Tensor", arch: Arch) -> "list[Tensor]":
 
 def chunk_qkv(tensor: "Tensor", arch: Arch) -> "Sequence[Tensor]":
     """Return queries, keys and values of a tensor that holds all queries, all keys, all values."""
-    queries, keys = (n * arch.kv_channels for n in (arch.num_attention_heads, arch.num_query_groups))
-    return tensor.split([queries, keys, keys])
+    heads, groups = arch.num_attention_heads, arch.num_query_groups
+    return tensor.split([n * arch.kv_channels for n in (heads, groups, groups)])
 
 
 COPY = Layout(lambda parts, arch: parts[0], lambda tensor, arch: [tensor])

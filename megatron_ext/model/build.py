@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ext.arch import Arch, names_on_disk, weights
+from megatron_ext.arch import Arch, names_on_disk, per_layer, rotary, weights
 from megatron_ext.checkpoint.checkpoints import sharded_tensors
 from megatron_ext.model.bert import MaskedLanguageModel, build_bert
 from megatron_ext.model.cuda_graphs import make_own_tables
@@ -118,6 +118,13 @@ def transformer_config(
     Raises:
         UserError: with code ``USAGE``; megatron-core refuses these settings, in its words.
     """
+    is_ring = options.settings.get("cp_comm_type", "p2p") == "p2p" and groups.cp.size() > 1
+    if is_ring and arch.window is not None and options.transformer_impl == "transformer_engine":
+        raise UserError(
+            "--cp-comm-type p2p: Transformer Engine's attention has no windows (--window-size) "
+            "under context parallelism that way; use all_gather or a2a.",
+            USAGE,
+        )
     try:
         return _transformer_config(arch, options, groups)
     except (AssertionError, ValueError) as error:
@@ -126,6 +133,18 @@ def transformer_config(
 
 
 def _transformer_config(
+    arch: Arch, options: ModelOptions, groups: ProcessGroupCollection
+) -> TransformerConfig:
+    config = _layer_config(arch, options, groups)
+    if arch.position_embedding_type == "yarn":
+        # megatron-core reads them of its configuration, which has no fields for them.
+        for name in rotary.YARN:
+            prefix = "" if name.startswith("yarn_") else "yarn_"
+            setattr(config, prefix + name, getattr(arch, name))
+    return config
+
+
+def _layer_config(
     arch: Arch, options: ModelOptions, groups: ProcessGroupCollection
 ) -> TransformerConfig:
     gelu = fast_gelu if arch.bias_gelu_fusion else F.gelu
@@ -150,6 +169,8 @@ def _transformer_config(
         add_bias_linear=arch.add_bias_linear,
         add_qkv_bias=arch.add_qkv_bias or arch.add_bias_linear,
         qk_layernorm=arch.qk_layernorm,
+        window_size=None if arch.window is None else (arch.window, 0),
+        **{name: per_layer.switches(arch, name) for name in per_layer.NAMES},
         attention_dropout=arch.attention_dropout,
         hidden_dropout=arch.hidden_dropout,
         attention_softmax_in_fp32=True,
@@ -254,6 +275,7 @@ def _build_gpt(
         position_embedding_type=arch.position_embedding_type,
         rotary_percent=arch.rotary_percent,
         rotary_base=arch.rotary_base,
+        seq_len_interpolation_factor=arch.rotary_seq_len_interpolation_factor,
         rope_scaling=arch.use_rope_scaling,
         rope_scaling_factor=arch.rope_scaling_factor,
         **place,

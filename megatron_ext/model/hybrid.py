@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_ext.arch import Arch
+from megatron_ext.arch import Arch, rotary
 from megatron_ext.arch.pattern import in_stages
 from megatron_ext.model.layers import Norm, engine_layer_spec, local_layer_spec
 from megatron_ext.model.output import VocabularyOutput
@@ -60,12 +60,13 @@ class HybridLanguageModel(VocabularyOutput, HybridModel):
 
     def _rotation(self, decoder_input: Tensor | None) -> Tensor | None:
         """Return the rotary table of the positions, [S, 1, 1, D]."""
-        if self.position_embedding_type != "rope":
+        if self.position_embedding_type not in rotary.KINDS:
             return None
         length = self.rotary_pos_emb.get_rotary_seq_len(
             None, self.decoder, decoder_input, self.config, None
         )
-        return self.rotary_pos_emb(length)
+        table = self.rotary_pos_emb(length)
+        return table[0] if self.position_embedding_type == "yarn" else table
 
 
 class LocalStack(HybridStack):
@@ -99,6 +100,7 @@ def build_hybrid(
         position_embedding_type=arch.position_embedding_type,
         rotary_percent=arch.rotary_percent,
         rotary_base=arch.rotary_base,
+        seq_len_interpolation_factor=arch.rotary_seq_len_interpolation_factor,
         **place,
     )
     if arch.use_rope_scaling:  # a HybridModel of megatron-core 0.19.2 does not ask for it
@@ -106,6 +108,7 @@ def build_hybrid(
             kv_channels=config.kv_channels,
             rotary_percent=arch.rotary_percent,
             rotary_base=arch.rotary_base,
+            seq_len_interpolation_factor=arch.rotary_seq_len_interpolation_factor,
             rope_scaling=True,
             rope_scaling_factor=arch.rope_scaling_factor,
             use_cpu_initialization=config.use_cpu_initialization,

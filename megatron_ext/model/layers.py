@@ -20,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -77,6 +78,10 @@ class Attention(MegatronModule):
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.is_causal = attn_mask_type == AttnMaskType.causal
         self.cp_group = pg_collection.cp
+        is_cut = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        self.window = config.window_size[0] if is_cut else None
 
     def forward(
         self,
@@ -98,12 +103,7 @@ class Attention(MegatronModule):
                 gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
                 for x in (key, value)
             )
-            positions = gathered_positions(s, self.cp_group).to(query.device)
-            if attention_mask is not None:
-                attention_mask = attention_mask[..., positions]
-            elif self.is_causal:
-                own = shard_positions(s, self.cp_group, self.cp_group.rank()).to(query.device)
-                attention_mask = (own[:, None] < positions)[None, None]
+        attention_mask = self._hidden_keys(attention_mask, s, query.device)
         inputs = [x.permute(1, 2, 0, 3) for x in (query, key, value)]  # [B, heads, positions, D]
         # Heads differ between tensor-parallel ranks, so their dropout must too.
         with get_cuda_rng_tracker().fork():
@@ -116,6 +116,24 @@ class Attention(MegatronModule):
                 enable_gqa=query.shape[2] != key.shape[2],
             )
         return context.permute(2, 0, 1, 3).reshape(s, b, -1)
+
+    def _hidden_keys(self, mask: Tensor | None, s: int, device: torch.device) -> Tensor | None:
+        """Return the mask of the gathered keys, in their order; None where causality is all."""
+        is_split = self.cp_group.size() > 1
+        if not is_split and self.window is None:
+            return mask
+        own = positions = torch.arange(s, device=device)
+        if is_split:
+            own = shard_positions(s, self.cp_group, self.cp_group.rank()).to(device)
+            positions = gathered_positions(s, self.cp_group).to(device)
+            mask = None if mask is None else mask[..., positions]
+        distance = own[:, None] - positions  # [s, S]
+        if self.window is not None and self.window + 1 < len(positions):
+            too_far = (distance > self.window) | (distance < 0)
+            return too_far if mask is None else mask | too_far
+        if mask is None and self.is_causal and is_split:
+            return distance < 0
+        return mask
 
 
 def shard_positions(num_positions: int, cp_group: ProcessGroup, rank: int) -> Tensor:

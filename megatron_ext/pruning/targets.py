@@ -11,6 +11,7 @@ import yaml
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import DEPTH_SIZES, SIZES, has_sublayers, sizes_of
 from megatron_ext.arch.pattern import without_last
+from megatron_ext.arch.per_layer import NAMES, of_layers
 from megatron_ext.runtime.errors import USAGE, UserError
 
 
@@ -55,7 +56,9 @@ def target_arch(source: Arch, **sizes: int | None) -> Arch:
             f"{source.moe_router_topk} experts (moe_router_topk).",
             USAGE,
         )
-    return replace(source, **changed)
+    # Which layers stay is not known yet either: the first ones stand in for them.
+    layers = range(changed.get("num_layers", source.num_layers))
+    return replace(source, **changed, **of_layers(source, layers))
 
 
 def _with_pattern(source: Arch, sizes: dict[str, int]) -> dict[str, Any]:
@@ -78,9 +81,10 @@ def _with_pattern(source: Arch, sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def same_sizes(first: Arch, second: Arch) -> bool:
-    """Whether two models differ at most in the order of their sub-layers."""
+    """Whether two models differ at most in which layers or sub-layers of each kind they have."""
     if not (has_sublayers(first) and has_sublayers(second)):
-        return first == second
+        none: dict[str, Any] = dict.fromkeys(NAMES)
+        return replace(first, **none) == replace(second, **none)
     hybrids = [arch.by_sublayers() for arch in (first, second)]
     one, other = (
         replace(arch, hybrid_layer_pattern="".join(sorted(arch.pattern))) for arch in hybrids
@@ -143,7 +147,8 @@ def _depth_problem(source: Arch) -> str | None:
             f"--target-attention-layers and --target-mlp-layers{way_out * source.has_whole_layers}"
         )
     if not has_sublayers(source):
-        return "of a BertModel whole layers are removed; use --target-num-layers"
+        kind = "BertModel" if source.is_bert else "model whose layers differ"
+        return f"of a {kind} whole layers are removed; use --target-num-layers"
     return None
 
 
