@@ -26,7 +26,7 @@ LLAMA = Arch(
     hidden_dropout=0.0,
 )
 
-# Layers that differ in what they look at and in what rotates.
+# Layers that differ in what they look at and in what rotates; constants that multiply.
 WINDOWS = replace(
     LLAMA,
     window_size="3,0",
@@ -35,6 +35,10 @@ WINDOWS = replace(
     position_embedding_type="yarn",
     rotary_scaling_factor=4.0,
     yarn_original_max_position_embeddings=8,
+    softmax_scale=0.4,
+    embedding_multiplier=3.0,
+    residual_multiplier=0.6,
+    logits_scaling=2.0,
 )
 
 GPT2 = Arch(

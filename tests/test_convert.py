@@ -80,6 +80,13 @@ MINISTRAL = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+GRANITE = {
+    "tie_word_embeddings": True,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.15,
+    "logits_scaling": 8.0,
+}
 BERT = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
 # name: model_type and config; every family at least once.
 MODELS = {
@@ -112,6 +119,7 @@ MODELS = {
             "sliding_window": 9,
         },
     ),
+    "granite": ("granite", {**COMMON, **GRANITE}),
     "qwen2": ("qwen2", {**COMMON, "tie_word_embeddings": True}),
     "qwen2.5 long": ("qwen2", {**COMMON, "rope_parameters": YARN}),
     "qwen2.5 7B": ("qwen2", {**COMMON, "tie_word_embeddings": False, "max_window_layers": 4}),
@@ -157,7 +165,8 @@ TARGETS = {
     "mistral": f"{LAYERS} --target-hidden-size 34 {DENSE} {GROUPS}",
     "mistral 0.1": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     **dict.fromkeys(
-        ("mistral 0.1 cut", "ministral 3", "smollm3"), f"{LAYERS} {WIDTH} {DENSE} {GROUPS}"
+        ("mistral 0.1 cut", "ministral 3", "smollm3", "granite"),
+        f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     ),
     "qwen2": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     "qwen2.5 long": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
@@ -800,6 +809,21 @@ SMOLLM3_3B = {
     "no_rope_layers": [1, 1, 1, 0] * 9,
     "rope_theta": 5000000.0,
 }
+GRANITE_2B = {
+    "model_type": "granite",
+    "vocab_size": 49155,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.015625,
+    "logits_scaling": 8.0,
+}
 MISTRAL_7B = {
     **WIDE,
     "model_type": "mistral",
@@ -838,10 +862,11 @@ QWEN_7B = {
         (PHI_3_MINI, 3_821_079_552, {"window_size": "2046,0", "window_attn_skip_freq": None}),
         (PHI_4, 14_659_507_200, {"window_size": None, "num_query_groups": 10}),
         (SMOLLM3_3B, 3_075_098_624, {"no_rope_freq": f"[{','.join('0001' * 9)}]"}),
+        (GRANITE_2B, 2_533_531_648, {"softmax_scale": 1 / 64, "residual_multiplier": 0.22}),
         (MISTRAL_7B, 7_241_732_096, {"window_size": "4095,0", "kv_channels": 128}),
         (QWEN_7B, 7_615_616_512, {"rotary_scaling_factor": 4.0, "window_size": None}),
     ],
-    ids=["Phi-3-mini", "phi-4", "SmolLM3-3B", "Mistral-7B", "Qwen2.5-7B"],
+    ids=["Phi-3-mini", "phi-4", "SmolLM3-3B", "granite-3.0-2b", "Mistral-7B", "Qwen2.5-7B"],
 )
 def test_parameter_counts_of_published_models(config, count, sizes):
     arch = arch_of(config)

@@ -51,7 +51,7 @@ GROUPED = {**COMMON, "num_key_value_heads": 2, "head_dim": 12}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 20, "num_experts": 4}
 GPT2 = {"vocab_size": ROWS, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
 CONFIGS = {
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "nemotron"), GROUPED),
+    **dict.fromkeys(("llama", "granite", "qwen2", "qwen3", "nemotron"), GROUPED),
     "mistral": {**GROUPED, "sliding_window": None},
     **{name: {**GROUPED, "pad_token_id": 0} for name in ("phi3", "smollm3", "ministral3")},
     "mixtral": {**GROUPED, "num_experts_per_tok": 2, "num_local_experts": 4},
@@ -107,6 +107,10 @@ CHANGES = [
     {"window_size": "5,0", "window_attn_skip_freq": "[1,0]"},
     {"window_size": "5,0", "window_attn_skip_freq": "[0,0]"},
     {"window_size": "30,0"},
+    {"softmax_scale": 0.7},
+    {"embedding_multiplier": 3.0},
+    {"residual_multiplier": 0.3},
+    {"logits_scaling": 4.0},
     {"normalization": "LayerNorm"},
     {"normalization": "RMSNorm"},
     {"norm_epsilon": 0.1},

@@ -58,6 +58,8 @@ class Sizes:
         None,
         "layers without --window-size: every N-th, or a list with a 0 for each, '([1]*5+[0])*4'",
     )
+    softmax_scale: float | None = None
+    """Factor of a query times a key; None for 1 / sqrt(kv_channels). No flag, as in Megatron-LM."""
     attention_dropout: float = size(
         0.1, "share of attention weights dropped in training", at_least=0, below=1
     )
@@ -85,6 +87,8 @@ def problems(arch: "Arch") -> Iterator[str]:
         yield "--window-attn-skip-freq needs --window-size."
     if arch.window_size is not None and arch.is_bert:
         yield "--window-size does not go with --bert-no-binary-head."
+    if arch.softmax_scale == 0:
+        yield "softmax_scale is 0: no query would differ from another."
     if arch.num_attention_heads % arch.num_query_groups:
         yield (
             f"--num-attention-heads {arch.num_attention_heads} is not a multiple of "

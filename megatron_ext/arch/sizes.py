@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
-from megatron_ext.arch import attention, bert, mlp, moe, per_layer, rotary
+from megatron_ext.arch import attention, bert, mlp, moe, per_layer, rotary, scales
 from megatron_ext.arch import pattern as patterns
 from megatron_ext.arch.kinds import MODULES
 from megatron_ext.arch.mlp import is_gelu
@@ -38,7 +38,6 @@ LEFT_OUT: dict[str, tuple[Any, ...]] = {
     "qk_l2_norm": (False,),
     "quick_geglu": (False,),
     "rotary_interleaved": (False,),
-    "softmax_scale": (),
     "softmax_type": ("vanilla",),
     "use_mup": (False,),
 }
@@ -93,7 +92,9 @@ class ModelSizes:
 
 # Bases from the last to the first: their fields are flags in this order.
 @dataclass(frozen=True, kw_only=True)
-class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, rotary.Sizes, ModelSizes):
+class Arch(
+    bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, rotary.Sizes, scales.Sizes, ModelSizes
+):
     """The architecture of one model, in the names that Megatron-LM saves in a checkpoint's args."""
 
     def __post_init__(self) -> None:
@@ -118,6 +119,7 @@ class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, rotary.Sizes, Mode
             yield from kind.problems(self)
         yield from rotary.problems(self)
         yield from per_layer.problems(self)
+        yield from scales.problems(self)
         yield from bert.problems(self)
 
     @property

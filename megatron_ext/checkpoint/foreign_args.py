@@ -37,6 +37,7 @@ NAMES = {
     "position_embedding_type": "position_embedding_type",
     "rotary_percent": "rotary_percent",
     "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
+    "softmax_scale": "softmax_scale",
     "no_rope_freq": "no_rope_freq",
     "window_size": "window_size",
     "window_attn_skip_freq": "window_attn_skip_freq",

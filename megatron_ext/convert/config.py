@@ -102,6 +102,9 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
     config |= {"vocab_size": num_rows(arch, origin), "torch_dtype": dtype, "dtype": dtype}
     for name, keys in family.sizes.items():
         config |= dict.fromkeys(keys, getattr(arch, name))
+    if "softmax_scale" in family.sizes:
+        scale = arch.kv_channels**-0.5 if arch.softmax_scale is None else arch.softmax_scale
+        config |= dict.fromkeys(family.sizes["softmax_scale"], scale)
     config |= dict.fromkeys(family.biases, arch.add_bias_linear)
     config |= {key: not getattr(arch, name) for name, key in family.negated.items()}
     config |= family.only
@@ -210,6 +213,8 @@ def _check_reads_back(arch: Arch, family: Family, config: Config) -> None:
 def _comparable(arch: Arch) -> dict[str, Any]:
     """Return the fields that decide what a model computes."""
     arch = layers.comparable(rotary_keys.comparable(arch))
+    if arch.softmax_scale is None:
+        arch = replace(arch, softmax_scale=arch.kv_channels**-0.5)
     if arch.num_experts is not None:
         arch = replace(arch, ffn_hidden_size=arch.moe_ffn_hidden_size)
     if arch.add_bias_linear:

@@ -24,7 +24,7 @@ DEFAULTS = {f.name: f.default for f in fields(rotary.Sizes)}
 def rotary_sizes(family: Family, config: Config) -> dict[str, Any]:
     """Return the rotary fields from the keys of any version of transformers."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    rope = {key: value for key, value in rope.items() if value is not None}
+    rope = {key: value for key, value in rope.items() if value is not None} or family.default_rope
     check_types(rope, ROPE_TYPES)
     if family.scales_queries:
         _check_queries(rope, config["max_position_embeddings"])
@@ -136,8 +136,9 @@ def rotary_config(arch: Arch, family: Family, origin: Config) -> dict[str, Any]:
     theta, scaling = float(arch.rotary_base), _scaling(arch)
     parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
     if family.scales_queries:
-        said = origin and (origin.get("rope_parameters") or family.defaults["rope_parameters"])
-        parameters |= {BETA: said.get(BETA, 0.0)}
+        said = (origin.get(key) for key in ("rope_parameters", "rope_scaling"))
+        rope = next(filter(None, said), family.default_rope) if origin else {}
+        parameters |= {BETA: rope.get(BETA, 0.0)}
         parameters.setdefault("original_max_position_embeddings", arch.max_position_embeddings)
     is_said = family.partial_rotary or arch.rotary_percent != 1
     partial = {"partial_rotary_factor": arch.rotary_percent} if is_said else {}

@@ -87,7 +87,8 @@ def typed(family: Family, config: Config) -> dict[str, Any]:
         ValueError: naming a key that is read and holds a value of another kind.
     """
     said = {key: value for key, value in config.items() if value is not None or key in NULL}
-    types = {f.name: "number" if f.type is float else "whole number" for f in fields(Arch)}
+    number = (float, float | None)
+    types = {f.name: "number" if f.type in number else "whole number" for f in fields(Arch)}
     of_sizes = {key: types[name] for name, keys in family.sizes.items() for key in keys}
     switches = dict.fromkeys((*family.negated.values(), *family.biases), "switch (true or false)")
     check_types(said, {**TYPES, **of_sizes, **switches, family.activation[0]: "text"})

@@ -76,6 +76,8 @@ class LanguageModel(VocabularyOutput, GPTModel):
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None = None, **inputs: object
     ) -> Tensor:
+        if self.post_process:
+            hidden_states = self.output_input(hidden_states)
         if labels is not None or not self.post_process:
             return super()._postprocess(hidden_states, labels=labels, **inputs)
         if self.leaves_out_output_layer:
@@ -136,6 +138,7 @@ def _transformer_config(
     arch: Arch, options: ModelOptions, groups: ProcessGroupCollection
 ) -> TransformerConfig:
     config = _layer_config(arch, options, groups)
+    config.residual_multiplier = arch.residual_multiplier  # for ``layers.with_multiplier``
     if arch.position_embedding_type == "yarn":
         # megatron-core reads them of its configuration, which has no fields for them.
         for name in rotary.YARN:
@@ -169,6 +172,7 @@ def _layer_config(
         add_bias_linear=arch.add_bias_linear,
         add_qkv_bias=arch.add_qkv_bias or arch.add_bias_linear,
         qk_layernorm=arch.qk_layernorm,
+        softmax_scale=arch.softmax_scale,
         window_size=None if arch.window is None else (arch.window, 0),
         **{name: per_layer.switches(arch, name) for name in per_layer.NAMES},
         attention_dropout=arch.attention_dropout,
@@ -305,7 +309,9 @@ def _build_chunk(
         model = _build_gpt(arch, config, num_layers, **place)
     if config.cuda_graph_impl == "local":
         make_own_tables(model)
-    model.num_tokens = arch.vocab_size
+    model.num_tokens, model.logits_scaling = arch.vocab_size, arch.logits_scaling
+    if place["pre_process"] and arch.embedding_multiplier != 1:
+        model.embedding.register_forward_hook(lambda _, __, y: y * arch.embedding_multiplier)
     for name, parameter in model.named_parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         if ".mlp.experts." in name:

@@ -52,6 +52,8 @@ class HybridLanguageModel(VocabularyOutput, HybridModel):
         x = self.decoder(
             hidden_states=x, attention_mask=attention_mask, rotary_pos_emb=self._rotation(x)
         )
+        if self.post_process:
+            x = self.output_input(x)
         if not self.post_process or (labels is None and self.leaves_out_output_layer):
             return x
         tied = self.share_embeddings_and_output_weights

@@ -6,9 +6,11 @@ Shape letters in this file:
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
@@ -179,15 +181,35 @@ def local_layer_spec(config: TransformerConfig, num_experts: int | None) -> Modu
     attention.core_attention = Attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    return layer
+    return with_multiplier(layer, config.residual_multiplier)
 
 
 def engine_layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
     """Return megatron-core's layer of Transformer Engine's modules."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec(
+    layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=num_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
+    return with_multiplier(layer, config.residual_multiplier)
+
+
+def with_multiplier(layer: ModuleSpec, multiplier: float) -> ModuleSpec:
+    """Return a layer that multiplies what its sub-layers add to the residual stream."""
+
+    def get_multiply_add(training: bool, fused: bool) -> Callable[..., Tensor]:
+        dropout_add = get_bias_dropout_add(training, fused)
+
+        def multiply_add(
+            output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float
+        ) -> Tensor:
+            parts = [None if part is None else part * multiplier for part in output]
+            return dropout_add(tuple(parts), residual, dropout)
+
+        return multiply_add
+
+    if multiplier != 1:
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = get_multiply_add
+    return layer
