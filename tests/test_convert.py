@@ -581,6 +581,51 @@ def test_files_of_published_berts(folders, tmp_path):
     assert_same_bytes(read_tensors(save), read_tensors(str(folders / "bert/megatron")))
 
 
+VISION = {
+    "model_type": "pixtral",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
+
+
+def write_with_pictures(folder):
+    """Save a random model of pictures and text and return the logits of its text."""
+    model_type, values = MODELS["ministral 3"]
+    torch.manual_seed(0)
+    parts = {"text_config": {"model_type": model_type, **values}, "vision_config": VISION}
+    config = transformers.AutoConfig.for_model("mistral3", **parts)
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens()).logits
+
+
+@pytest.mark.parametrize("new_names", [False, True])
+def test_the_text_of_a_model_of_pictures(new_names, tmp_path):
+    """Mistral Small 3.1 and Ministral 3 are published as such; names differ between versions."""
+    expected = write_with_pictures(tmp_path / "hf")
+    if new_names:
+        tensors(tmp_path / "hf", rename_text)
+    flags = ["import", "--hf", str(tmp_path / "hf"), "--save", str(tmp_path / "megatron")]
+    (outcome,) = succeed("tools.convert", flags)
+    assert "tensors beside the language model, left out" in outcome.stderr
+    (logits,) = run_ranks(1, megatron_logits, [str(tmp_path / "megatron")], 1, 1)
+    assert_close("text", logits[0], expected)
+    hf = str(tmp_path / "out")
+    succeed("tools.convert", ["export", "--load", str(tmp_path / "megatron"), "--hf", hf])
+    assert_close("export", hf_logits(hf), expected)
+
+
+def rename_text(found):
+    for name in list(found):
+        new = name.replace("language_model.model.", "model.language_model.")
+        found[new.replace("language_model.lm_head.", "lm_head.")] = found.pop(name)
+
+
 def test_a_model_of_no_known_origin_needs_its_family(tmp_path):
     write_model(str(tmp_path / "model"), LLAMA)
     flags = ["export", "--load", str(tmp_path / "model"), "--hf", str(tmp_path / "hf")]
