@@ -119,6 +119,7 @@ MODELS = {
             "sliding_window": 9,
         },
     ),
+    "glm": ("glm", {**COMMON, "pad_token_id": 0, "head_dim": 16}),
     "granite": ("granite", {**COMMON, **GRANITE}),
     "qwen2": ("qwen2", {**COMMON, "tie_word_embeddings": True}),
     "qwen2.5 long": ("qwen2", {**COMMON, "rope_parameters": YARN}),
@@ -165,7 +166,7 @@ TARGETS = {
     "mistral": f"{LAYERS} --target-hidden-size 34 {DENSE} {GROUPS}",
     "mistral 0.1": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     **dict.fromkeys(
-        ("mistral 0.1 cut", "ministral 3", "smollm3", "granite"),
+        ("mistral 0.1 cut", "ministral 3", "smollm3", "granite", "glm"),
         f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     ),
     "qwen2": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
@@ -869,6 +870,20 @@ GRANITE_2B = {
     "attention_multiplier": 0.015625,
     "logits_scaling": 8.0,
 }
+GLM_4_9B = {
+    **WIDE,
+    "model_type": "glm",
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "intermediate_size": 13696,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "attention_bias": True,
+    "rope_theta": 10000.0,
+}
 MISTRAL_7B = {
     **WIDE,
     "model_type": "mistral",
@@ -908,10 +923,19 @@ QWEN_7B = {
         (PHI_4, 14_659_507_200, {"window_size": None, "num_query_groups": 10}),
         (SMOLLM3_3B, 3_075_098_624, {"no_rope_freq": f"[{','.join('0001' * 9)}]"}),
         (GRANITE_2B, 2_533_531_648, {"softmax_scale": 1 / 64, "residual_multiplier": 0.22}),
+        (GLM_4_9B, 9_399_951_360, {"rotary_percent": 0.5, "rotary_interleaved": True}),
         (MISTRAL_7B, 7_241_732_096, {"window_size": "4095,0", "kv_channels": 128}),
         (QWEN_7B, 7_615_616_512, {"rotary_scaling_factor": 4.0, "window_size": None}),
     ],
-    ids=["Phi-3-mini", "phi-4", "SmolLM3-3B", "granite-3.0-2b", "Mistral-7B", "Qwen2.5-7B"],
+    ids=[
+        "Phi-3-mini",
+        "phi-4",
+        "SmolLM3-3B",
+        "granite-3.0-2b",
+        "glm-4-9b",
+        "Mistral-7B",
+        "Qwen2.5-7B",
+    ],
 )
 def test_parameter_counts_of_published_models(config, count, sizes):
     arch = arch_of(config)

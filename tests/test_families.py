@@ -53,7 +53,7 @@ GPT2 = {"vocab_size": ROWS, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_position
 CONFIGS = {
     **dict.fromkeys(("llama", "granite", "qwen2", "qwen3", "nemotron"), GROUPED),
     "mistral": {**GROUPED, "sliding_window": None},
-    **{name: {**GROUPED, "pad_token_id": 0} for name in ("phi3", "smollm3", "ministral3")},
+    **{name: {**GROUPED, "pad_token_id": 0} for name in ("phi3", "glm", "smollm3", "ministral3")},
     "mixtral": {**GROUPED, "num_experts_per_tok": 2, "num_local_experts": 4},
     "qwen3_moe": {**GROUPED, **EXPERTS},
     "gpt2": GPT2,
@@ -96,6 +96,7 @@ CHANGES = [
     {"rotary_percent": 1.0},
     {"use_rope_scaling": True},
     {"use_rope_scaling": True, "rope_scaling_factor": 3.0},
+    {"rotary_interleaved": True},
     {"rotary_seq_len_interpolation_factor": 3},
     YARN,
     {**YARN, "yarn_beta_fast": 4.0, "mscale": 0.0},

@@ -409,7 +409,7 @@ TRAIN_OPTIONS = """
     --profile-step-start --progress --pytorch-profiler-collect-callstack
     --pytorch-profiler-collect-shapes --qk-layernorm --recompute-activations --recompute-granularity
     --recompute-method --recompute-modules --recompute-num-layers --reset-attention-mask
-    --reset-position-ids --rope-scaling-factor --rotary-base --rotary-percent
+    --reset-position-ids --rope-scaling-factor --rotary-base --rotary-interleaved --rotary-percent
     --rotary-scaling-factor --rotary-seq-len-interpolation-factor --save --save-interval
     --save-retain-interval --seed --seq-length --sequence-parallel --sgd-momentum --skip-train
     --split --squared-relu --start-weight-decay --swiglu --teacher-config --teacher-fp8-format
@@ -447,17 +447,18 @@ PRUNE_OPTIONS = """
     --overlap-p2p-communication-warmup-flush --padded-vocab-size --per-split-data-args-path
     --pipeline-model-parallel-layout --pipeline-model-parallel-size --plan --position-embedding-type
     --prune-iterations --qk-layernorm --reset-attention-mask --reset-position-ids
-    --rope-scaling-factor --rotary-base --rotary-percent --rotary-scaling-factor
-    --rotary-seq-len-interpolation-factor --save --scores --search-space --seed --seq-length
-    --sequence-parallel --split --squared-relu --swiglu --target-attention-layers --target-budget
-    --target-ffn-hidden-size --target-hidden-size --target-mlp-layers --target-moe-ffn-hidden-size
-    --target-moe-layers --target-moe-shared-expert-intermediate-size --target-num-attention-heads
-    --target-num-experts --target-num-layers --target-num-query-groups --target-params
-    --target-tolerance --targets --tensor-model-parallel-size --tokenizer-model --tokenizer-type
-    --train-data-path --transformer-impl --trust-checkpoint --trust-remote-code
-    --untie-embeddings-and-output-weights --use-rope-scaling --use-rotary-position-embeddings
-    --vocab-file --vocab-size --window-attn-skip-freq --window-size --world-size --yarn-beta-fast
-    --yarn-beta-slow --yarn-correction-range-round-to-int --yarn-original-max-position-embeddings
+    --rope-scaling-factor --rotary-base --rotary-interleaved --rotary-percent
+    --rotary-scaling-factor --rotary-seq-len-interpolation-factor --save --scores --search-space
+    --seed --seq-length --sequence-parallel --split --squared-relu --swiglu
+    --target-attention-layers --target-budget --target-ffn-hidden-size --target-hidden-size
+    --target-mlp-layers --target-moe-ffn-hidden-size --target-moe-layers
+    --target-moe-shared-expert-intermediate-size --target-num-attention-heads --target-num-experts
+    --target-num-layers --target-num-query-groups --target-params --target-tolerance --targets
+    --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path
+    --transformer-impl --trust-checkpoint --trust-remote-code --untie-embeddings-and-output-weights
+    --use-rope-scaling --use-rotary-position-embeddings --vocab-file --vocab-size
+    --window-attn-skip-freq --window-size --world-size --yarn-beta-fast --yarn-beta-slow
+    --yarn-correction-range-round-to-int --yarn-original-max-position-embeddings
 """
 
 

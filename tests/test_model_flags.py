@@ -78,7 +78,9 @@ def test_bad_sizes_of_a_new_model():
         {"padded_vocab_size": 250, "add_bias_linear": False, "add_qkv_bias": True},
         {"vocab_size": 50257, "padded_vocab_size": 50304, "norm_epsilon": 1e-6},
         {"normalization": "RMSNorm", "rotary_base": 500000, "rotary_percent": 0.5},
-        {"rotary_seq_len_interpolation_factor": 4},
+        {"rotary_seq_len_interpolation_factor": 4, "rotary_interleaved": True},
+        {"window_size": "127,0", "window_attn_skip_freq": "[1,0,1,0,1,0]"},
+        {"no_rope_freq": "[0,0,1,0,0,1]"},
         {
             "position_embedding_type": "yarn",
             "rotary_scaling_factor": 8.0,

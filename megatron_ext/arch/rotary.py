@@ -21,6 +21,9 @@ class Sizes:
     rotary_percent: float = size(
         1.0, "share of a head's channels that rotate, 0 to 1", above=0, at_most=1
     )
+    rotary_interleaved: bool = size(
+        False, "each channel rotates with its neighbour, not with that of the other half"
+    )
     rotary_seq_len_interpolation_factor: int | None = size(
         None, "divide positions by this, of --position-embedding-type rope", at_least=1
     )
@@ -76,6 +79,8 @@ def problems(arch: "Arch") -> Iterator[str]:
     for name in ("yarn_beta_fast", "yarn_beta_slow"):
         if (value := getattr(arch, name)) <= 0:
             yield f"--{name.replace('_', '-')} must be > 0: {value}."
+    if arch.rotary_interleaved:
+        yield "--rotary-interleaved does not go with --position-embedding-type yarn."
     if arch.use_rope_scaling or arch.rotary_seq_len_interpolation_factor:
         yield (
             "--use-rope-scaling and --rotary-seq-len-interpolation-factor are of "

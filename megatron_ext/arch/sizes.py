@@ -37,7 +37,6 @@ LEFT_OUT: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("learned_absolute", "rope", "yarn", "none"),
     "qk_l2_norm": (False,),
     "quick_geglu": (False,),
-    "rotary_interleaved": (False,),
     "softmax_type": ("vanilla",),
     "use_mup": (False,),
 }

@@ -13,7 +13,6 @@ from typing import Any
 
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import sizes_of
-from megatron_ext.arch.per_layer import of_layers
 from megatron_ext.certify.layouts import Ranks
 from megatron_ext.cli.flag_checks import ENDS, stages
 from megatron_ext.distillation.pairs import Pair
@@ -62,7 +61,7 @@ def small_arch(arch: Arch, real: Ranks, small: Ranks, num_layers: int) -> Arch:
     if arch.window is not None:
         sizes["window_size"] = f"{min(arch.window, WINDOW)},0"
     layers = [layer % arch.num_layers for layer in range(num_layers)]
-    return replace(arch, **sizes, **of_layers(arch, layers))
+    return replace(arch.with_layers(layers), **sizes)
 
 
 def _kv_channels(arch: Arch) -> int:
@@ -158,8 +157,7 @@ def small_target(source: Arch, target: Arch, small: Arch, num_layers: int) -> Ar
     sizes["num_attention_heads"] = target.num_attention_heads // target.num_query_groups * groups
     if "num_experts" in sizes:
         sizes["num_experts"] = max(sizes["num_experts"], small.moe_router_topk)
-    layers = of_layers(small, range(num_layers))
-    return replace(small, **{**sizes, "num_layers": num_layers, **layers})
+    return replace(small.with_layers(range(num_layers)), **{**sizes, "num_layers": num_layers})
 
 
 def small_batch(

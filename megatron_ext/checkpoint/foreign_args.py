@@ -36,6 +36,7 @@ NAMES = {
     "qk_layernorm": "qk_layernorm",
     "position_embedding_type": "position_embedding_type",
     "rotary_percent": "rotary_percent",
+    "rotary_interleaved": "rotary_interleaved",
     "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
     "softmax_scale": "softmax_scale",
     "no_rope_freq": "no_rope_freq",

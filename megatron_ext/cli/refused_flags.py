@@ -26,7 +26,7 @@ REFUSED = (
     ),
     (
         "see --rotary-base, --rotary-percent, --use-rope-scaling for the rotary embeddings here",
-        "--enable-gpt-oss --rope-type=|rope --rotary-interleaved",
+        "--enable-gpt-oss --rope-type=|rope",
     ),
     (
         "MLPs have GELU, --swiglu or --squared-relu here; leave it out",

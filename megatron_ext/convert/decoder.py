@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from megatron_ext.convert.layouts import COPY, GATED, QKV, Layout
+from megatron_ext.convert.layouts import COPY, FUSED_QKV, GATED, QKV, Layout
 from megatron_ext.convert.rows import Row, both
 
 LAYER, ATTENTION, MLP = "decoder.layers.", "decoder.layers.self_attention.", "decoder.layers.mlp."
@@ -45,3 +45,18 @@ def expert_rows(layer: str, module: str, gate: str, up: str, down: str) -> dict[
         **both(f"{MLP}experts.experts.linear_fc1.", GATED, f"{expert}{gate}", f"{expert}{up}"),
         **both(f"{MLP}experts.experts.linear_fc2.", COPY, f"{expert}{down}"),
     }
+
+
+HF_LAYER = "model.layers.{layer}."
+GATED_ROWS = decoder_rows(HF_LAYER, dense_rows(HF_LAYER, GATED, "gate_proj", "up_proj"))
+NEMOTRON_ROWS = decoder_rows(HF_LAYER, dense_rows(HF_LAYER, COPY, "up_proj"))
+# [gate ; up] is one tensor there too.
+GLM_ROWS = decoder_rows(HF_LAYER, dense_rows(HF_LAYER, COPY, "gate_up_proj"))
+PHI3_ROWS = {
+    **GLM_ROWS,
+    **both(f"{ATTENTION}linear_qkv.", FUSED_QKV, f"{HF_LAYER}self_attn.qkv_proj"),
+}
+MIXTRAL_ROWS = decoder_rows(HF_LAYER, expert_rows(HF_LAYER, "block_sparse_moe", "w1", "w3", "w2"))
+QWEN3_MOE_ROWS = decoder_rows(
+    HF_LAYER, expert_rows(HF_LAYER, "mlp", "gate_proj", "up_proj", "down_proj")
+)

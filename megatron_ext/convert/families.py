@@ -6,28 +6,22 @@ family is a new entry of ``FAMILIES``.
 """
 
 from megatron_ext.convert import bert
-from megatron_ext.convert.decoder import ATTENTION, MLP, decoder_rows, dense_rows, expert_rows
-from megatron_ext.convert.family import Family
-from megatron_ext.convert.layouts import (
-    COPY,
-    FUSED_QKV,
-    GATED,
-    TRANSPOSED,
-    TRANSPOSED_QKV,
+from megatron_ext.convert.decoder import (
+    ATTENTION,
+    GATED_ROWS,
+    GLM_ROWS,
+    MIXTRAL_ROWS,
+    MLP,
+    NEMOTRON_ROWS,
+    PHI3_ROWS,
+    QWEN3_MOE_ROWS,
 )
+from megatron_ext.convert.family import Family
+from megatron_ext.convert.layouts import COPY, TRANSPOSED, TRANSPOSED_QKV
+from megatron_ext.convert.rotary import MINISTRAL_3_ROPE
 from megatron_ext.convert.rows import both
 
-HF_LAYER, GPT2_LAYER = "model.layers.{layer}.", "transformer.h.{layer}."
-GATED_ROWS = decoder_rows(HF_LAYER, dense_rows(HF_LAYER, GATED, "gate_proj", "up_proj"))
-NEMOTRON_ROWS = decoder_rows(HF_LAYER, dense_rows(HF_LAYER, COPY, "up_proj"))
-PHI3_ROWS = {
-    **decoder_rows(HF_LAYER, dense_rows(HF_LAYER, COPY, "gate_up_proj")),  # [gate ; up] there too
-    **both(f"{ATTENTION}linear_qkv.", FUSED_QKV, f"{HF_LAYER}self_attn.qkv_proj"),
-}
-MIXTRAL_ROWS = decoder_rows(HF_LAYER, expert_rows(HF_LAYER, "block_sparse_moe", "w1", "w3", "w2"))
-QWEN3_MOE_ROWS = decoder_rows(
-    HF_LAYER, expert_rows(HF_LAYER, "mlp", "gate_proj", "up_proj", "down_proj")
-)
+GPT2_LAYER = "transformer.h.{layer}."
 GPT2_ROWS = {
     **both("embedding.word_embeddings.", COPY, "transformer.wte"),
     **both("embedding.position_embeddings.", COPY, "transformer.wpe"),
@@ -66,17 +60,6 @@ UNTIED_BY_DEFAULT = {
     "rope_theta": 10000.0,
 }
 BOS_1_EOS_2 = {"bos_token_id": 1, "eos_token_id": 2}
-MINISTRAL_3_ROPE = {
-    "rope_type": "yarn",
-    "rope_theta": 1e6,
-    "factor": 16.0,
-    "original_max_position_embeddings": 16384,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
 QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 FAMILIES = {
     family.model_type: family
@@ -212,6 +195,26 @@ FAMILIES = {
                 "partial_rotary_factor": 0.5,
                 "bos_token_id": 2,
                 "eos_token_id": 3,
+            },
+            partial_rotary=True,
+        ),
+        Family(
+            model_type="glm",
+            architecture="GlmForCausalLM",
+            rows=GLM_ROWS,
+            sizes=SIZES,
+            activation=SILU,
+            fixed={**GATED_DECODER, "add_qkv_bias": True, "rotary_interleaved": True},
+            negated=TIED,
+            only={"attention_bias": True},
+            defaults={
+                **UNTIED_BY_DEFAULT,
+                "num_key_value_heads": 2,
+                "head_dim": 128,
+                "rms_norm_eps": 1.5625e-07,
+                "partial_rotary_factor": 0.5,
+                "eos_token_id": 151329,
+                "pad_token_id": 151329,
             },
             partial_rotary=True,
         ),

@@ -18,6 +18,18 @@ LLAMA3 = {
 # Keys of YaRN and their fields; 0 stands for the default.
 BETAS = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
 BETA = "llama_4_scaling_beta"
+# Of a Ministral 3 whose config.json says nothing.
+MINISTRAL_3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    BETA: 0.1,
+}
 DEFAULTS = {f.name: f.default for f in fields(rotary.Sizes)}
 
 

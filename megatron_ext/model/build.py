@@ -173,6 +173,7 @@ def _layer_config(
         add_qkv_bias=arch.add_qkv_bias or arch.add_bias_linear,
         qk_layernorm=arch.qk_layernorm,
         softmax_scale=arch.softmax_scale,
+        rotary_interleaved=arch.rotary_interleaved,
         window_size=None if arch.window is None else (arch.window, 0),
         **{name: per_layer.switches(arch, name) for name in per_layer.NAMES},
         attention_dropout=arch.attention_dropout,

@@ -105,13 +105,16 @@ def build_hybrid(
         seq_len_interpolation_factor=arch.rotary_seq_len_interpolation_factor,
         **place,
     )
-    if arch.use_rope_scaling:  # a HybridModel of megatron-core 0.19.2 does not ask for it
+    is_rope = arch.position_embedding_type == "rope"
+    # A HybridModel of megatron-core 0.19.2 asks for neither.
+    if is_rope and (arch.use_rope_scaling or arch.rotary_interleaved):
         model.rotary_pos_emb = RotaryEmbedding(
             kv_channels=config.kv_channels,
             rotary_percent=arch.rotary_percent,
             rotary_base=arch.rotary_base,
             seq_len_interpolation_factor=arch.rotary_seq_len_interpolation_factor,
-            rope_scaling=True,
+            rotary_interleaved=arch.rotary_interleaved,
+            rope_scaling=arch.use_rope_scaling,
             rope_scaling_factor=arch.rope_scaling_factor,
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=model.pg_collection.cp,
