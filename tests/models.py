@@ -39,6 +39,7 @@ WINDOWS = replace(
     embedding_multiplier=3.0,
     residual_multiplier=0.6,
     logits_scaling=2.0,
+    sandwich_norm=True,
 )
 
 GPT2 = Arch(

@@ -120,6 +120,7 @@ MODELS = {
         },
     ),
     "glm": ("glm", {**COMMON, "pad_token_id": 0, "head_dim": 16}),
+    "glm4": ("glm4", {**COMMON, "pad_token_id": 0, "head_dim": 16}),
     "granite": ("granite", {**COMMON, **GRANITE}),
     "qwen2": ("qwen2", {**COMMON, "tie_word_embeddings": True}),
     "qwen2.5 long": ("qwen2", {**COMMON, "rope_parameters": YARN}),
@@ -166,7 +167,7 @@ TARGETS = {
     "mistral": f"{LAYERS} --target-hidden-size 34 {DENSE} {GROUPS}",
     "mistral 0.1": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     **dict.fromkeys(
-        ("mistral 0.1 cut", "ministral 3", "smollm3", "granite", "glm"),
+        ("mistral 0.1 cut", "ministral 3", "smollm3", "granite", "glm", "glm4"),
         f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     ),
     "qwen2": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",

@@ -48,12 +48,16 @@ COMMON = {
     "rope_theta": 10000.0,
 }
 GROUPED = {**COMMON, "num_key_value_heads": 2, "head_dim": 12}
+PADDED = {**GROUPED, "pad_token_id": 0}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 20, "num_experts": 4}
 GPT2 = {"vocab_size": ROWS, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
 CONFIGS = {
     **dict.fromkeys(("llama", "granite", "qwen2", "qwen3", "nemotron"), GROUPED),
     "mistral": {**GROUPED, "sliding_window": None},
-    **{name: {**GROUPED, "pad_token_id": 0} for name in ("phi3", "glm", "smollm3", "ministral3")},
+    **{
+        name: {**GROUPED, "pad_token_id": 0}
+        for name in ("phi3", "glm", "glm4", "smollm3", "ministral3")
+    },
     "mixtral": {**GROUPED, "num_experts_per_tok": 2, "num_local_experts": 4},
     "qwen3_moe": {**GROUPED, **EXPERTS},
     "gpt2": GPT2,
@@ -115,6 +119,7 @@ CHANGES = [
     {"normalization": "LayerNorm"},
     {"normalization": "RMSNorm"},
     {"norm_epsilon": 0.1},
+    {"sandwich_norm": True, "add_bias_linear": False},
     {"apply_layernorm_1p": True},
     {"swiglu": True, "squared_relu": False, "bias_gelu_fusion": False},
     {"swiglu": False, "squared_relu": True, "bias_gelu_fusion": False},

@@ -247,6 +247,8 @@ def mask(model, plan):
             if linear.bias is not None:
                 linear.bias.data *= hidden * (number in plan.kept["layers"])
         norms += [layer.input_layernorm, layer.pre_mlp_layernorm]
+        if arch.sandwich_norm:
+            norms += [linear.post_layernorm for linear, _ in outputs]
         if arch.apply_residual_connection_post_layernorm and number not in plan.kept["layers"]:
             layer.forward = hand_on
     for norm in norms:

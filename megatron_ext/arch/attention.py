@@ -18,6 +18,7 @@ from megatron_ext.arch.rows import (
     Weight,
     linear,
     norm,
+    norm_behind,
     repeated,
     size,
     sublayers,
@@ -116,7 +117,8 @@ def weights(arch: "Arch", layer: str) -> list[Weight]:
         rows += norm(arch, f"{attention}q_layernorm.", "head_dim", kind=NAME)
         rows += norm(arch, f"{attention}k_layernorm.", "head_dim", kind=NAME)
     projection = f"{attention}linear_proj"
-    return rows + linear(projection, ("hidden", "heads"), bias=bias, init="scaled", kind=NAME)
+    rows += linear(projection, ("hidden", "heads"), bias=bias, init="scaled", kind=NAME)
+    return rows + norm_behind(arch, projection, kind=NAME)
 
 
 def multiply_adds(arch: "Arch", seq_length: int) -> int:

@@ -17,6 +17,7 @@ from megatron_ext.arch.rows import (
     gate_and_up,
     linear,
     norm,
+    norm_behind,
     one_each,
     one_row,
     size,
@@ -80,7 +81,8 @@ def weights(arch: "Arch", layer: str) -> list[Weight]:
     rows = norm(arch, f"{mlp}linear_fc1.layer_norm_", kind=NAME)
     rows += linear(f"{mlp}linear_fc1", ("fc1", "hidden"), bias=bias, kind=NAME)
     fc2 = f"{mlp}linear_fc2"
-    return rows + linear(fc2, ("hidden", "ffn"), bias=bias, init="scaled", kind=NAME)
+    rows += linear(fc2, ("hidden", "ffn"), bias=bias, init="scaled", kind=NAME)
+    return rows + norm_behind(arch, fc2, kind=NAME)
 
 
 def multiply_adds(arch: "Arch", seq_length: int) -> int:

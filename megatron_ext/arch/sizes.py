@@ -79,6 +79,8 @@ class ModelSizes:
     normalization: str = size("LayerNorm", "kind of norm", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = size(1e-5, "added to the variance in norms", above=0)
     apply_layernorm_1p: bool = size(False, "norm weights are stored as gamma - 1")
+    sandwich_norm: bool = False
+    """Whether attention and MLP have a norm behind them too, before their output is added."""
     add_bias_linear: bool = size(True, "no bias in linear layers", off="--disable-bias-linear")
     untie_embeddings_and_output_weights: bool = size(
         False, "an output matrix of its own instead of the embedding's"
@@ -114,6 +116,8 @@ class Arch(
             yield from patterns.problems(
                 self.pattern, self.num_layers, experts=self.num_experts is not None
             )
+        if self.sandwich_norm and (self.is_bert or self.num_experts or self.add_bias_linear):
+            yield "sandwich_norm goes with plain MLPs without biases, of no BertModel."
         for kind in MODULES:
             yield from kind.problems(self)
         yield from rotary.problems(self)

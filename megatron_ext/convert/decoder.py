@@ -1,4 +1,4 @@
-"""Rows of Llama and its relatives: attention and norms are alike, MLPs differ."""
+"""Rows and settings that Llama and its relatives share: attention and norms; MLPs differ."""
 
 from collections.abc import Mapping
 
@@ -52,6 +52,11 @@ GATED_ROWS = decoder_rows(HF_LAYER, dense_rows(HF_LAYER, GATED, "gate_proj", "up
 NEMOTRON_ROWS = decoder_rows(HF_LAYER, dense_rows(HF_LAYER, COPY, "up_proj"))
 # [gate ; up] is one tensor there too.
 GLM_ROWS = decoder_rows(HF_LAYER, dense_rows(HF_LAYER, COPY, "gate_up_proj"))
+GLM4_ROWS = {
+    **GLM_ROWS,
+    **both(f"{ATTENTION}linear_proj.post_layernorm.", COPY, f"{HF_LAYER}post_self_attn_layernorm"),
+    **both(f"{MLP}linear_fc2.post_layernorm.", COPY, f"{HF_LAYER}post_mlp_layernorm"),
+}
 PHI3_ROWS = {
     **GLM_ROWS,
     **both(f"{ATTENTION}linear_qkv.", FUSED_QKV, f"{HF_LAYER}self_attn.qkv_proj"),
@@ -60,3 +65,28 @@ MIXTRAL_ROWS = decoder_rows(HF_LAYER, expert_rows(HF_LAYER, "block_sparse_moe", 
 QWEN3_MOE_ROWS = decoder_rows(
     HF_LAYER, expert_rows(HF_LAYER, "mlp", "gate_proj", "up_proj", "down_proj")
 )
+
+SIZES = {
+    "num_layers": ("num_hidden_layers",),
+    "hidden_size": ("hidden_size",),
+    "ffn_hidden_size": ("intermediate_size",),
+    "num_attention_heads": ("num_attention_heads",),
+    "num_query_groups": ("num_key_value_heads",),
+    "kv_channels": ("head_dim",),
+    "max_position_embeddings": ("max_position_embeddings",),
+    "norm_epsilon": ("rms_norm_eps",),
+    "init_method_std": ("initializer_range",),
+    "attention_dropout": ("attention_dropout",),
+}
+SILU = ("hidden_act", {"silu": {"swiglu": True}})
+ROTARY = {"position_embedding_type": "rope", "hidden_dropout": 0.0}
+GATED_DECODER = {**ROTARY, "normalization": "RMSNorm", "add_bias_linear": False}
+TIED = {"untie_embeddings_and_output_weights": "tie_word_embeddings"}
+UNTIED_BY_DEFAULT = {
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+}

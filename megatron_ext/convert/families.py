@@ -5,16 +5,25 @@ files. Rows of weights that a model does not have (biases, a head of its own) ar
 family is a new entry of ``FAMILIES``.
 """
 
+from typing import Any
+
 from megatron_ext.convert import bert
 from megatron_ext.convert.decoder import (
     ATTENTION,
+    GATED_DECODER,
     GATED_ROWS,
+    GLM4_ROWS,
     GLM_ROWS,
     MIXTRAL_ROWS,
     MLP,
     NEMOTRON_ROWS,
     PHI3_ROWS,
     QWEN3_MOE_ROWS,
+    ROTARY,
+    SILU,
+    SIZES,
+    TIED,
+    UNTIED_BY_DEFAULT,
 )
 from megatron_ext.convert.family import Family
 from megatron_ext.convert.layouts import COPY, TRANSPOSED, TRANSPOSED_QKV
@@ -35,31 +44,24 @@ GPT2_ROWS = {
     **both("output_layer.", COPY, "lm_head"),
 }
 
-SIZES = {
-    "num_layers": ("num_hidden_layers",),
-    "hidden_size": ("hidden_size",),
-    "ffn_hidden_size": ("intermediate_size",),
-    "num_attention_heads": ("num_attention_heads",),
-    "num_query_groups": ("num_key_value_heads",),
-    "kv_channels": ("head_dim",),
-    "max_position_embeddings": ("max_position_embeddings",),
-    "norm_epsilon": ("rms_norm_eps",),
-    "init_method_std": ("initializer_range",),
-    "attention_dropout": ("attention_dropout",),
-}
-SILU = ("hidden_act", {"silu": {"swiglu": True}})
-ROTARY = {"position_embedding_type": "rope", "hidden_dropout": 0.0}
-GATED_DECODER = {**ROTARY, "normalization": "RMSNorm", "add_bias_linear": False}
-TIED = {"untie_embeddings_and_output_weights": "tie_word_embeddings"}
-UNTIED_BY_DEFAULT = {
-    "tie_word_embeddings": False,
-    "attention_dropout": 0.0,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "rope_theta": 10000.0,
-}
 BOS_1_EOS_2 = {"bos_token_id": 1, "eos_token_id": 2}
+GLM_DECODER = {**GATED_DECODER, "add_qkv_bias": True, "rotary_interleaved": True}
+GLM_SETTINGS: dict[str, Any] = {
+    "sizes": SIZES,
+    "activation": SILU,
+    "negated": TIED,
+    "only": {"attention_bias": True},
+    "defaults": {
+        **UNTIED_BY_DEFAULT,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rms_norm_eps": 1.5625e-07,
+        "partial_rotary_factor": 0.5,
+        "eos_token_id": 151329,
+        "pad_token_id": 151329,
+    },
+    "partial_rotary": True,
+}
 QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 FAMILIES = {
     family.model_type: family
@@ -202,21 +204,15 @@ FAMILIES = {
             model_type="glm",
             architecture="GlmForCausalLM",
             rows=GLM_ROWS,
-            sizes=SIZES,
-            activation=SILU,
-            fixed={**GATED_DECODER, "add_qkv_bias": True, "rotary_interleaved": True},
-            negated=TIED,
-            only={"attention_bias": True},
-            defaults={
-                **UNTIED_BY_DEFAULT,
-                "num_key_value_heads": 2,
-                "head_dim": 128,
-                "rms_norm_eps": 1.5625e-07,
-                "partial_rotary_factor": 0.5,
-                "eos_token_id": 151329,
-                "pad_token_id": 151329,
-            },
-            partial_rotary=True,
+            fixed=GLM_DECODER,
+            **GLM_SETTINGS,
+        ),
+        Family(
+            model_type="glm4",
+            architecture="Glm4ForCausalLM",
+            rows=GLM4_ROWS,
+            fixed={**GLM_DECODER, "sandwich_norm": True},
+            **GLM_SETTINGS,
         ),
         Family(
             model_type="phi3",

@@ -127,6 +127,10 @@ def transformer_config(
             "under context parallelism that way; use all_gather or a2a.",
             USAGE,
         )
+    if arch.sandwich_norm and options.transformer_impl == "transformer_engine":
+        raise UserError(
+            "norms behind sub-layers (sandwich_norm) need --transformer-impl local.", USAGE
+        )
     try:
         return _transformer_config(arch, options, groups)
     except (AssertionError, ValueError) as error:
@@ -138,7 +142,8 @@ def _transformer_config(
     arch: Arch, options: ModelOptions, groups: ProcessGroupCollection
 ) -> TransformerConfig:
     config = _layer_config(arch, options, groups)
-    config.residual_multiplier = arch.residual_multiplier  # for ``layers.with_multiplier``
+    # For ``model.layers``, as of a GPTModel's own settings below.
+    config.residual_multiplier, config.sandwich_norm = arch.residual_multiplier, arch.sandwich_norm
     if arch.position_embedding_type == "yarn":
         # megatron-core reads them of its configuration, which has no fields for them.
         for name in rotary.YARN:

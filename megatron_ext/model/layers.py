@@ -7,6 +7,7 @@ Shape letters in this file:
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
+    RowParallelLinear,
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
 )
@@ -55,6 +57,19 @@ class Norm(nn.Module):
         if self.is_rms:
             return F.rms_norm(x, self.shape, weight, self.eps)
         return F.layer_norm(x, self.shape, weight, self.bias, self.eps)
+
+
+class NormedRowLinear(RowParallelLinear):
+    """The last matrix of a sub-layer, without bias, and a norm of its output."""
+
+    def __init__(self, *args: Any, config: TransformerConfig, **options: Any):
+        super().__init__(*args, config=config, **options)
+        self.post_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Return [s, B, H], under sequence parallelism this rank's positions, and no bias."""
+        output, _ = super().forward(x)
+        return self.post_layernorm(output), None
 
 
 class Attention(MegatronModule):
@@ -181,6 +196,8 @@ def local_layer_spec(config: TransformerConfig, num_experts: int | None) -> Modu
     attention.core_attention = Attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
+    if config.sandwich_norm:
+        attention.linear_proj = modules.mlp.keywords["submodules"].linear_fc2 = NormedRowLinear
     return with_multiplier(layer, config.residual_multiplier)
 
 
