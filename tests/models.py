@@ -41,6 +41,19 @@ WINDOWS = replace(
     logits_scaling=2.0,
     sandwich_norm=True,
 )
+# Gemma's: two rotary bases, in layers with a window and without.
+GEMMA = replace(
+    LLAMA,
+    window_size="3,0",
+    window_attn_skip_freq="[1,0,1,1]",
+    rotary_base_local=20,
+    rotary_seq_len_interpolation_factor=2,
+    swiglu=False,
+    geglu=True,
+    qk_layernorm=True,
+    apply_layernorm_1p=True,
+    sandwich_norm=True,
+)
 
 GPT2 = Arch(
     num_layers=4,

@@ -87,6 +87,8 @@ GRANITE = {
     "attention_multiplier": 0.15,
     "logits_scaling": 8.0,
 }
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5}
+LOCAL = {"rope_type": "default", "rope_theta": 1e4}
 BERT = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
 # name: model_type and config; every family at least once.
 MODELS = {
@@ -121,6 +123,17 @@ MODELS = {
     ),
     "glm": ("glm", {**COMMON, "pad_token_id": 0, "head_dim": 16}),
     "glm4": ("glm4", {**COMMON, "pad_token_id": 0, "head_dim": 16}),
+    "gemma 3": (
+        "gemma3_text",
+        {
+            **COMMON,
+            "head_dim": 12,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": LOCAL},
+        },
+    ),
     "granite": ("granite", {**COMMON, **GRANITE}),
     "qwen2": ("qwen2", {**COMMON, "tie_word_embeddings": True}),
     "qwen2.5 long": ("qwen2", {**COMMON, "rope_parameters": YARN}),
@@ -170,6 +183,8 @@ TARGETS = {
         ("mistral 0.1 cut", "ministral 3", "smollm3", "granite", "glm", "glm4"),
         f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     ),
+    # Its embedding is multiplied by sqrt(hidden_size), always.
+    "gemma 3": f"{LAYERS} {DENSE} {GROUPS}",
     "qwen2": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     "qwen2.5 long": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     "qwen2.5 7B": f"{LAYERS} {WIDTH} {DENSE} --target-num-attention-heads 4",
@@ -390,7 +405,8 @@ def test_config_of_a_pruned_model_says_its_own_sizes(pruned):
             assert config["layer_types"] == [kinds[on] for on in cut]
         assert name != "qwen2.5 7B" or config["max_window_layers"] == arch.num_layers == 3
         if arch.position_embedding_type == "rope":
-            assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+            rope = config["rope_parameters"]
+            assert config["rope_theta"] == rope.get("full_attention", rope)["rope_theta"]
             assert config["head_dim"] == arch.kv_channels
     scaling = json.loads((pruned / "llama 3.2/hf-pruned/config.json").read_text())["rope_scaling"]
     assert scaling == {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
@@ -885,6 +901,26 @@ GLM_4_9B = {
     "attention_bias": True,
     "rope_theta": 10000.0,
 }
+GEMMA_3_270M = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262144,
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "sliding_window": 512,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+}
+GEMMA_3_1B = {
+    **GEMMA_3_270M,
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 26,
+}
 MISTRAL_7B = {
     **WIDE,
     "model_type": "mistral",
@@ -925,6 +961,8 @@ QWEN_7B = {
         (SMOLLM3_3B, 3_075_098_624, {"no_rope_freq": f"[{','.join('0001' * 9)}]"}),
         (GRANITE_2B, 2_533_531_648, {"softmax_scale": 1 / 64, "residual_multiplier": 0.22}),
         (GLM_4_9B, 9_399_951_360, {"rotary_percent": 0.5, "rotary_interleaved": True}),
+        (GEMMA_3_270M, 268_098_176, {"rotary_base_local": 10_000, "softmax_scale": 1 / 16}),
+        (GEMMA_3_1B, 999_885_952, {"window_size": "511,0", "embedding_multiplier": 1152**0.5}),
         (MISTRAL_7B, 7_241_732_096, {"window_size": "4095,0", "kv_channels": 128}),
         (QWEN_7B, 7_615_616_512, {"rotary_scaling_factor": 4.0, "window_size": None}),
     ],
@@ -934,6 +972,8 @@ QWEN_7B = {
         "SmolLM3-3B",
         "granite-3.0-2b",
         "glm-4-9b",
+        "gemma-3-270m",
+        "gemma-3-1b",
         "Mistral-7B",
         "Qwen2.5-7B",
     ],

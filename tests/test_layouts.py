@@ -22,7 +22,7 @@ from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
 from megatron_ext.model.layers import shard_positions
 from megatron_ext.runtime import platform
 from megatron_ext.training.step import StepShape, train_step, wrap
-from tests.models import BERT, GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, WINDOWS, random_batch
+from tests.models import BERT, GEMMA, GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, WINDOWS, random_batch
 from tests.ranks import run_ranks
 
 NUM_SAMPLES, SEQ_LENGTH = 4, 16
@@ -174,6 +174,7 @@ WINDOW_MODELS = {
         replace(WINDOWS.with_layers([1, 2, 3, 0]), hidden_size=32, ffn_hidden_size=48),
         WINDOWS,
     ),
+    "windows of gemma": (GEMMA, None),
 }
 ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS
 ALL_MODELS = MODELS | EXPERT_MODELS | BERT_MODELS | WINDOW_MODELS
@@ -187,7 +188,8 @@ CASES = [
     ("dense beside moe", "EP2"),
     *product(["bert"], ["TP2", "TP2+SP", "PP2", "PP2xVPP2", "CP2"]),
     ("bert, pre-norm, untied", "TP2+SP"),
-    *product(WINDOW_MODELS, ["TP2+SP", "PP2 uneven", "PP2xVPP2", "CP2"]),
+    *product(["windows beside windows"], ["TP2+SP", "PP2 uneven", "PP2xVPP2", "CP2"]),
+    *product(["windows of gemma"], ["TP2+SP", "PP2 uneven", "CP2"]),
     *product(["bert beside bert"], ["TP2+SP", "PP2", "DP2"]),
 ]
 

@@ -65,7 +65,8 @@ def sizes_of(arch: Arch) -> list[str]:
 
 def has_sublayers(arch: Arch) -> bool:
     """Whether a sub-layer can be left out alone."""
-    return not arch.is_bert and all(getattr(arch, name) is None for name in per_layer.NAMES)
+    alike = (*per_layer.NAMES, "rotary_base_local")
+    return not arch.is_bert and all(getattr(arch, name) is None for name in alike)
 
 
 def axes_on(dim: str, arch: Arch) -> list[Axis]:

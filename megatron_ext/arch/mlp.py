@@ -41,6 +41,8 @@ class Sizes:
         at_least=1,
     )
     swiglu: bool = size(False, "gated MLP with SiLU instead of GELU")
+    geglu: bool = False
+    """Gated MLP with GELU in its tanh approximation. No flag: it comes with a checkpoint."""
     squared_relu: bool = size(False, "squared ReLU instead of GELU")
     bias_gelu_fusion: bool = size(
         False,
@@ -53,18 +55,20 @@ class Sizes:
     @property
     def is_gated(self) -> bool:
         """Whether the first matrix returns [gate ; up]."""
-        return self.swiglu
+        return self.swiglu or self.geglu
 
 
 def is_gelu(sizes: Mapping[str, Any]) -> bool:
     """Whether the MLP that ``sizes`` (fields of ``Arch`` by name) describe computes a GELU."""
-    return not (sizes.get("swiglu") or sizes.get("squared_relu"))
+    return not any(sizes.get(name) for name in ("swiglu", "geglu", "squared_relu"))
 
 
 def problems(arch: "Arch") -> Iterator[str]:
     """Yield how these sizes contradict each other."""
     if arch.swiglu and arch.squared_relu:
         yield "--swiglu and --squared-relu contradict each other: give one."
+    if arch.geglu and (arch.swiglu or arch.squared_relu or arch.bias_gelu_fusion):
+        yield "geglu goes with no other activation."
 
 
 def dims(arch: "Arch") -> dict[str, int]:

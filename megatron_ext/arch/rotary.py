@@ -18,6 +18,8 @@ class Sizes:
     """How the channels of queries and keys rotate; each is a field of ``Arch``."""
 
     rotary_base: int = size(10000, "base of the rotary periods (theta)", at_least=1)
+    rotary_base_local: int | None = None
+    """Base in layers with a window; None for rotary_base. No flag: it comes with a checkpoint."""
     rotary_percent: float = size(
         1.0, "share of a head's channels that rotate, 0 to 1", above=0, at_most=1
     )
@@ -69,6 +71,9 @@ YARN = (
 
 def problems(arch: "Arch") -> Iterator[str]:
     """Yield how these sizes contradict each other."""
+    is_rope = arch.position_embedding_type == "rope"
+    if arch.rotary_base_local is not None and (arch.is_hybrid or not is_rope):
+        yield "rotary_base_local goes with --position-embedding-type rope and whole layers."
     if arch.position_embedding_type != "yarn":
         return
     if arch.rotary_percent != 1:

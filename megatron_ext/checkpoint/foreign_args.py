@@ -57,6 +57,7 @@ NAMES = {
 # Activation, by the last word of the function's name, gated or not: fields of ``Arch``.
 ACTIVATIONS = {
     ("silu", True): {"swiglu": True},
+    ("fast_gelu", True): {"geglu": True},
     ("squared_relu", False): {"squared_relu": True},
     ("gelu", False): {},
     ("fast_gelu", False): {"bias_gelu_fusion": True},
@@ -125,5 +126,5 @@ def _activation(model: Mapping[str, Any]) -> dict[str, bool]:
         raise ValueError(f"activation_func {name}{' gated' * gated} is not computed here")
     # megatron-core's fused kernel of gelu is its tanh approximation.
     is_fused = model.get("bias_activation_fusion") and model.get("add_bias_linear", True)
-    plain = {"swiglu": False, "squared_relu": False, "bias_gelu_fusion": False}
+    plain = {"swiglu": False, "geglu": False, "squared_relu": False, "bias_gelu_fusion": False}
     return plain | found | ({"bias_gelu_fusion": True} if not found and is_fused else {})

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from megatron_ext.arch import Arch, rotary, weights
-from megatron_ext.convert import layers
+from megatron_ext.convert import gemma, layers
 from megatron_ext.convert import rotary as rotary_keys
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.family import Family
@@ -55,12 +55,16 @@ def arch_of(
     """
     family = family_of(config)
     config = typed(family, config)
+    if family.gemma:
+        config = gemma.with_one_rope(config)
     rows, multiple = _needed(config, "vocab_size"), make_vocab_size_divisible_by
     sizes = _sizes(family, config)
     _check_computed(family, config)
     sizes |= layers.layer_sizes(
         family, config, sizes["num_layers"], sizes["max_position_embeddings"]
     )
+    if family.gemma:
+        sizes |= gemma.gemma_sizes(config, sizes["hidden_size"])
     if family.fixed["position_embedding_type"] == "rope":
         sizes |= rotary_keys.rotary_sizes(family, config)
         if sizes["rotary_percent"] == 1 and sizes["kv_channels"] % 2:
@@ -111,6 +115,8 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
     config |= _activation_config(arch, family, config)
     if arch.position_embedding_type in rotary.KINDS:
         config |= rotary_keys.rotary_config(arch, family, origin)
+    if family.gemma:
+        config |= gemma.gemma_config(arch, config)
     config |= layers.layer_config(arch, family, config, origin)
     _check_reads_back(arch, family, config)
     return config
@@ -176,7 +182,7 @@ def _activation(family: Family, config: Config) -> Mapping[str, bool]:
 def _activation_config(arch: Arch, family: Family, config: Config) -> dict[str, str]:
     """Return the name of the activation, the origin's if it is another name of the same."""
     key, known = family.activation
-    names = ("swiglu", "squared_relu", "bias_gelu_fusion")
+    names = ("swiglu", "geglu", "squared_relu", "bias_gelu_fusion")
     ours = {name: True for name in names if getattr(arch, name)}
     fitting = [value for value, meaning in known.items() if meaning == ours]
     if not fitting:

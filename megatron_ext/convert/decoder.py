@@ -57,6 +57,12 @@ GLM4_ROWS = {
     **both(f"{ATTENTION}linear_proj.post_layernorm.", COPY, f"{HF_LAYER}post_self_attn_layernorm"),
     **both(f"{MLP}linear_fc2.post_layernorm.", COPY, f"{HF_LAYER}post_mlp_layernorm"),
 }
+GEMMA_ROWS = {
+    **GATED_ROWS,
+    **both(f"{ATTENTION}linear_proj.post_layernorm.", COPY, f"{HF_LAYER}post_attention_layernorm"),
+    **both(f"{MLP}linear_fc1.layer_norm_", COPY, f"{HF_LAYER}pre_feedforward_layernorm"),
+    **both(f"{MLP}linear_fc2.post_layernorm.", COPY, f"{HF_LAYER}post_feedforward_layernorm"),
+}
 PHI3_ROWS = {
     **GLM_ROWS,
     **both(f"{ATTENTION}linear_qkv.", FUSED_QKV, f"{HF_LAYER}self_attn.qkv_proj"),

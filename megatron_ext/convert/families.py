@@ -7,11 +7,12 @@ family is a new entry of ``FAMILIES``.
 
 from typing import Any
 
-from megatron_ext.convert import bert
+from megatron_ext.convert import bert, gemma
 from megatron_ext.convert.decoder import (
     ATTENTION,
     GATED_DECODER,
     GATED_ROWS,
+    GEMMA_ROWS,
     GLM4_ROWS,
     GLM_ROWS,
     MIXTRAL_ROWS,
@@ -213,6 +214,13 @@ FAMILIES = {
             rows=GLM4_ROWS,
             fixed={**GLM_DECODER, "sandwich_norm": True},
             **GLM_SETTINGS,
+        ),
+        Family(
+            model_type="gemma3_text",
+            architecture="Gemma3ForCausalLM",
+            rows=GEMMA_ROWS,
+            gemma=True,
+            **gemma.SETTINGS,
         ),
         Family(
             model_type="phi3",

@@ -46,6 +46,8 @@ class Family:
     """no_rope_layers says in which layers channels rotate."""
     default_rope: Mapping[str, Any] = field(default_factory=dict)
     """rope_parameters of a config.json without any."""
+    gemma: bool = False
+    """See ``gemma.py``."""
     scales_queries: bool = False
     """From original_max_position_embeddings on, transformers scales queries by their position."""
     rope_types: tuple[str, ...] = ("linear", "llama3", "yarn")

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_ext.convert.hf_files import CONFIG, check_hf_folder, read_json, readable
-from megatron_ext.convert.text_tower import text_names
+from megatron_ext.convert.text_tower import has_text, text_names
 from megatron_ext.runtime.errors import CHECKPOINT, UserError, warn
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -53,10 +53,13 @@ class HfFolder:
 
     def _take_text(self) -> None:
         """Keep the tensors of the language model alone, under its names."""
-        self._names = text_names(self.shapes, read_json(self.folder / CONFIG))
-        if self._names and len(self._names) < len(self.shapes):
+        whole = read_json(self.folder / CONFIG)
+        self._names = text_names(self.shapes, whole)
+        if has_text(whole):
             left = len(self.shapes) - len(self._names)
             warn(f"{self.folder}: {left} tensors beside the language model, left out.")
+            # The config says it of the whole, of the text, of both or of neither.
+            self.config["tie_word_embeddings"] = "lm_head.weight" not in self._names
         self.shapes = {name: self.shapes[there] for name, there in self._names.items()}
         self.dtypes = {name: self.dtypes[there] for name, there in self._names.items()}
 

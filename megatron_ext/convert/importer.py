@@ -164,7 +164,7 @@ def check_tensors(source: HfFolder, arch: Arch, family: Family, work: Sequence[P
     """
     if problem := other_kind(source, family, arch):
         _refuse(source, problem)
-    expected, num_rows = {}, source.config["vocab_size"]
+    expected, num_rows = {}, {**family.defaults, **source.config}["vocab_size"]
     dtypes: dict[str, str] = {}
     for piece in work:
         if is_zero_bias(piece, source, family):

@@ -35,7 +35,7 @@ def layer_sizes(family: Family, config: Config, num_layers: int, positions: int)
         raise ValueError(f"layer_types has {other[0]}: only {SLIDING} and {FULL} are computed here")
     if window is None and SLIDING in types:
         raise ValueError(f"layer_types has {SLIDING}, and there is no sliding_window")
-    if window is None or window >= positions:
+    if window is None or (window >= positions and not family.gemma):
         return sizes
     if window < 1:
         raise ValueError(f"sliding_window {window} is not above 0")
@@ -80,6 +80,8 @@ def _cut_layers(family: Family, config: Config, rotates: list[bool]) -> list[boo
         return [kind == SLIDING for kind in types]
     if family.no_rope_layers:
         return [not on for on in rotates]
+    if pattern := config.get("sliding_window_pattern"):
+        return [(layer + 1) % pattern != 0 for layer in range(num_layers)]
     first = config["max_window_layers"]
     return [layer >= first for layer in range(num_layers)]
 
@@ -118,6 +120,8 @@ def layer_config(arch: Arch, family: Family, config: Config, origin: Config) -> 
 def comparable(arch: Arch) -> Arch:
     """Return ``arch`` without a window that cuts nothing."""
     cut = switches(arch, "window_attn_skip_freq") or [1]
+    if arch.rotary_base_local is not None:  # a window changes the base where it cuts nothing too
+        return arch
     if arch.window is None or arch.window + 1 >= arch.max_position_embeddings or not any(cut):
         return replace(arch, window_size=None, window_attn_skip_freq=None)
     return arch

@@ -146,12 +146,10 @@ def rotary_config(arch: Arch, family: Family, origin: Config) -> dict[str, Any]:
     ``origin``: the config of the model that it comes from, or an empty one.
     """
     theta, scaling = float(arch.rotary_base), _scaling(arch)
-    parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
-    if family.scales_queries:
-        said = (origin.get(key) for key in ("rope_parameters", "rope_scaling"))
-        rope = next(filter(None, said), family.default_rope) if origin else {}
-        parameters |= {BETA: rope.get(BETA, 0.0)}
-        parameters.setdefault("original_max_position_embeddings", arch.max_position_embeddings)
+    scales = _scales_config(arch, origin, family) if family.scales_queries else {}
+    # Where transformers finds rope_scaling, it does not read rope_parameters.
+    scaling = scaling and {**scales, **scaling}
+    parameters = {"rope_type": "default", **scales, **(scaling or {}), "rope_theta": theta}
     is_said = family.partial_rotary or arch.rotary_percent != 1
     partial = {"partial_rotary_factor": arch.rotary_percent} if is_said else {}
     return {
@@ -159,6 +157,16 @@ def rotary_config(arch: Arch, family: Family, origin: Config) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": scaling,
         **partial,
+    }
+
+
+def _scales_config(arch: Arch, origin: Config, family: Family) -> dict[str, Any]:
+    """Return what scales queries by their position, from the model that it comes from."""
+    said = (origin.get(key) for key in ("rope_parameters", "rope_scaling"))
+    rope = next(filter(None, said), family.default_rope) if origin else {}
+    return {
+        BETA: rope.get(BETA, 0.0),
+        "original_max_position_embeddings": arch.max_position_embeddings,
     }
 
 

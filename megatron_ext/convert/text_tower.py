@@ -11,21 +11,19 @@ PREFIXES = {
     "lm_head.": "lm_head.",
 }
 # Keys of the whole that the part may leave out.
-SHARED = (
-    "tie_word_embeddings",
-    "transformers_version",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
+SHARED = ("transformers_version", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def has_text(config: Mapping[str, Any]) -> bool:
+    """Whether it is of a model with a language model inside."""
+    return isinstance(config.get("text_config"), dict)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config.json of the language model, which is the whole where it has no parts."""
-    text = config.get("text_config")
-    if not isinstance(text, dict):
+    if not has_text(config):
         return dict(config)
-    return {key: config[key] for key in SHARED if key in config} | text
+    return {key: config[key] for key in SHARED if key in config} | config["text_config"]
 
 
 def text_names(names: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
@@ -35,7 +33,7 @@ def text_names(names: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
         names: of the tensors in the files.
         config: what config.json holds.
     """
-    if not isinstance(config.get("text_config"), dict):
+    if not has_text(config):
         return {name: name for name in names}
     found = {}
     for name in names:

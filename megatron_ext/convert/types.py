@@ -51,6 +51,9 @@ TYPES = {
     "layer_types": "list of texts",
     "no_rope_layers": "list of whole numbers",
     "no_rope_layer_interval": "whole number",
+    "sliding_window_pattern": "whole number",
+    "query_pre_attn_scalar": "number",
+    "rope_local_base_freq": "number",
     "transformers_version": "text",
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "token id"),
 }

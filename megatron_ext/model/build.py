@@ -29,6 +29,7 @@ from megatron_ext.model.cuda_graphs import make_own_tables
 from megatron_ext.model.hybrid import HybridLanguageModel, build_hybrid
 from megatron_ext.model.layers import engine_layer_spec, local_block_spec
 from megatron_ext.model.output import VocabularyOutput
+from megatron_ext.model.rotary import TwoBases
 from megatron_ext.runtime.errors import USAGE, UserError
 
 
@@ -143,7 +144,8 @@ def _transformer_config(
 ) -> TransformerConfig:
     config = _layer_config(arch, options, groups)
     # For ``model.layers``, as of a GPTModel's own settings below.
-    config.residual_multiplier, config.sandwich_norm = arch.residual_multiplier, arch.sandwich_norm
+    for name in ("residual_multiplier", "sandwich_norm", "rotary_base_local"):
+        setattr(config, name, getattr(arch, name))
     if arch.position_embedding_type == "yarn":
         # megatron-core reads them of its configuration, which has no fields for them.
         for name in rotary.YARN:
@@ -155,7 +157,7 @@ def _transformer_config(
 def _layer_config(
     arch: Arch, options: ModelOptions, groups: ProcessGroupCollection
 ) -> TransformerConfig:
-    gelu = fast_gelu if arch.bias_gelu_fusion else F.gelu
+    gelu = fast_gelu if arch.bias_gelu_fusion or arch.geglu else F.gelu
     gate = F.silu if arch.swiglu else gelu
     impl = "local" if arch.is_bert else options.transformer_impl
     has_engine = impl == "transformer_engine"
@@ -276,20 +278,33 @@ def _build_gpt(
         spec = engine_layer_spec(config, config.num_moe_experts)
     else:
         spec = local_block_spec(config, num_layers)
-    return LanguageModel(
+    rotation = {
+        "rotary_percent": arch.rotary_percent,
+        "rotary_base": arch.rotary_base,
+        "seq_len_interpolation_factor": arch.rotary_seq_len_interpolation_factor,
+        "rope_scaling": arch.use_rope_scaling,
+        "rope_scaling_factor": arch.rope_scaling_factor,
+    }
+    model = LanguageModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=arch.padded_vocab_size,
         max_sequence_length=arch.max_position_embeddings,
         share_embeddings_and_output_weights=not arch.untie_embeddings_and_output_weights,
         position_embedding_type=arch.position_embedding_type,
-        rotary_percent=arch.rotary_percent,
-        rotary_base=arch.rotary_base,
-        seq_len_interpolation_factor=arch.rotary_seq_len_interpolation_factor,
-        rope_scaling=arch.use_rope_scaling,
-        rope_scaling_factor=arch.rope_scaling_factor,
+        **rotation,
         **place,
     )
+    if arch.rotary_base_local is not None:
+        model.rotary_pos_emb = TwoBases(
+            arch.rotary_base_local,
+            kv_channels=arch.kv_channels,
+            rotary_interleaved=arch.rotary_interleaved,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=place["pg_collection"].cp,
+            **rotation,
+        )
+    return model
 
 
 def _build_chunk(
@@ -317,7 +332,10 @@ def _build_chunk(
         make_own_tables(model)
     model.num_tokens, model.logits_scaling = arch.vocab_size, arch.logits_scaling
     if place["pre_process"] and arch.embedding_multiplier != 1:
-        model.embedding.register_forward_hook(lambda _, __, y: y * arch.embedding_multiplier)
+        # Rounded to the weights' dtype first, as transformers does.
+        model.embedding.register_forward_hook(
+            lambda _, __, y: y * y.new_tensor(arch.embedding_multiplier)
+        )
     for name, parameter in model.named_parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         if ".mlp.experts." in name:

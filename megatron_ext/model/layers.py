@@ -28,6 +28,8 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_ext.model.rotary import AttentionOfTwoBases
+
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dim, after ``config``; [..., C] in and out.
@@ -196,6 +198,8 @@ def local_layer_spec(config: TransformerConfig, num_experts: int | None) -> Modu
     attention.core_attention = Attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
+    if config.rotary_base_local is not None:
+        modules.self_attention.module = AttentionOfTwoBases
     if config.sandwich_norm:
         attention.linear_proj = modules.mlp.keywords["submodules"].linear_fc2 = NormedRowLinear
     return with_multiplier(layer, config.residual_multiplier)
@@ -210,6 +214,8 @@ def engine_layer_spec(config: TransformerConfig, num_experts: int | None) -> Mod
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
+    if config.rotary_base_local is not None:
+        layer.submodules.self_attention.module = AttentionOfTwoBases
     return with_multiplier(layer, config.residual_multiplier)
 
 
