@@ -137,6 +137,15 @@ def multiply_adds(arch: "Arch", seq_length: int) -> int:
     return channels * seq_length * (1 + arch.is_bert) - saved
 
 
+def cached_tokens(arch: "Arch", context: int) -> int:
+    """Return the tokens whose key and value a sequence of ``context`` keeps, of all layers."""
+    layers = arch.attention_layers
+    if arch.window is None:
+        return layers * context
+    cut = switches(arch, "window_attn_skip_freq") or [1] * layers
+    return sum(min(context, arch.window + 1) if on else context for on in cut)
+
+
 def _head_outputs(arch: "Arch") -> list[Sequence[int]]:
     """Concatenated head outputs: kv_channels positions of each head."""
     return [repeated(range(arch.num_attention_heads), arch.kv_channels)]

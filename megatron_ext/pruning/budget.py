@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ext.arch import Arch, forward_flops, num_parameters
+from megatron_ext.arch.attention import cached_tokens
 from megatron_ext.runtime.errors import USAGE, UserError
 
 # Weights and the cache of keys and values are bf16 where a model is used.
@@ -24,8 +25,8 @@ class Use:
 
 def kv_bytes(arch: Arch, use: Use) -> int:
     """Return the bytes of the keys and values of all sequences, in bf16."""
-    of_token = 2 * arch.num_query_groups * arch.kv_channels * BYTES * arch.attention_layers
-    return of_token * use.context * use.batch
+    of_token = 2 * arch.num_query_groups * arch.kv_channels * BYTES
+    return of_token * cached_tokens(arch, use.context) * use.batch
 
 
 # Each by its name in --target-budget.
