@@ -10,6 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron_ext.model.build import ModelOptions, transformer_config
 from megatron_ext.model.layers import Attention, Norm
 from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import UserError
 from tests.models import LLAMA, NEMOTRON
 from tests.ranks import run_ranks
 
@@ -86,3 +87,22 @@ def _attention_error(kind):
 def test_attention_and_its_gradients(kind):
     (error,) = run_ranks(1, _attention_error, kind)
     assert error < 1e-12
+
+
+def refused_by_the_engine(arch):
+    groups = platform.initialize(context_parallel_size=2).groups
+    with pytest.raises(UserError) as caught:
+        transformer_config(arch, ModelOptions(transformer_impl="transformer_engine"), groups)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window_size": "7,0"}, "--cp-comm-type p2p: Transformer Engine's attention has no"),
+        ({"sandwich_norm": True}, "need --transformer-impl local."),
+    ],
+)
+def test_what_the_engine_does_not_compute_is_refused(change, message):
+    for said in run_ranks(2, refused_by_the_engine, replace(LLAMA, **change)):
+        assert message in said

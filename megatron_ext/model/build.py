@@ -119,24 +119,31 @@ def transformer_config(
     Losses are sums over tokens, divided once by the token count of the global batch.
 
     Raises:
-        UserError: with code ``USAGE``; megatron-core refuses these settings, in its words.
+        UserError: with code ``USAGE``; megatron-core refuses these settings, in its words, or
+            Transformer Engine's layers do not compute ``arch``.
     """
-    is_ring = options.settings.get("cp_comm_type", "p2p") == "p2p" and groups.cp.size() > 1
-    if is_ring and arch.window is not None and options.transformer_impl == "transformer_engine":
-        raise UserError(
-            "--cp-comm-type p2p: Transformer Engine's attention has no windows (--window-size) "
-            "under context parallelism that way; use all_gather or a2a.",
-            USAGE,
-        )
-    if arch.sandwich_norm and options.transformer_impl == "transformer_engine":
-        raise UserError(
-            "norms behind sub-layers (sandwich_norm) need --transformer-impl local.", USAGE
-        )
+    if options.transformer_impl == "transformer_engine":
+        _check_engine(arch, options, groups)
     try:
         return _transformer_config(arch, options, groups)
     except (AssertionError, ValueError) as error:
         reason = " ".join(str(error).split()) or repr(error)
         raise UserError(f"megatron-core refuses this model or layout: {reason}", USAGE) from error
+
+
+def _check_engine(arch: Arch, options: ModelOptions, groups: ProcessGroupCollection) -> None:
+    """Refuse what Transformer Engine's layers do not compute."""
+    is_ring = options.settings.get("cp_comm_type", "p2p") == "p2p" and groups.cp.size() > 1
+    if is_ring and arch.window is not None:
+        raise UserError(
+            "--cp-comm-type p2p: Transformer Engine's attention has no windows (--window-size) "
+            "under context parallelism that way; use all_gather or a2a.",
+            USAGE,
+        )
+    if arch.sandwich_norm:
+        raise UserError(
+            "norms behind sub-layers (sandwich_norm) need --transformer-impl local.", USAGE
+        )
 
 
 def _transformer_config(
