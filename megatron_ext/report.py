@@ -4,7 +4,6 @@ Nothing here knows where a run ran: files in, Markdown and matplotlib Axes out. 
 argument, so that a caller decides what stands beside what.
 """
 
-import json
 import math
 import os
 import platform
@@ -19,6 +18,7 @@ from megatron_ext.pruning.scores import Scores
 from megatron_ext.runtime.errors import RUNTIME, UserError
 from megatron_ext.runtime.extras import need
 from megatron_ext.runtime.files import written_aside
+from megatron_ext.runtime.texts import parse_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ def read_metrics(path: str | os.PathLike) -> Metrics:
     metrics = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             row["iteration"]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}:{number}: not a line of metrics ({error}).", RUNTIME) from None

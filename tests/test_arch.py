@@ -292,7 +292,8 @@ def test_bad_sizes_are_refused(change, message):
 
 
 def test_gated_mlp_biases_and_qk_norms_have_rows():
-    arch = replace(NEMOTRON_15B, swiglu=True, add_qkv_bias=True, qk_layernorm=True)
+    changed = {"swiglu": True, "squared_relu": False, "add_qkv_bias": True, "qk_layernorm": True}
+    arch = replace(NEMOTRON_15B, **changed)
     rows = {w.key: shape(w, arch) for w in weights(arch)}
     assert rows["decoder.layers.mlp.linear_fc1.weight"] == (2 * 24576, 6144)
     assert rows["decoder.layers.self_attention.linear_qkv.bias"] == ((48 + 16) * 128,)
@@ -306,3 +307,9 @@ def test_flops_are_two_per_weight_and_token_plus_attention():
     matrices = num_parameters(arch) - norms - arch.padded_vocab_size * arch.hidden_size
     attention = arch.num_layers * 48 * 128 * 4096
     assert forward_flops(arch, 4096) == 2 * (matrices + attention)
+
+
+def test_two_activations_contradict_each_other():
+    """In saved args too, not only where both are typed."""
+    with pytest.raises(ValueError, match="--swiglu and --squared-relu contradict each other"):
+        Arch.from_args(NEMOTRON_15B.to_args() | {"swiglu": True})

@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceTrainer
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.hf_files import carried, has_tokenizer, read_files
 from megatron_ext.convert.special_tokens import KINDS, ids_in, special_ids
-from megatron_ext.runtime.errors import DATA, USAGE
+from megatron_ext.runtime.errors import CHECKPOINT, DATA, USAGE
 from tests.models import LLAMA
 from tests.programs import fail, run_here, succeed, write_corpus, write_model
 
@@ -66,6 +66,33 @@ def test_files_of_the_hubs_cache_are_links(tmp_path):
     assert carried(snapshot) == (["tokenizer.json"], [])
     assert has_tokenizer(["tekken.json"])
     assert not has_tokenizer(["LICENSE", "generation_config.json"])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "tokenizer.model"])
+def test_a_tokenizer_that_is_a_link_out_of_its_folder_is_refused(name, tmp_path):
+    """Regression: whatever the link led to was copied beside every checkpoint."""
+    secret, hf, model = tmp_path / "secret", tmp_path / "hf", tmp_path / "model"
+    secret.write_text("{}")
+    write_model(str(model), LLAMA)
+    export = ["export", "--load", str(model), "--hf", str(hf), "--model-type", "mistral"]
+    succeed("tools.convert", export)
+    (hf / name).symlink_to(secret)
+    save = tmp_path / "save"
+    code, line = fail("tools.convert", ["import", "--hf", str(hf), "--save", str(save)])
+    assert code == CHECKPOINT
+    assert f"{hf / name} is a link out of its folder, to {secret}" in line
+    typed = ["--tokenizer-model", str(hf)]
+    export[4] = str(tmp_path / "again")
+    assert fail("tools.convert", [*export, *typed])[0] == CHECKPOINT
+    # And of a checkpoint, by whoever makes another one from it.
+    beside = model / "release/tokenizer"
+    beside.mkdir()
+    (beside / name).symlink_to(secret)
+    argv = f"--load {model} --target-ffn-hidden-size 48 --importance random --seq-length 8"
+    code, line = fail("prune", [*argv.split(), "--micro-batch-size", "1", "--save", str(save)])
+    assert code == CHECKPOINT
+    assert f"{beside / name} is a link out of its folder, to {secret}" in line
+    assert not list(tmp_path.rglob(f"{save.name}*"))
 
 
 def test_ids_of_every_kind_of_tokenizer(tmp_path):

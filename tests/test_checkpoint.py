@@ -274,7 +274,8 @@ def check_reads(arch, written, readers, tmp_path):
 def write(folder, arch, iteration=3, name=None):
     place = platform.initialize()
     chunks = build_model(arch, ModelOptions(), place.groups, seed=5)
-    common = {"args": Namespace(**arch.to_args()), "iteration": iteration}
+    args = Namespace(**arch.to_args(), consumed_train_samples=0)
+    common = {"args": args, "iteration": iteration}
     name = name or checkpoints.iteration_name(iteration)
     writer.save(folder, name, model_state_dict(chunks) | common, files={"note.txt": "hello"})
 

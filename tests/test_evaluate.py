@@ -3,16 +3,27 @@
 import json
 import math
 import shlex
+import shutil
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.data.documents import Documents
+from megatron_ext.inference import evaluation
 from megatron_ext.runtime.errors import CHECKPOINT, DATA, USAGE
 from tests.models import LLAMA
-from tests.programs import LAYOUTS, fail, read_model, succeed, write_corpus, write_model
+from tests.programs import (
+    LAYOUTS,
+    fail,
+    read_model,
+    run_program,
+    succeed,
+    write_corpus,
+    write_model,
+)
 from tests.ranks import run_ranks
 
 TEACHER = replace(LLAMA, hidden_size=32)
@@ -139,6 +150,48 @@ def test_few_samples_are_a_spread_of_the_data(root):
     places = [pieces.index(piece) for piece in found]
     assert places[0] == 0
     assert places[-1] > len(whole) * 0.6
+
+
+def outside(root, token, name):
+    """Return a copy of the corpus with an id that the model lacks at ``token``."""
+    for suffix in (".bin", ".idx"):
+        shutil.copy(root / f"corpus{suffix}", root / f"{name}{suffix}")
+    with (root / f"{name}.bin").open("r+b") as file:
+        file.seek(2 * token)
+        file.write(VOCAB.to_bytes(2, "little"))
+    return root / name
+
+
+def look_at_no_document():
+    evaluation.check_token_ids = lambda *_: None
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
+def test_ids_of_what_is_read_are_in_the_vocabulary(root, layout, monkeypatch):
+    """Few samples of much data are looked at, and all of them; the rest of it is not."""
+    world_size, flags = LAYOUTS[layout]
+    total = len(all_tokens(root, "corpus"))
+    in_all = -(-(total - 1) // SEQ_LENGTH)
+    chosen = in_all // 2 * SEQ_LENGTH  # of two samples, the second begins there
+    for name, token, limit, is_read in (
+        ("label", SEQ_LENGTH, 2, True),
+        ("behind", SEQ_LENGTH + 1, 2, False),
+        ("second", chosen + 3, 2, True),
+        ("unlimited", SEQ_LENGTH + 1, None, True),
+    ):
+        data = outside(root, token, f"{name}-{layout}")
+        changes = {"data_path": data, "eval_samples": limit, "micro_batch_size": 1}
+        argv = [*arguments(root, **changes), *flags.split()]
+        if not is_read:
+            outcomes = run_program("tools.evaluate", argv, world_size, look_at_no_document)
+            assert [o.code for o in outcomes] == [0] * world_size, outcomes[0].stderr
+            continue
+        code, line = fail("tools.evaluate", argv, world_size, look_at_no_document)
+        assert code == DATA, line
+        dataset = IndexedDataset(str(data))  # what it maps goes with it
+        ends = numpy.cumsum(dataset.sequence_lengths)
+        document = numpy.searchsorted(ends, token, side="right")
+        assert f"{data}.bin: document {document} has token id {VOCAB}" in line
 
 
 @pytest.mark.parametrize(

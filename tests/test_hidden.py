@@ -19,7 +19,7 @@ from megatron_ext.distillation.pairs import HiddenStates, Pair, parse_pairs
 from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
 from megatron_ext.model.layers import shard_positions
 from megatron_ext.runtime import platform
-from megatron_ext.runtime.errors import USAGE
+from megatron_ext.runtime.errors import CHECKPOINT, USAGE
 from megatron_ext.training.step import StepShape, train_step, wrap
 from tests.models import GPT2, LLAMA, random_batch
 from tests.programs import LAYOUTS as PROGRAM_LAYOUTS
@@ -380,6 +380,35 @@ def test_no_layout_changes_a_loss(place, tmp_path):
     for layout, metrics in runs.items():
         for ours, theirs in zip(metrics, runs["TP1"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5), layout
+
+
+def pairs_flags(pairs):
+    return ["--kd-hidden-states", pairs] if pairs else []
+
+
+@pytest.mark.parametrize(("before", "now"), [("", "3:3"), ("", "embedding,3:3")])
+def test_maps_cannot_come_later(before, now, place, tmp_path):
+    """Regression: a table of tensors, and no word of what to do."""
+    argv, _ = place
+    argv = [*argv, "--save", str(tmp_path)]
+    run_program("pretrain_distill", [*argv, *pairs_flags(before), "--exit-interval", "2"])
+    code, message = fail("pretrain_distill", [*argv, *pairs_flags(now)])
+    assert code == CHECKPOINT
+    assert "--kd-hidden-states" in message
+    assert "--load and --finetune" in message
+
+
+@pytest.mark.parametrize("before", ["", "3:3"])
+def test_states_of_equal_widths_may_come_later(before, place, tmp_path):
+    """Regression: a run whose losses have no maps could not go on: a KeyError."""
+    argv, folder = place
+    argv = [*argv, "--load", str(folder / "teacher"), "--save", str(tmp_path)]
+    run_program("pretrain_distill", [*argv, *pairs_flags(before), "--exit-interval", "2"])
+    succeed("pretrain_distill", [*argv, *pairs_flags("3:3")])
+    steps = [line for line in read_metrics(str(tmp_path)) if "grad-norm" in line]
+    assert [line["iteration"] for line in steps if "hidden loss" in line] == (
+        [1, 2, 3, 4, 5, 6] if before else [3, 4, 5, 6]
+    )
 
 
 def test_the_map_is_no_weight_of_the_model(place, tmp_path):

@@ -117,8 +117,8 @@ def test_sizes_that_contradict_the_checkpoint_come_as_a_table():
         "the checkpoint has other sizes; drop these flags to use the checkpoint's:",
         "  flag                   checkpoint  command line",
         "  --hidden-size          96          128",
-        "  --swiglu               off         on",
         "  --disable-bias-linear  off         on",
+        "  --swiglu               off         on",
     ]
 
 

@@ -19,7 +19,7 @@ import pretrain_distill
 from megatron_ext.arch import shape, weights
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.runtime.errors import CHECKPOINT, DATA, INTERRUPTED, RUNTIME, USAGE
-from megatron_ext.training import loop
+from megatron_ext.training import loop, saving
 from megatron_ext.training import run as run_module
 from megatron_ext.training.log import Log
 from tests.models import GPT2, LLAMA
@@ -180,6 +180,7 @@ SHARDED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gat
     [
         ("TP1", ALONE, (1, 3, 4, 5)),
         ("TP1", f"{ALONE} --bf16", (3,)),
+        ("DP2", f"{DISTILLED} --kd-hidden-states last:last --log-interval 4", (3, 4)),
         ("TP2", f"{ALONE} --bf16", (5,)),
         ("TP2+SP", DISTILLED, (1, 4)),
         ("DP2", DISTILLED, (4,)),
@@ -200,6 +201,45 @@ def test_a_killed_run_goes_on_bit_for_bit(layout, extra, deaths, place, tmp_path
         assert latest(broken) == (death - 1) // 2 * 2
     succeed(NAME, place.flags(broken, extra), world_size)
     assert_same_run(broken, whole)
+
+
+def test_a_logged_loss_is_the_mean_over_its_interval(place, tmp_path):
+    """Of all losses, and of nothing else; as Megatron-LM prints it."""
+    extra = f"{DISTILLED.format(pruned=place.pruned, teacher=place.teacher)} --log-interval "
+    extra = f"--kd-hidden-states last:last --kd-lm-loss-weight 0.5 {extra}"
+    for name in ("1", "3"):
+        succeed(NAME, place.flags(tmp_path / name, extra + name, STUDENT))
+    each, lines = (
+        [line for line in read_metrics(tmp_path / name) if "grad-norm" in line]
+        for name in ("1", "3")
+    )
+    assert [line["iteration"] for line in lines] == [3, 6]
+    names = [name for name in each[0] if name.endswith("loss")]
+    assert sorted(names) == ["hidden loss", "kd loss", "lm loss"]
+    for line, steps in zip(lines, (each[:3], each[3:]), strict=True):
+        means = {name: sum(step[name] for step in steps) / 3 for name in names}
+        assert line == {**steps[-1], **means}
+
+
+def test_a_checkpoint_without_sums_is_gone_on_from(place, tmp_path):
+    """Its interval's mean is that of the steps since then."""
+    steps = f"{ALONE} --log-interval 1"
+    succeed(NAME, place.flags(tmp_path / "each", steps))
+    argv = place.flags(tmp_path / "old", f"{ALONE} --log-interval 3")
+    run_program(NAME, [*argv, "--exit-interval", "2"], 1, forget_sums)
+    succeed(NAME, argv)
+    each = read_metrics(tmp_path / "each")
+    third = next(line for line in read_metrics(tmp_path / "old") if line["iteration"] == 3)
+    assert third in each
+
+
+def forget_sums():
+    def without_sums(run):
+        args = saved_args(run)
+        del args.logged_loss_sums
+        return args
+
+    saved_args, saving.saved_args = saving.saved_args, without_sums
 
 
 def test_torchrun_killed_at_any_moment(place, tmp_path):
@@ -483,7 +523,6 @@ def test_a_run_in_samples_and_collecting_by_hand(place, whole, tmp_path):
         ("{alone} --teacher-load {pruned} --kd-top-k 101", USAGE, ["--kd-top-k 101", "100 tokens"]),
         ("{alone} --data-path {tmp}/none", DATA, ["{tmp}/none.idx", "no such file"]),
         ("{alone} --save {tmp}/file", RUNTIME, ["{tmp}/file"]),
-        ("{alone} --tensorboard-dir {tmp}/file", RUNTIME, ["{tmp}/file"]),
     ],
 )
 def test_what_is_refused(extra, code, words, place, tmp_path):

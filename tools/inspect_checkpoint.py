@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.arch.kinds import KINDS
+from megatron_ext.arch.sizes import BY_LAYER
 from megatron_ext.checkpoint.folder import Checkpoint, locate
 from megatron_ext.checkpoint.unpickling import trust
 from megatron_ext.cli.megatron_flags import trust_flag
@@ -67,7 +68,9 @@ def describe(source: Checkpoint, reader: "SliceReader", plan: Plan | None) -> It
     """Yield the lines of the text form."""
     arch = source.arch
     yield f"{source.folder}: {'release' if not source.iteration else f'step {source.iteration}'}"
-    for name, value in asdict(arch).items():
+    values = asdict(arch) | {name: arch.span(name) for name in BY_LAYER}
+    values |= {f"{name} of each": " ".join(map(str, each)) for name, each in values.pop("by_layer")}
+    for name, value in values.items():
         if arch.num_experts is not None or not name.startswith(("moe_", "num_experts")):
             yield f"  {name:38} {value}"
     for name, count in parameters(arch).items():
@@ -77,8 +80,7 @@ def describe(source: Checkpoint, reader: "SliceReader", plan: Plan | None) -> It
     if plan is not None:
         yield f"pruned from {parameters(plan.source)['parameters']:,} parameters"
         for size in (size.name for axis in plan.axes for size in axis.sizes):
-            before, after = getattr(plan.source, size), getattr(plan.target, size)
-            yield f"  {size:38} {before} -> {after}"
+            yield f"  {size:38} {plan.source.span(size)} -> {plan.target.span(size)}"
         for name in ("layers", *KINDS):
             if name in plan.kept:
                 yield f"  {f'{name} kept, from 0':38} {' '.join(map(str, plan.kept[name]))}"

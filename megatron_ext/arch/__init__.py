@@ -14,6 +14,7 @@ from megatron_ext.arch.table import (
     layer_key,
     names_on_disk,
     num_parameters,
+    numel_of,
     shape,
     weights,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "layer_key",
     "names_on_disk",
     "num_parameters",
+    "numel_of",
     "shape",
     "weights",
 ]

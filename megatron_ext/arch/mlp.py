@@ -99,7 +99,13 @@ AXES = (
     Axis(
         name="ffn",
         kind=NAME,
-        size=Size(name="ffn_hidden_size", letter="F", help="neurons of each MLP", rows=one_row),
+        size=Size(
+            name="ffn_hidden_size",
+            letter="F",
+            help="neurons of each MLP",
+            rows=one_row,
+            by_layer=True,
+        ),
         dims={"ffn": one_each("ffn_hidden_size"), "fc1": gate_and_up("ffn_hidden_size")},
         tp_split=True,
         exists=lambda arch: NAME in arch.kinds,

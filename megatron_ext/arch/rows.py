@@ -1,5 +1,6 @@
 """Rows of which the tables are made: sizes, weights, and what pruning cuts."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -82,6 +83,8 @@ class Size:
     """Text of its --target- flag's help: the thing that is counted."""
     rows: Callable[["Arch"], int] | None = None
     """Rows of a weight matrix that one unit takes; None where no matrix grows with it."""
+    by_layer: bool = False
+    """Sub-layers of one model may differ in it: ``Arch.by_layer``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +115,9 @@ class Axis:
         """The sizes that pruning this axis changes."""
         return (self.size,) if self.within is None else (self.size, self.within)
 
-    def length(self, arch: "Arch") -> int:
-        """Return how many units one vector of this axis has."""
-        return getattr(arch, self.size.name)
+    def length(self, arch: "Arch", layer: int | None = None) -> int:
+        """Return how many units a vector of this axis has, in a layer of its kind."""
+        return getattr(arch.at(self.kind, layer), self.size.name)
 
     def vector(self, layer: int | None = None, expert: int | None = None) -> str:
         """Return the name of one vector: ``hidden``, ``ffn.3``, ``moe_ffn.3.7``."""
@@ -144,6 +147,27 @@ def sublayers(kind: str, letter: str, help: str) -> Axis:
         size=Size(name=f"{kind}_layers", letter=letter, help=f"{help}, each removed alone"),
         exists=lambda arch: arch.is_hybrid and kind in arch.kinds,
     )
+
+
+def read_values(text: str) -> int | tuple[int, ...]:
+    """Return a size, or one for each layer: 64 of ``64``, (64, 48, 48) of ``64,2x48``.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    values: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(?:(\d+)x)?(\d+)", part.strip())
+        if match is None:
+            raise ValueError(f"{text!r} is no whole number, nor one for each layer as 64,2x48,64")
+        values += [int(match[2])] * int(match[1] or 1)
+    return values[0] if text.strip().isdigit() else tuple(values)
+
+
+def layer_of(vector: str) -> int | None:
+    """Return the layer in the name of a vector: 3 of ``moe_ffn.3.7``, None of ``hidden``."""
+    _, *numbers = vector.split(".")
+    return int(numbers[0]) if numbers else None
 
 
 def kept_layers(kept: Mapping[str, Sequence[int]], kind: str | None) -> Sequence[int]:

@@ -1,7 +1,10 @@
 """The sizes of a model, from and to the args that Megatron-LM saves."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from megatron_ext.arch import attention, bert, mlp, moe, per_layer, rotary, scales
@@ -14,6 +17,17 @@ from megatron_ext.arch.rows import REQUIRED, size
 RENAMED = {
     "norm_epsilon": "layernorm_epsilon",
     "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+}
+# Upper limits. The table of weights has a row per layer and expert: a corrupt count would take
+# all memory before any tensor is read.
+MOST = {"num_layers": 100_000, "num_experts": 100_000}
+# Sizes in which the sub-layers of a kind may differ, and the kind.
+BY_LAYER = {
+    size.name: kind.NAME
+    for kind in MODULES
+    for axis in kind.AXES
+    for size in axis.sizes
+    if size.by_layer
 }
 # Saved args of features that are not built here: name -> values that mean "off", beside None. Most
 # have no tensor of their own: a model without the feature would load and compute something else.
@@ -98,12 +112,23 @@ class Arch(
 ):
     """The architecture of one model, in the names that Megatron-LM saves in a checkpoint's args."""
 
+    by_layer: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Sizes in which sub-layers differ (``BY_LAYER``), each with one value for every sub-layer of
+    its kind; the field of that name is the first one's. Only of a HybridModel, whose sub-layers
+    have tensors of their own."""
+
     def __post_init__(self) -> None:
+        # Equal models are equal: lists of JSON, sizes that do not differ.
+        given = sorted((name, tuple(values)) for name, values in self.by_layer)
+        differing = tuple(entry for entry in given if len(set(entry[1])) > 1)
+        object.__setattr__(self, "by_layer", differing)
         for name, bound in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"--{name.replace('_', '-')} must be >= {bound}: {value}.")
-        for problem in self._problems():
+            if value is not None and value > MOST.get(name, value):
+                raise ValueError(f"--{name.replace('_', '-')} must be <= {MOST[name]}: {value}.")
+        for problem in chain(self._by_layer_problems(given), self._problems()):
             raise ValueError(problem)
 
     def _problems(self) -> Iterator[str]:
@@ -124,6 +149,68 @@ class Arch(
         yield from per_layer.problems(self)
         yield from scales.problems(self)
         yield from bert.problems(self)
+
+    def _by_layer_problems(self, given: list[tuple[str, tuple[int, ...]]]) -> Iterator[str]:
+        for name, values in given:
+            if name not in BY_LAYER:
+                yield f"by_layer: {name} cannot differ; only {', '.join(BY_LAYER)} can."
+            elif len(values) != (count := len(self.layers_of(kind := BY_LAYER[name]))):
+                yield f"by_layer: {name} has {len(values)} values for {count} {kind} sub-layers."
+            elif getattr(self, name) != values[0]:
+                yield f"by_layer: {name} begins with {values[0]}, {name} is {getattr(self, name)}."
+        if self.by_layer and not self.is_hybrid:
+            yield "by_layer: layers that differ need a hybrid_layer_pattern."
+        for name, values in self.by_layer:
+            for number in range(len(values)):
+                self.at(BY_LAYER[name], number)  # is checked as a model of its own
+
+    def values(self, name: str) -> tuple[int, ...]:
+        """Return a size of each sub-layer of its kind; where all are alike, once."""
+        return dict(self.by_layer).get(name, (getattr(self, name),))
+
+    def span(self, name: str, form: str = "") -> str:
+        """Return a size as text: 64, or 40-64 where sub-layers differ."""
+        low, high = min(self.values(name)), max(self.values(name))
+        return f"{low:{form}}" + f"-{high:{form}}" * (low < high)
+
+    def at(self, kind: str | None, number: int | None) -> "Arch":
+        """Return the same model with the sizes of one sub-layer everywhere; self if all are alike.
+
+        Args:
+            kind: of the sub-layer; None outside the layers.
+            number: of the sub-layer within its kind.
+        """
+        if not any(BY_LAYER[name] == kind for name, _ in self.by_layer):
+            return self
+        return _at(self, kind, number)
+
+    def alike(self, kind: str | None) -> Mapping["Arch", int]:
+        """Return the model as ``at`` each sub-layer of a kind, and how many have these sizes."""
+        count = 1 if kind is None else len(self.layers_of(kind))
+        if self.at(kind, 0) is self:
+            return {self: count}
+        return Counter(self.at(kind, number) for number in range(count))
+
+    def with_sizes(self, values: Mapping[str, Sequence[int]]) -> "Arch":
+        """Return the model with sizes of ``BY_LAYER`` as ``values`` returns them.
+
+        Sub-layers that differ make it a HybridModel.
+        """
+        by_layer = {**dict(self.by_layer), **values}
+        differing = tuple((n, tuple(each)) for n, each in by_layer.items() if len(set(each)) > 1)
+        arch = self.by_sublayers() if differing and not self.is_hybrid else self
+        first: dict[str, Any] = {name: each[0] for name, each in values.items()}
+        return replace(arch, by_layer=differing, **first)
+
+    def part(self, layers: Sequence[int]) -> "Arch":
+        """Return the HybridModel of some of its sub-layers, by their places in the pattern."""
+        sizes = {}
+        for name, values in self.by_layer:
+            places = zip(values, self.layers_of(BY_LAYER[name]), strict=True)
+            sizes[name] = [value for value, layer in places if layer in layers]
+        pattern = "".join(self.pattern[layer] for layer in layers)
+        arch = replace(self, by_layer=()).with_sublayers(pattern)
+        return arch.with_sizes({name: each for name, each in sizes.items() if each})
 
     @property
     def is_hybrid(self) -> bool:
@@ -166,7 +253,8 @@ class Arch(
     def with_pattern(self, pattern: str) -> "Arch":
         """Return the model with these sub-layers: a GPTModel, if they are whole layers."""
         arch, num_layers = self.with_sublayers(pattern), len(pattern) // 2
-        if pattern == patterns.whole_layers(num_layers, experts="moe" in arch.kinds):
+        whole = patterns.whole_layers(num_layers, experts="moe" in arch.kinds)
+        if pattern == whole and not arch.by_layer:
             return replace(arch, num_layers=num_layers, hybrid_layer_pattern=None)
         return arch
 
@@ -189,8 +277,10 @@ class Arch(
         """Return the same model as a GPTModel.
 
         Raises:
-            ValueError: a layer has no attention or no MLP.
+            ValueError: a layer has no attention or no MLP, or layers differ in size.
         """
+        if self.by_layer:
+            raise ValueError(f"its layers differ in {', '.join(dict(self.by_layer))}.")
         if not self.has_whole_layers:
             raise ValueError(
                 f"the sub-layers {self.pattern} are no whole layers, '*-' or '*E' each."
@@ -247,6 +337,12 @@ class Arch(
             "window_size": None if self.window is None else (self.window, 0),
             **{name: per_layer.switches(self, name) for name in per_layer.NAMES},
         }
+
+
+@lru_cache(maxsize=4096)
+def _at(arch: Arch, kind: str, number: int) -> Arch:
+    own: dict[str, Any] = {n: each[number] for n, each in arch.by_layer if BY_LAYER[n] == kind}
+    return replace(arch, by_layer=(), **own)
 
 
 _SIZES = tuple(f.name for f in fields(Arch) if f.type in (int, "int") and f.default is MISSING)

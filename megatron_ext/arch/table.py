@@ -99,9 +99,12 @@ def names_on_disk(weight: Weight, arch: Arch) -> list[str]:
     return [layer_key(weight.key, layer) for layer in arch.layers_of(weight.kind)]
 
 
-def shape(weight: Weight, arch: Arch) -> tuple[int, ...]:
-    """Return the shape of ``weight`` in one layer."""
-    sizes = dim_sizes(arch)
+def shape(weight: Weight, arch: Arch, layer: int | None = None) -> tuple[int, ...]:
+    """Return the shape of ``weight`` in one layer, a number within its kind.
+
+    Without ``layer``, ``arch`` is that of a layer (``Arch.at``), or its layers are alike.
+    """
+    sizes = dim_sizes(arch if layer is None else arch.at(weight.kind, layer))
     return tuple(sizes[dim] for dim in weight.dims)
 
 
@@ -121,7 +124,7 @@ def num_parameters(arch: Arch, *, embeddings: bool = True, active: bool = False)
     total = 0
     for weight in weights(arch):
         if embeddings or weight.dims[0] not in ("vocab", "position", "tokentype"):
-            total += _numel(weight, arch, active=active) * count(weight, arch)
+            total += numel_of(weight, arch, active=active)
     return total
 
 
@@ -133,16 +136,17 @@ def forward_flops(arch: Arch, seq_length: int) -> int:
     """
     sizes = dim_sizes(arch)
     matrices = [w for w in weights(arch) if len(w.dims) > 1 and w.per_layer]
-    layers = sum(_numel(w, arch, active=True) * count(w, arch) for w in matrices)
+    layers = sum(numel_of(weight, arch, active=True) for weight in matrices)
     for kind in arch.kinds:
-        layers += KINDS[kind].multiply_adds(arch, seq_length) * len(arch.layers_of(kind))
+        for layer, times in arch.alike(kind).items():
+            layers += KINDS[kind].multiply_adds(layer, seq_length) * times
     output = sizes["vocab"] * sizes["hidden"] + arch.is_bert * sizes["hidden"] ** 2
     return 2 * (layers + output)
 
 
-def _numel(weight: Weight, arch: Arch, *, active: bool) -> int:
-    """Return the elements of ``weight`` in one layer, or of its active experts."""
-    numel = prod(shape(weight, arch))
+def numel_of(weight: Weight, arch: Arch, *, active: bool = False) -> int:
+    """Return the elements of ``weight`` in all layers, or of its active experts."""
+    numel = sum(prod(shape(weight, layer)) * n for layer, n in arch.alike(weight.kind).items())
     if active and is_of_experts(weight) and arch.num_experts is not None:
         return numel // arch.num_experts * arch.moe_router_topk
     return numel

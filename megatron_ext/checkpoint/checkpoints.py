@@ -4,7 +4,7 @@
     <root>/iter_0000100/  or  <root>/release/    one torch_dist checkpoint of megatron-core
         .metadata metadata.json __*.distcp     (up to megatron-core 0.18 common.pt too)
         integrity.json         SHA-256 of the files above, in Megatron-LM's schema
-        megatron_args.sh       the flags with which Megatron-LM builds this model
+        megatron_args.sh       the flags with which Megatron-LM builds this model, if it can
         tokenizer/             of a model that was imported, and of what came of it
 
 ``checkpoint.writer`` writes them. Loading compares every tensor's name and shape first, and
@@ -12,7 +12,6 @@ unpickles plain data only. Checkpoints of Megatron-LM, Megatron Bridge and NeMo 
 """
 
 import hashlib
-import json
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -44,6 +43,7 @@ from megatron_ext.checkpoint.slices import FIRST_WEIGHT, LAYER_NUMBER, SliceRead
 from megatron_ext.cli.size_flags import args_of_sizes
 from megatron_ext.runtime.collective_errors import gather, on_all_ranks
 from megatron_ext.runtime.errors import CHECKPOINT, UserError, warn
+from megatron_ext.runtime.texts import parse_json
 
 MAX_ROWS = 10
 # Tensors of a checkpoint that are not weights: a run that does not ask for them may leave them.
@@ -129,7 +129,7 @@ def verify_integrity(folder: Path) -> None:
         warn(f"{folder}: no {INTEGRITY}; damage would go unnoticed.")
         return
     try:
-        expected = json.loads((folder / INTEGRITY).read_text())["files"]
+        expected = parse_json((folder / INTEGRITY).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder / INTEGRITY} cannot be read: {reason}.", CHECKPOINT) from error
@@ -284,10 +284,17 @@ def _check_tensors(
     rows += [(key, _shape(found.get(key)), _shape(wanted.get(key))) for key in differing[:MAX_ROWS]]
     if len(differing) > MAX_ROWS:
         rows += [(f"... and {len(differing) - MAX_ROWS} more", "", "")]
-    hint = (
-        " Only optimizer state differs: give the flags that it was saved with (precision, "
-        "--use-distributed-optimizer), or leave it with --no-load-optim or --finetune."
-    ) * all(key.startswith("optimizer.") for key in differing)
+    hint = ""
+    if any(key.startswith("distillation.") for key in differing):
+        hint = (
+            " Hidden-state losses (--kd-hidden-states) cannot change in a run: begin a new one, "
+            "with --load and --finetune and another --save."
+        )
+    elif all(key.startswith("optimizer.") for key in differing):
+        hint = (
+            " Only optimizer state differs: give the flags that it was saved with (precision, "
+            "--use-distributed-optimizer), or leave it with --no-load-optim or --finetune."
+        )
     table = "\n".join(f"  {name:64} {theirs:>16} {ours:>16}" for name, theirs, ours in rows)
     raise UserError(f"{folder} does not fit this model.{hint}\n{table}", CHECKPOINT)
 

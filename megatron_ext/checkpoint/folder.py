@@ -1,6 +1,5 @@
 """The checkpoints of a folder and what they say of themselves: no torch, no weights."""
 
-import json
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from typing import Any
 
 from megatron_ext.arch import Arch
 from megatron_ext.runtime.errors import CHECKPOINT, UserError, warn
+from megatron_ext.runtime.files import is_inside
+from megatron_ext.runtime.texts import parse_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
 INTEGRITY = "integrity.json"
@@ -70,7 +71,15 @@ class Checkpoint:
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Return the files of its ``tokenizer`` folder, by the name under its own folder."""
-        paths = sorted(p for p in (self.folder / TOKENIZER).rglob("*") if p.is_file())
+        top = self.folder / TOKENIZER
+        paths = sorted(path for path in top.rglob("*") if path.is_file())
+        for path in paths:
+            if not is_inside(path, top):
+                raise UserError(
+                    f"{path} is a link out of its folder, to {path.resolve()}: it would be copied "
+                    "beside every checkpoint; put the file itself there.",
+                    CHECKPOINT,
+                )
         return {p.relative_to(self.folder).as_posix(): p.read_bytes() for p in paths}
 
     @property
@@ -96,7 +105,7 @@ def incomplete_reason(folder: Path) -> str | None:
         UserError: it cannot be read: whether it is one is not known.
     """
     try:
-        metadata = json.loads(_text_if_there(folder / "metadata.json") or "")
+        metadata = parse_json(_text_if_there(folder / "metadata.json") or "")
     except ValueError:
         return "metadata.json is missing or unreadable: the save did not finish"
     if not isinstance(metadata, dict) or "sharded_backend" not in metadata:

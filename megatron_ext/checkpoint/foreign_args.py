@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_ext.arch import check_left_out
+from megatron_ext.runtime.texts import parse_yaml
 
 # File, seen from the checkpoint's folder, and the key of the model in it.
 FILES = {"run_config.yaml": "model", "../context/model.yaml": "config"}
@@ -80,8 +79,8 @@ def read_args(folder: Path, embedding_rows: int) -> dict[str, Any] | None:
     for name, key in FILES.items():
         if (folder / name).exists():
             try:
-                model = yaml.safe_load((folder / name).read_text())[key]
-            except (yaml.YAMLError, KeyError, TypeError) as error:
+                model = parse_yaml((folder / name).read_text())[key]
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
             if not isinstance(model, Mapping):
                 raise ValueError(f"{name} cannot be read: {key} is no table")

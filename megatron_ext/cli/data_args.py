@@ -1,11 +1,11 @@
 """Blends of data that stand in a file instead of on the command line."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_ext.cli.megatron_flags import Data
 from megatron_ext.runtime.errors import DATA, UserError
+from megatron_ext.runtime.texts import parse_json
 
 SPLITS = {"train": "train_data_path", "valid": "valid_data_path", "test": "test_data_path"}
 
@@ -25,7 +25,7 @@ def with_data_args(data: Data) -> Data:
     if path is None:
         return data
     try:
-        found = json.loads(_read("--per-split-data-args-path", path))
+        found = parse_json(_read("--per-split-data-args-path", path))
         blends = {SPLITS[split]: tuple(map(str, words or ())) for split, words in found.items()}
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(

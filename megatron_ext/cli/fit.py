@@ -84,6 +84,7 @@ def check_targets(arch: Arch, targets: Iterable[Arch], prune: own.Prune) -> None
         raise UserError(problem, USAGE)
     for target in targets:
         check.refuse(
+            _iteration_problems(arch, target, prune.prune_iterations),
             _residual_problems(arch, target, prune.head_residual),
             _sublayer_problems(prune)
             if target.is_hybrid
@@ -91,13 +92,22 @@ def check_targets(arch: Arch, targets: Iterable[Arch], prune: own.Prune) -> None
         )
 
 
+def _iteration_problems(arch: Arch, target: Arch, iterations: int) -> Iterator[str]:
+    if iterations > 1 and (arch.by_layer or target.by_layer):
+        yield (
+            f"--prune-iterations {iterations}: sizes that differ from layer to layer are pruned to "
+            "in one; leave it out."
+        )
+
+
 def _residual_problems(arch: Arch, target: Arch, head_residual: str) -> Iterator[str]:
-    heads = target.num_attention_heads
-    if head_residual != "none" and 2 * heads < arch.num_attention_heads:
+    before = arch.values("num_attention_heads")
+    heads = min(target.values("num_attention_heads"))
+    # Where layers of the checkpoint differ, the plan finds it out.
+    if head_residual != "none" and 2 * heads < min(before):
         yield (
             f"--head-residual {head_residual} folds a pruned head into each kept one: "
-            f"--target-num-attention-heads {heads} must be half of {arch.num_attention_heads} or "
-            "more."
+            f"--target-num-attention-heads {heads} must be half of {min(before)} or more."
         )
 
 
@@ -139,20 +149,21 @@ def _bert_problems(parallel: group.Parallel, seq_length: int) -> Iterator[str]:
 
 
 def _tensor_parallel_problems(arch: Arch, tp: int) -> Iterator[str]:
-    sizes = {
-        dashed(size.name): getattr(arch, size.name)
+    sizes = [
+        (dashed(size.name), value)
         for axis in axes_of(arch)
         if axis.tp_split
         for size in axis.sizes
-    }
+        for value in dict.fromkeys(arch.values(size.name))
+    ]
     padded = "the padded vocabulary (--make-vocab-size-divisible-by)"
-    sizes[padded] = arch.padded_vocab_size
+    sizes.append((padded, arch.padded_vocab_size))
     allowed = [
         str(ranks)
-        for ranks in range(1, min(sizes.values()) + 1)
-        if not any(size % ranks for size in sizes.values())
+        for ranks in range(1, min(size for _, size in sizes) + 1)
+        if not any(size % ranks for _, size in sizes)
     ]
-    for name, size in sizes.items():
+    for name, size in sizes:
         if size % tp:
             yield (
                 f"--tensor-model-parallel-size {tp} does not divide {name}, {size}; this model "
@@ -194,12 +205,12 @@ def _pipeline_problems(num_layers: int, parallel: group.Parallel) -> Iterator[st
 
 def _all_to_all_problems(arch: Arch, parallel: group.Parallel) -> Iterator[str]:
     cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
-    groups = arch.num_query_groups // tp
-    if parallel.cp_comm_type == "a2a" and groups % cp:
-        yield (
-            f"--cp-comm-type a2a: --context-parallel-size {cp} does not divide the {groups} query "
-            "groups of a tensor-parallel rank; use p2p."
-        )
+    for held in sorted({number // tp for number in arch.values("num_query_groups")}):
+        if parallel.cp_comm_type == "a2a" and held % cp:
+            yield (
+                f"--cp-comm-type a2a: --context-parallel-size {cp} does not divide the {held} "
+                "query groups of a tensor-parallel rank; use p2p."
+            )
 
 
 def _position_problems(arch: Arch, seq_length: int) -> Iterator[str]:

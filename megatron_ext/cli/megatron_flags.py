@@ -122,7 +122,8 @@ class Batch:
 
     micro_batch_size: int = flag(REQUIRED, "samples of one forward pass on a rank", at_least=1)
     seq_length: int = flag(REQUIRED, "tokens of a sample", at_least=1)
-    seed: int = flag(1234, "of data order, new weights and dropout", at_least=0)
+    # numpy's, and Megatron-LM adds to it.
+    seed: int = flag(1234, "of data order, new weights and dropout", at_least=0, at_most=2**31 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

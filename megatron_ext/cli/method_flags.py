@@ -1,8 +1,11 @@
 """Flags that Megatron-LM does not have, in groups: the method's, dry runs."""
 
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, make_dataclass
+from typing import Any
 
 from megatron_ext.arch.axes import SIZES
+from megatron_ext.arch.rows import Size, read_values
 from megatron_ext.cli.parser import flag
 from megatron_ext.runtime.gpus import GPUS
 
@@ -76,17 +79,33 @@ class Distill:
 
 # --search-space that is no file.
 AUTO = "auto"
+
+
+def size_or_sizes(text: str) -> int | tuple[int, ...]:
+    """Return a target size that may differ from layer to layer, for ``argparse``."""
+    try:
+        return read_values(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+
+
+def _target(size: Size) -> tuple[str, Any, Any]:
+    """Return name, type and default of the flag of one size."""
+    if not size.by_layer:
+        help = f"{size.help}; default as the source"
+        return f"target_{size.name}", int | None, flag(None, help, at_least=1)
+    help = (
+        f"{size.help}; or one value for each layer that stays, first to last, as 64,2x48,64 (2x48: "
+        "twice), which makes it a model of sub-layers; default as the source"
+    )
+    hint = int | tuple[int, ...] | None
+    return f"target_{size.name}", hint, flag(None, help, read=size_or_sizes, at_least=1)
+
+
 # --target-hidden-size N, ...: a flag for each size that pruning changes, None as in the source.
 Targets = make_dataclass(
     "Targets",
-    [
-        (
-            f"target_{size.name}",
-            int | None,
-            flag(None, f"{size.help}; default as the source", at_least=1),
-        )
-        for size in SIZES.values()
-    ],
+    [_target(size) for size in SIZES.values()],
     frozen=True,
     kw_only=True,
 )
@@ -96,15 +115,15 @@ Targets = make_dataclass(
 class Prune(Targets):
     """Pruning (not in Megatron-LM)."""
 
-    def target_sizes(self) -> dict[str, int | None]:
+    def target_sizes(self) -> dict[str, int | tuple[int, ...] | None]:
         """Return what the --target- flags say, by the names of the sizes."""
         return {name: getattr(self, f"target_{name}") for name in SIZES}
 
     targets: str | None = flag(
         None,
-        "YAML file with several targets for one set of scores, name: {hidden_size: N, ...}; each "
-        "is saved to SAVE/name, its plan to PLAN/name.json; with a search it is read if it exists "
-        "and written otherwise",
+        "YAML file with several targets for one set of scores, name: {hidden_size: N, ...}, lists "
+        "for layers that differ; each is saved to SAVE/name, its plan to PLAN/name.json; with a "
+        "search it is read if it exists and written otherwise",
     )
     target_params: float | None = flag(
         None,

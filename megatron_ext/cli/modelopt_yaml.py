@@ -17,9 +17,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_ext.runtime.errors import USAGE, UserError
+from megatron_ext.runtime.texts import parse_yaml
 
 # What comes out of these parts of decoder.layers.N, as --kd-hidden-states calls it.
 KINDS = {
@@ -40,8 +39,8 @@ def read_kd_cfg(path: str | os.PathLike) -> dict[str, Any]:
         UserError: it cannot be read, or says what this project does otherwise.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = parse_yaml(Path(path).read_text()) or {}
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--export-kd-cfg {path} cannot be read: {reason}.", USAGE) from error
     if not isinstance(values, dict):

@@ -20,7 +20,7 @@ import math
 import operator
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from megatron_ext.cli.option_rows import Option, judge
@@ -33,6 +33,8 @@ BOUNDS = {
     "at_most": (operator.le, "<="),
     "below": (operator.lt, "<"),
 }
+LARGEST = 2**63 - 1
+"""Whole numbers become int64 somewhere."""
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 OTHERS = (
     "Every other option of Megatron-LM is known: typed, it is refused, or named as one without "
@@ -49,6 +51,7 @@ def flag(
     shorthands: Mapping[str, Any] | None = None,
     choices: Sequence[str] | None = None,
     setting: str | None = None,
+    read: Callable[[str], Any] | None = None,
     **bounds: float,
 ) -> Any:
     """Declare one flag as a dataclass field; its option is ``--`` and the field's name.
@@ -63,7 +66,8 @@ def flag(
         setting: the setting of megatron-core's TransformerConfig that takes the value as it is, of
             flags in the group of the layout (``settings_of``, in ``model.options``); one that
             ``model.build`` does not fill itself.
-        bounds: ``at_least``, ``above``, ``at_most``, ``below``: limits of a number.
+        read: makes the value of the text, in place of the type; raises ``ArgumentTypeError``.
+        bounds: ``at_least``, ``above``, ``at_most``, ``below``: limits of a number, or of each.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
     assert default is not True or off, "a switch that is on needs an option that turns it off"
@@ -74,6 +78,7 @@ def flag(
         "shorthands": shorthands or {},
         "choices": choices,
         "setting": setting,
+        "read": read,
         "bounds": bounds,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -243,7 +248,7 @@ def _add(section: Any, field: dataclasses.Field, hint: Any) -> None:
         kwargs: dict[str, Any] = {"action": "store_false" if field.default else "store_true"}
     else:
         kind = next((t for t in typing.get_args(hint) if t in METAVARS), hint)
-        kwargs = {"type": kind, "choices": meta["choices"]}
+        kwargs = {"type": meta["read"] or kind, "choices": meta["choices"]}
         if not meta["choices"]:
             kwargs["metavar"] = METAVARS[kind]
         if typing.get_origin(hint) is tuple:
@@ -270,9 +275,11 @@ def _help_text(field: dataclasses.Field, hint: Any) -> str:
 def _check_bounds(field: dataclasses.Field, value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{option(field)} {value}: must be a finite number.", USAGE)
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f"{option(field)} {value}: must be <= {LARGEST}.", USAGE)
     for name, limit in field.metadata["bounds"].items():
         holds, symbol = BOUNDS[name]
-        if not holds(value, limit):
+        if not all(holds(each, limit) for each in (value if type(value) is tuple else (value,))):
             raise UserError(f"{option(field)} {value}: must be {symbol} {limit}.", USAGE)
 
 

@@ -90,6 +90,12 @@ def new_arch(sizes: Mapping[str, Any], vocab_size: int) -> Arch:
         values["ffn_hidden_size"] = (
             int(4 * hidden * 2 / 3 / 64) * 64 if values["swiglu"] else 4 * hidden
         )
+        if values["ffn_hidden_size"] == 0 < hidden:
+            raise UserError(
+                f"--hidden-size {hidden} with --swiglu: the default of --ffn-hidden-size, 8/3 of "
+                "it down to a multiple of 64, is 0: give --ffn-hidden-size.",
+                USAGE,
+            )
     if values["num_experts"] is not None and values["moe_ffn_hidden_size"] is None:
         values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
     values["bias_gelu_fusion"] &= is_gelu(values) and values["add_bias_linear"]
@@ -120,7 +126,8 @@ def check_against_checkpoint(sizes: Mapping[str, Any], arch: Arch) -> Arch:
         UserError: a typed size contradicts the checkpoint, all of them in one table; or load
             balancing is typed for a model without experts.
     """
-    saved = arch.to_args() | _as_typed(arch)
+    # What is typed is of all layers: it contradicts a size in which they differ.
+    saved = arch.to_args() | _as_typed(arch) | {n: arch.span(n) for n, _ in arch.by_layer}
     with _refused():
         sizes = canonical(sizes, arch.num_layers)
     skip = set(NOT_COMPARED)
@@ -201,6 +208,14 @@ def megatron_command_line(arch: Arch) -> str:
 def _as_typed(arch: Arch) -> dict[str, Any]:
     """Return the sizes that are typed otherwise than they are saved."""
     return {name: getattr(arch, name) for name in ("window_size", *per_layer.NAMES)}
+
+
+def megatron_args(arch: Arch) -> dict[str, str]:
+    """Return the file beside a checkpoint that tells Megatron-LM its architecture, by name.
+
+    None of a model whose layers differ in size: Megatron-LM has no flags for it.
+    """
+    return {} if arch.by_layer else {"megatron_args.sh": megatron_command_line(arch) + "\n"}
 
 
 def vocab_multiple(arch: Arch) -> int:

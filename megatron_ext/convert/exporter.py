@@ -49,6 +49,13 @@ def export_folder(
             damaged, nothing can be written. Nothing is left behind then.
     """
     family = family_for(source, model_type)
+    if source.arch.by_layer:
+        names = ", ".join(dict(source.arch.by_layer))
+        raise UserError(
+            f"{source.folder} cannot be exported: its layers differ in {names}, and no Hugging "
+            "Face family here says so; keep it as a Megatron checkpoint.",
+            CHECKPOINT,
+        )
     if source.arch.is_hybrid:
         way_out = "prune whole layers (--target-num-layers) or keep it as a Megatron checkpoint"
         if source.arch.has_whole_layers:

@@ -46,6 +46,10 @@ def export_note(target: Arch, source: Arch, origin: Config) -> str | None:
     problem = None if target == source else _problem(target, origin)
     if not problem:
         return None
+    if target.by_layer:
+        return (
+            "what is pruned cannot be exported: no Hugging Face family here has layers that differ."
+        )
     if target.is_hybrid:
         return (
             "what is pruned cannot be exported, unless the sub-layers that stay are whole layers: "

@@ -1,6 +1,5 @@
 """The small files of a Hugging Face folder: its config, its tokenizer. Pure."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from safetensors import SafetensorError
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.convert.text_tower import text_config
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError, warn
+from megatron_ext.runtime.files import is_inside
+from megatron_ext.runtime.texts import parse_json
 
 CONFIG = "config.json"
 # What is read as config and weights, and is not spoken of.
@@ -39,6 +40,9 @@ def carried(folder: Path) -> tuple[list[str], list[str]]:
 
     Tokenizer, chat templates, settings of generation, licence: everything that is no weights, no
     config, no code and no model card. A folder inside goes as a whole or not at all.
+
+    Raises:
+        UserError: a file of the tokenizer is a link out of the folder.
     """
     names, left = [], []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -59,10 +63,13 @@ def _reason(file: Path, folder: Path) -> str | None:
     for reason, pattern in LEFT.items():
         if re.search(pattern, file.name, re.IGNORECASE):
             return reason
-    # The hub's cache links from snapshots/HASH/ to blobs/.
-    homes = [folder.resolve()]
-    homes += [folder.resolve().parents[1] / "blobs"] * (folder.resolve().parent.name == "snapshots")
-    if not any(file.resolve().is_relative_to(home) for home in homes):
+    if not is_inside(file, folder):
+        if has_tokenizer([file.name]):
+            raise UserError(
+                f"{file} is a link out of its folder, to {file.resolve()}: a tokenizer is copied "
+                "beside every checkpoint; put the file itself there.",
+                CHECKPOINT,
+            )
         return "a link out of the folder"
     return None if file.is_file() else "no file"
 
@@ -100,7 +107,7 @@ def check_hf_folder(folder: str | Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object that a JSON file holds."""
     with readable(path):
-        value = json.loads(path.read_text())
+        value = parse_json(path.read_text())
         if not isinstance(value, dict):
             raise ValueError("it holds no object")
     return value

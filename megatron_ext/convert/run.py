@@ -17,15 +17,17 @@ from megatron_ext.convert.forms import write_form
 from megatron_ext.convert.importer import import_folder
 from megatron_ext.convert.options import check_free, with_tokens
 from megatron_ext.runtime import platform
-from megatron_ext.runtime.collective_errors import on_first_rank
+from megatron_ext.runtime.collective_errors import locked, on_first_rank
 from megatron_ext.runtime.errors import warn
+from megatron_ext.runtime.files import LOCK, lock_beside
 
 
 def import_model(options: Any) -> None:
     """Import as ``options`` say. Collective."""
     place = platform.initialize(device="cpu")
-    on_first_rank(lambda: check_free(options.save))
-    with hf_folder_of(options.hf, options.save) as folder:
+    lock = {Path(options.save) / LOCK: f"--save {options.save}"}
+    with locked(lock), hf_folder_of(options.hf, options.save) as folder:
+        on_first_rank(lambda: check_free(options.save))
         arch = import_folder(
             folder,
             options.save,
@@ -41,14 +43,15 @@ def change_form(options: Any, folder: Path, target: Arch) -> None:
     """Write the checkpoint in ``folder`` as ``target``, the same model. Collective."""
     source = checkpoints.read(str(folder))
     place = platform.initialize(device="cpu")
-    on_first_rank(lambda: check_free(options.save))
-    checkpoints.verify_integrity(source.folder)
     if target.is_hybrid and target.use_rope_scaling:
         warn(
             f"--save {options.save}: Megatron-LM's HybridModel (0.19.2) does not scale rotary "
             "frequencies (--use-rope-scaling): pretrain_hybrid.py would compute something else."
         )
-    write_form(source, target, options.save)
+    with locked({Path(options.save) / LOCK: f"--save {options.save}"}):
+        on_first_rank(lambda: check_free(options.save))
+        checkpoints.verify_integrity(source.folder)
+        write_form(source, target, options.save)
     if place.rank == 0:
         print(f"{options.save}: {num_parameters(target):,} parameters")
     platform.shut_down()
@@ -83,13 +86,14 @@ def export_model(options: Any, folder: Path, sizes: Mapping[str, Any], max_shard
     check_against_checkpoint(sizes, source.arch)
     place = platform.initialize(device="cpu")
     checkpoints.verify_integrity(source.folder)
-    export_folder(
-        source,
-        options.hf,
-        model_type=options.model_type,
-        max_shard_size=max_shard_size,
-        tokenizer=options.tokenizer_model,
-    )
+    with locked({lock_beside(options.hf): f"--hf {options.hf}"}):
+        export_folder(
+            source,
+            options.hf,
+            model_type=options.model_type,
+            max_shard_size=max_shard_size,
+            tokenizer=options.tokenizer_model,
+        )
     if place.rank == 0:
         print(f"{options.hf}: {num_parameters(source.arch):,} parameters")
     platform.shut_down()

@@ -4,11 +4,11 @@ transformers takes the family's own where they are left out, Llama's 2 for the e
 ``generate()`` then never stops.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_ext.convert.families import FAMILIES
+from megatron_ext.runtime.texts import parse_json
 
 KINDS = ("bos", "eos", "pad")
 GENERATION = "generation_config.json"
@@ -82,7 +82,7 @@ def _sentencepiece_ids(model: bytes | None) -> dict[str, int]:
 def _json(text: bytes) -> dict[str, Any]:
     """Return the object in a file that was carried along unread; an empty one if there is none."""
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -33,6 +33,8 @@ INTEGERS = {
     5: numpy.int64,
     8: numpy.uint16,
 }
+# megatron-core's index of them takes 8 bytes and more each, on every rank.
+MOST_SAMPLES = 10**10
 # Read from every prefix to compare token ids with the vocabulary.
 SCANNED_TOKENS = 2**22
 SAMPLED_DOCUMENTS, SAMPLED_TOKENS = 64, 65536
@@ -114,6 +116,12 @@ def check_data(
     """
     if data.mock_data:
         return
+    if max(num_samples) > MOST_SAMPLES:
+        raise UserError(
+            f"a run of {max(num_samples)} samples: the index of more than {MOST_SAMPLES} fits no "
+            "memory: fewer --train-iters or a smaller --global-batch-size.",
+            USAGE,
+        )
     used = sources(data, num_samples)
     typed = (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path)
     for path in itertools.chain(*typed):

@@ -3,7 +3,6 @@
 ``data`` is a ``megatron_flags.Data`` everywhere. Shape letters: b micro-batch, s sequence length.
 """
 
-import hashlib
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing.queues import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_ext.cli.flag_checks import TOKENIZER_NEEDS
 from megatron_ext.cli.parser import dashed
+from megatron_ext.data import index_cache
 from megatron_ext.data import masked_lm as masked_view
 from megatron_ext.data.data_check import (
     DEFAULT_SPLIT,
@@ -112,8 +113,7 @@ def build_datasets(
 
     The indices go to ``<--data-cache-path>/<key>``, by default ``<folder of the first
     prefix>/cache/<key>``. The key covers size and time of every .bin and .idx: megatron-core's own
-    covers only paths, so replaced data would be read through the indices of the old. The folder
-    appears by one rename, complete.
+    covers only paths, so replaced data would be read through the indices of the old.
 
     Args:
         data: flags.
@@ -145,8 +145,12 @@ def build_datasets(
 
     def prepare() -> tuple[str, str | None]:
         check_data(data, seq_length=seq_length, num_samples=num_samples, vocab_size=vocab_size)
+        files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in _files(used)]
         settings = (seq_length, seed, tokenizer.unique_identifiers, vocab_size)
-        return _reserve_cache(data, used, repr(settings))
+        parent = data.data_cache_path or os.path.join(os.path.dirname(files[0][0]), "cache")
+        return index_cache.reserve(
+            parent, repr((files, used, data.split, settings, "sealed, every token in vocabulary"))
+        )
 
     if data.mock_data:
         used = tuple(Source((), None, (0.0, 1.0), n) if n else None for n in num_samples)
@@ -162,7 +166,7 @@ def build_datasets(
                 on_first_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
                 raise
             build(scratch, on_this_rank=_rank() == 0)
-            on_first_rank(lambda: _publish(scratch, cache))
+            on_first_rank(lambda: index_cache.publish(scratch, cache))
         on_all_ranks(lambda: _check_visible([cache, *_files(used)]))
         sizes = {f"the size of {path}": os.path.getsize(path) for path in _files(used)}
         check_alike(sizes, "ranks read different data", DATA)
@@ -216,7 +220,7 @@ def batches(
         batch_sampler=(range(s + first, s + first + micro_batch_size) for s in starts),
         num_workers=num_workers,
         collate_fn=_collate,
-        worker_init_fn=_outlive_stop_signals,
+        worker_init_fn=_begin_worker,
         pin_memory=torch.cuda.is_available(),
         # By default the loader draws from torch's generator, and a run that builds a loader more
         # (a resumed one) would drop out other units.
@@ -307,37 +311,6 @@ def _files(used: tuple[Source | None, ...]) -> list[str]:
     return [prefix + suffix for prefix in all_prefixes(used) for suffix in (".bin", ".idx")]
 
 
-def _reserve_cache(
-    data: Any, used: tuple[Source | None, ...], settings: str
-) -> tuple[str, str | None]:
-    """Return the cache folder, and if it is not there yet an empty one to build it in."""
-    files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in _files(used)]
-    described = repr((files, used, data.split, settings, "every token is in the vocabulary"))
-    parent = data.data_cache_path or os.path.join(os.path.dirname(files[0][0]), "cache")
-    cache = os.path.join(parent, hashlib.sha256(described.encode()).hexdigest()[:16])
-    if os.path.isdir(cache):
-        return cache, None
-    scratch = f"{cache}.{socket.gethostname()}-{os.getpid()}"
-    try:
-        os.makedirs(scratch, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{parent}: cannot write the index cache ({error.strerror}); name a writable folder "
-            "with --data-cache-path.",
-            DATA,
-        ) from error
-    return cache, scratch
-
-
-def _publish(scratch: str, cache: str) -> None:
-    try:
-        os.rename(scratch, cache)
-    except OSError:
-        if not os.path.isdir(cache):
-            raise
-        shutil.rmtree(scratch)  # another job with the same data was faster
-
-
 def _check_visible(paths: list[str]) -> None:
     for path in paths:
         if not os.path.exists(path):
@@ -354,7 +327,14 @@ def _collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
 
-def _outlive_stop_signals(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    """Prepare a process that reads data."""
+    _outlive_stop_signals()
+    # A batch that finds no space in /dev/shm would be dropped, and the run wait for it for ever.
+    Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
+
+
+def _outlive_stop_signals() -> None:
     """Let only the parent end this worker process.
 
     Launchers signal all processes of a job, and the run needs batches until it has saved.

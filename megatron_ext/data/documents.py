@@ -8,6 +8,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_ext.data.data_check import check_all_token_ids
+from megatron_ext.runtime.errors import DATA, UserError
+
 
 class Documents(Dataset):
     """Documents one behind the other, cut into samples of s tokens.
@@ -28,6 +31,7 @@ class Documents(Dataset):
             multiple: the number of samples is rounded up to one of this.
             limit: samples to read at most, spread evenly over all; None for all.
         """
+        self.prefixes = list(prefixes)
         self.parts = [IndexedDataset(prefix) for prefix in prefixes]
         self.lengths = numpy.concatenate([part.sequence_lengths for part in self.parts])
         self.ends = numpy.cumsum(self.lengths, dtype=numpy.int64)
@@ -46,10 +50,7 @@ class Documents(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return tokens, labels, position_ids [s] int64 and loss_mask [s] float32."""
-        # Sources lie one behind the other: the beginning would be one of them alone.
-        chosen = index * self.in_all // self.num_samples
-        first = chosen * self.seq_length
-        found = self._read(first, min(first + self.seq_length, self.all_tokens) + 1)
+        found = self._read(*self._place(index))
         ids = torch.zeros(self.seq_length + 1, dtype=torch.int64)
         ids[: len(found)] = torch.from_numpy(found)
         positions = torch.arange(self.seq_length)
@@ -59,6 +60,42 @@ class Documents(Dataset):
             "position_ids": positions,
             "loss_mask": (positions < len(found) - 1).float(),
         }
+
+    def check_token_ids(self, vocab_size: int, part: int, parts: int) -> None:
+        """Raise unless every token that this part reads is in the vocabulary.
+
+        Few samples of much data are read for it twice; the rest of the data is not.
+
+        Args:
+            vocab_size: tokens are below it.
+            part: of what is read, from 0.
+            parts: how many there are.
+
+        Raises:
+            UserError: naming the document.
+        """
+        if self.num_samples == self.in_all:
+            check_all_token_ids(self.prefixes, vocab_size, part, parts)
+            return
+        for index in range(part, self.num_samples, parts):
+            start, end = self._place(index)
+            ids = self._read(start, end)
+            wrong = numpy.flatnonzero((ids < 0) | (ids >= vocab_size))
+            if len(wrong):
+                document = int(numpy.searchsorted(self.ends, start + wrong[0], side="right"))
+                source = int(numpy.searchsorted(self.firsts, document, side="right")) - 1
+                raise UserError(
+                    f"{self.prefixes[source]}.bin: document {document - self.firsts[source]} has "
+                    f"token id {ids[wrong[0]]}, the model has {vocab_size} tokens: wrong tokenizer "
+                    "for this data, or it is damaged.",
+                    DATA,
+                )
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return the first token of a sample and the one behind its last label."""
+        # Sources lie one behind the other: the beginning would be one of them alone.
+        first = index * self.in_all // self.num_samples * self.seq_length
+        return first, min(first + self.seq_length, self.all_tokens) + 1
 
     def _read(self, start: int, end: int) -> numpy.ndarray:
         """Return the tokens [start, end) of all documents; none if there are none."""

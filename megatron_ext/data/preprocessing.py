@@ -4,7 +4,6 @@
 """
 
 import ctypes
-import json
 import multiprocessing
 import os
 import signal
@@ -25,6 +24,8 @@ from tqdm import tqdm
 
 from megatron_ext.data.datasets import build_tokenizer
 from megatron_ext.runtime.errors import DATA, UserError
+from megatron_ext.runtime.files import give_lock_back, lock_beside, take_lock
+from megatron_ext.runtime.texts import parse_json
 
 CHUNK_BYTES = 1 << 20
 
@@ -119,8 +120,8 @@ def encode_chunk(
 
 def _texts_of_line(where: str, line: str, keys: Sequence[str]) -> list[str]:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = parse_json(line)
+    except ValueError as error:
         raise UserError(f"{where}: not a JSON object on one line ({error}).", DATA) from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: a JSON {type(record).__name__}, not an object.", DATA)
@@ -189,6 +190,7 @@ def open_outputs(
         os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
         for path in paths:
             builders[path] = IndexedDatasetBuilder(path + ".bin" + scratch, dtype)
+            take_lock(lock_beside(path), f"--output-prefix {prefix}: {path}")
         yield builders
         for path, builder in builders.items():
             builder.finalize(path + ".idx" + scratch)
@@ -206,6 +208,8 @@ def open_outputs(
             for suffix in (".bin", ".idx"):
                 with suppress(FileNotFoundError):
                     os.unlink(path + suffix + scratch)
+        for path in paths:
+            give_lock_back(lock_beside(path))
 
 
 class Progress:

@@ -1,10 +1,10 @@
 """Index of a stored teacher (``stored``), compared with the run that reads it. Pure."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.runtime.errors import DATA, UserError
+from megatron_ext.runtime.texts import parse_json
 
 INDEX = "index.json"
 
@@ -39,7 +39,7 @@ def read_index(folder: str | Path) -> StoreIndex:
     """
     path = Path(folder) / INDEX
     try:
-        return StoreIndex(**json.loads(path.read_text()))
+        return StoreIndex(**parse_json(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is no index of a stored teacher: {error}.", DATA) from error
 

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import check_comparable, padded_alike
 from megatron_ext.cli import megatron_flags as group
 from megatron_ext.cli.fit import check_experts, check_layout
-from megatron_ext.data.data_check import check_all_token_ids, check_token_ids
+from megatron_ext.data.data_check import check_token_ids
 from megatron_ext.data.documents import Documents
 from megatron_ext.data.masked_lm import FRAME, MaskedTokens, SpecialTokens, special_tokens
 from megatron_ext.distillation.losses import LM_LOSS, vocab_parallel_kl
@@ -81,11 +80,13 @@ def evaluate_checkpoint(flags: Any, folder: Path, teacher_folder: Path | None) -
         checkpoints.verify_integrity(model.folder)
     vocab_size = source.arch.vocab_size
     on_all_ranks(lambda: [check_token_ids(path, vocab_size) for path in prefixes])
-    part = partial(check_all_token_ids, prefixes, vocab_size)
-    on_all_ranks(lambda: part(place.rank, place.world_size))
-    modules = build(flags, others, source, teacher, place)
     special = special_tokens(tokenizer, vocab_size) if source.arch.is_bert else None
-    figures = measure(flags, modules, prefixes, place, special, has_teacher=teacher is not None)
+    documents = documents_of(flags, prefixes, place, special)
+    on_all_ranks(
+        lambda: documents.check_token_ids(vocab_size, place.rank, place.world_size),
+    )
+    modules = build(flags, others, source, teacher, place)
+    figures = measure(flags, modules, documents, place, special, has_teacher=teacher is not None)
     if place.rank == 0:
         print(table(figures))
     if options.json:
@@ -118,10 +119,21 @@ def build(
     ]
 
 
+def documents_of(
+    flags: Any, prefixes: Sequence[str], place: Platform, special: SpecialTokens | None
+) -> Documents:
+    """Return the samples to read, a multiple of what goes through the model at a time."""
+    batch, groups = flags.batch, place.groups
+    length = batch.seq_length - FRAME * (special is not None)
+    # Virtual stages take micro-batches by the number of pipeline ranks.
+    multiple = batch.micro_batch_size * groups.dp.size() * groups.pp.size()
+    return Documents(prefixes, length, multiple, flags.evaluation.eval_samples)
+
+
 def measure(
     flags: Any,
     modules: Sequence[MegatronModule],
-    prefixes: Sequence[str],
+    documents: Documents,
     place: Platform,
     special: SpecialTokens | None,
     *,
@@ -133,9 +145,6 @@ def measure(
     """
     options, batch, groups = flags.evaluation, flags.batch, place.groups
     per_pass = batch.micro_batch_size * groups.dp.size()
-    # Virtual stages take micro-batches by the number of pipeline ranks.
-    length = batch.seq_length - FRAME * (special is not None)
-    documents = Documents(prefixes, length, per_pass * groups.pp.size(), options.eval_samples)
     dataset = MaskedTokens(documents, special, batch.seed) if special else documents
     shape = StepShape(
         num_microbatches=len(documents) // per_pass,

@@ -177,7 +177,8 @@ def _steps(arch: Arch, tp: int, align: int, wide: int) -> Iterator[tuple[str, in
         for size in axis.sizes:
             if size.rows is not None:
                 multiple = step // math.gcd(step, size.rows(arch))
-                yield size.name, getattr(arch, size.name), multiple
+                for value in dict.fromkeys(arch.values(size.name)):
+                    yield size.name, value, multiple
 
 
 def keep_exact_weights(named_parameters: Iterator[tuple[str, Any]], loaded: dict[str, Any]) -> None:

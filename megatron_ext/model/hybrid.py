@@ -4,6 +4,8 @@ Pipeline stages end between sub-layers: even parts, or with --pipeline-model-par
 for each sub-layer.
 """
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from megatron_ext.arch import Arch, rotary
 from megatron_ext.arch.pattern import in_stages
+from megatron_ext.arch.sizes import BY_LAYER
 from megatron_ext.model.layers import Norm, engine_layer_spec, local_layer_spec
 from megatron_ext.model.output import VocabularyOutput
 
@@ -94,7 +97,7 @@ def build_hybrid(
     """
     model = HybridLanguageModel(
         config=config,
-        hybrid_stack_spec=_stack(config),
+        hybrid_stack_spec=_stack(config, _own_sizes(arch)),
         vocab_size=arch.padded_vocab_size,
         max_sequence_length=arch.max_position_embeddings,
         hybrid_layer_pattern=_cut_pattern(arch, config, num_chunks),
@@ -122,7 +125,38 @@ def build_hybrid(
     return model
 
 
-def _stack(config: TransformerConfig) -> ModuleSpec:
+class SizedLayer(TransformerLayer):
+    """A layer with sizes of its own; megatron-core's stack gives all layers one configuration."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        own_sizes: Mapping[int, Mapping[str, int]],
+        layer_number: int,
+        **options: Any,
+    ):
+        """Build it with ``own_sizes`` of its ``layer_number``, from 1 over all stages.
+
+        The copy is shallow: what runs set later, they set in the model's configuration, and read
+        there.
+        """
+        config = copy.copy(config)
+        for name, size in own_sizes.get(layer_number, {}).items():
+            setattr(config, name, size)
+        super().__init__(config, *args, layer_number=layer_number, **options)
+
+
+def _own_sizes(arch: Arch) -> dict[int, dict[str, int]]:
+    """Return the sizes that differ, by number of the layer from 1; empty where none does."""
+    sizes: dict[int, dict[str, int]] = {}
+    for name, values in arch.by_layer:
+        for layer, value in zip(arch.layers_of(BY_LAYER[name]), values, strict=True):
+            sizes.setdefault(layer + 1, {})[name] = value
+    return sizes
+
+
+def _stack(config: TransformerConfig, own_sizes: Mapping[int, Mapping[str, int]]) -> ModuleSpec:
     """Return the stack whose layers are the halves of a GPTModel's layer, by kind of sub-layer."""
     is_local = config.transformer_impl == "local"
     whole_layer = local_layer_spec if is_local else engine_layer_spec
@@ -133,7 +167,10 @@ def _stack(config: TransformerConfig) -> ModuleSpec:
             **{name: getattr(layer, name) for name in names},
             sharded_state_dict_keys_map=layer.sharded_state_dict_keys_map,
         )
-        return ModuleSpec(module=TransformerLayer, submodules=submodules)
+        if not own_sizes:
+            return ModuleSpec(module=TransformerLayer, submodules=submodules)
+        sizes = {"own_sizes": own_sizes}
+        return ModuleSpec(module=SizedLayer, submodules=submodules, params=sizes)
 
     mlp = ("pre_mlp_layernorm", "mlp", "mlp_bda")
     submodules = {

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-import yaml
-
 from megatron_ext.arch import Arch
 from megatron_ext.cli.parser import flag, option
 from megatron_ext.model.fp8 import Fp8
 from megatron_ext.runtime.errors import USAGE, UserError
+from megatron_ext.runtime.texts import parse_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +124,8 @@ def read_settings(path: str | None) -> dict[str, Any] | None:
         return None
     try:
         with open(path) as file:
-            settings = yaml.safe_load(file)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+            settings = parse_yaml(file.read())
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--tp-comm-overlap-cfg {path} cannot be read: {reason}.", USAGE) from error
     if not isinstance(settings, dict) or not all(isinstance(x, dict) for x in settings.values()):

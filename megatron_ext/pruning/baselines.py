@@ -99,7 +99,7 @@ def _add_squares(sums: Mapping[str, Tensor], piece: Piece, weight: Tensor, arch:
         if dim in piece.dims[:number]:
             squares.fill_diagonal_(0)  # in a unit's row already
         others = [other for other in range(squares.ndim) if other != number]
-        for axis, _, units in units_on(dim, arch):
+        for axis, _, units in units_on(dim, arch, piece.layer):
             per_position = (squares.sum(dim=others) if others else squares).double()
             vector = sums[axis.vector(piece.layer, piece.expert)]
             has_unit = units < len(vector)  # what a group shares is no unit's

@@ -25,8 +25,10 @@ class Use:
 
 def kv_bytes(arch: Arch, use: Use) -> int:
     """Return the bytes of the keys and values of all sequences, in bf16."""
-    of_token = 2 * arch.num_query_groups * arch.kv_channels * BYTES
-    return of_token * cached_tokens(arch, use.context) * use.batch
+    groups = sum(layer.num_query_groups * n for layer, n in arch.alike("attention").items())
+    # Layers differ in groups or in windows, never in both.
+    tokens = groups * cached_tokens(arch, use.context) // max(arch.attention_layers, 1)
+    return 2 * arch.kv_channels * BYTES * tokens * use.batch
 
 
 # Each by its name in --target-budget.

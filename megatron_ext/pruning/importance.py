@@ -208,8 +208,9 @@ class Importance:
             taps = measure.taps(layer, self.arch, self.aggregation)
             assert len(taps) == measure.count(self.arch), axis.name
             for index, tap in enumerate(taps):
-                row = layers.index(layer.layer_number - 1), index
-                listeners.append(Listener(axis, measure, row, tap, self._samples(axis)))
+                number = layers.index(layer.layer_number - 1)
+                samples = self._samples(axis, number)
+                listeners.append(Listener(axis, measure, (number, index), tap, samples))
         return listeners
 
     def _layers_of(self, axis: Axis) -> Sequence[int]:
@@ -217,25 +218,25 @@ class Importance:
         kind = axis.name if axis.name in KINDS else axis.kind
         return range(self.arch.num_layers) if kind is None else self.arch.layers_of(kind)
 
-    def _samples(self, axis: Axis) -> OverSamples:
+    def _samples(self, axis: Axis, number: int) -> OverSamples:
         measure, tp = MEASURES[axis.name], self.groups.tp
         position_groups = [self.groups.cp]
         if self.sequence_parallel and not measure.tp_split:
             position_groups.append(tp)
         return OverSamples(
-            num_units=self._width(axis) // (tp.size() if measure.tp_split else 1),
+            num_units=self._width(axis, number) // (tp.size() if measure.tp_split else 1),
             sequence="mean" if measure.of_layer else self.aggregation.sequence,
             position_groups=[group for group in position_groups if group.size() > 1],
             device=self.device,
         )
 
-    def _width(self, axis: Axis) -> int:
-        """Return how many numbers per layer and tap an axis aggregates.
+    def _width(self, axis: Axis, number: int) -> int:
+        """Return how many numbers an axis aggregates of a tap of one layer, from 0 in its kind.
 
         Experts x units x numbers of a unit, in this order: a TP rank's share is one slice.
         """
         measure = MEASURES[axis.name]
-        units = 1 if measure.of_layer else axis.length(self.arch)
+        units = 1 if measure.of_layer else axis.length(self.arch, number)
         experts = self.arch.num_experts if axis.scope == "expert" else 1
         return experts * units * measure.numbers(self.arch, self.aggregation)
 
@@ -251,35 +252,36 @@ class Importance:
         Raises:
             UserError: on every rank; no sample has passed, or activations were NaN or infinite.
         """
-        # Per axis [layers, taps, 3, c]: the two sums of ``OverSamples`` and its count.
+        # Per axis and layer [taps, 3, c]: the two sums of ``OverSamples`` and its count.
         shapes = {
-            axis.name: (
-                len(self._layers_of(axis)),
+            (axis.name, number): (
                 MEASURES[axis.name].count(self.arch),
                 3,
-                self._width(axis),
+                self._width(axis, number),
             )
             for axis in self.axes
+            for number in range(len(self._layers_of(axis)))
         }
         sizes = [torch.Size(shape).numel() for shape in shapes.values()]
         flat = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
         parts = zip(shapes, flat.split(sizes), strict=True)
-        totals = {axis: part.view(shapes[axis]) for axis, part in parts}
+        totals = {place: part.view(shapes[place]) for place, part in parts}
         if self.groups.cp.rank() == 0:  # the others hold the same
             self._fill(totals)
         # Samples first: what tp and pp then add to a sum are zeros, which leaves the same bits on
         # every rank.
         for group in (self.groups.dp_cp, self.groups.tp, self.groups.pp):
             torch.distributed.all_reduce(flat, group=group)
-        totals = {axis: total.cpu() for axis, total in totals.items()}
+        totals = {place: total.cpu() for place, total in totals.items()}
         _check(totals, {axis.name: self._layers_of(axis) for axis in self.axes})
         return self._scores(totals)
 
-    def _fill(self, totals: Mapping[str, Tensor]) -> None:
+    def _fill(self, totals: Mapping[tuple[str, int], Tensor]) -> None:
         """Write this rank's sums into ``totals``; what all of tp hold, its first rank writes."""
         tp_rank = self.groups.tp.rank()
         for listener in self.listeners:
-            cell, samples = totals[listener.axis.name][listener.row], listener.samples
+            (number, index), samples = listener.row, listener.samples
+            cell = totals[listener.axis.name, number][index]
             if listener.measure.tp_split:
                 width = samples.sums.size(1)
                 cell = cell[:, tp_rank * width : (tp_rank + 1) * width]
@@ -287,20 +289,31 @@ class Importance:
                 continue
             cell[:2], cell[2] = samples.sums, samples.count
 
-    def _scores(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        rows = [row for axis in self.axes for row in self._rows(axis, totals[axis.name])]
+    def _scores(self, totals: Mapping[tuple[str, int], Tensor]) -> dict[str, Tensor]:
+        rows = [row for axis in self.axes for row in self._rows(axis, totals)]
         return dict(zip(lengths(self.arch), rows, strict=True))
 
-    def _rows(self, axis: Axis, total: Tensor) -> Tensor:
-        """Return the scores of an axis, [vectors, units] float32, of its totals."""
+    def _rows(self, axis: Axis, totals: Mapping[tuple[str, int], Tensor]) -> list[Tensor]:
+        """Return the scores of an axis, a vector of [units] float32 after the other."""
+        numbers = range(len(self._layers_of(axis)))
+        layers = [self._layer_scores(axis, number, totals[axis.name, number]) for number in numbers]
+        if axis.scope == "model":
+            whole = torch.stack(layers)  # [layers, taps, units]
+            of_layer = MEASURES[axis.name].of_layer
+            # Channels of the residual stream are the same units in all layers: their scores add up.
+            return [whole.sum(dim=1).flatten().float() if of_layer else whole.sum((0, 1)).float()]
+        return [
+            vector.float()
+            for number, scores in zip(numbers, layers, strict=True)
+            for vector in scores.sum(dim=0).view(-1, axis.length(self.arch, number))
+        ]
+
+    def _layer_scores(self, axis: Axis, number: int, total: Tensor) -> Tensor:
+        """Return [taps, c]: the scores of one layer's units, of each expert after the other."""
         measure = MEASURES[axis.name]
-        *sums, count = total.unbind(dim=2)  # [layers, taps, c] each
+        *sums, count = total.unbind(dim=1)  # [taps, c] each
         batch = "mean" if measure.of_layer else self.aggregation.batch
-        scores = measure.scores(aggregate(batch, sums, count), self.arch)  # [layers, taps, units]
-        # Channels of the residual stream are the same units in all layers: their scores add up.
-        shared_by_layers = axis.scope == "model" and not measure.of_layer
-        scores = scores.sum(dim=(0, 1) if shared_by_layers else 1)
-        return scores.reshape(-1, axis.length(self.arch)).float()
+        return measure.scores(aggregate(batch, sums, count), self.arch.at(axis.kind, number))
 
 
 @torch.no_grad()
@@ -317,15 +330,14 @@ def _sums_in_blocks(
     )
 
 
-def _check(totals: Mapping[str, Tensor], layers: Mapping[str, Sequence[int]]) -> None:
+def _check(totals: Mapping[tuple[str, int], Tensor], layers: Mapping[str, Sequence[int]]) -> None:
     bad = []
-    for axis, total in totals.items():
-        if total[:, :, 2].min() == 0:
+    for (axis, number), total in totals.items():
+        if total[:, 2].min() == 0:
             raise UserError(
                 "no calibration sample passed through the model: see --calibration-samples."
             )
-        finite = total.isfinite().flatten(1).all(dim=1)
-        bad += [(layers[axis][row], axis) for row in (~finite).nonzero().flatten().tolist()]
+        bad += [(layers[axis][number], axis)] * (not total.isfinite().all())
     if bad:
         layer, axis = min(bad)  # later layers only propagate what is not finite
         raise UserError(

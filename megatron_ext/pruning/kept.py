@@ -1,6 +1,6 @@
 """Indices that a plan keeps of a tensor's dim, from the unit of every position (``axes``)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import axes_on
-from megatron_ext.arch.rows import Axis
+from megatron_ext.arch.rows import Axis, Sections
 from megatron_ext.pruning.plan import Plan
 
 
@@ -25,8 +25,14 @@ def kept_indices(
         expert: the expert's number in the source, of a weight of one expert.
     """
     keys = [
-        _sort_keys(axis, sections, units, plan.kept[axis.vector(layer, expert)], plan.source)
-        for axis, sections, units in units_on(dim, plan.source)
+        _sort_keys(
+            axis,
+            sections,
+            units,
+            plan.kept[axis.vector(layer, expert)],
+            plan.source.at(axis.kind, layer),
+        )
+        for axis, sections, units in units_on(dim, plan.source, layer)
     ]
     if not keys:
         return None
@@ -40,19 +46,24 @@ def kept_indices(
     return None if torch.equal(order, torch.arange(len(stays))) else order
 
 
-@lru_cache
-def units_on(dim: str, arch: Arch) -> tuple[tuple[Axis, Tensor, Tensor], ...]:
-    """Return each axis on a dim with the section and the unit of every position, two [n] int64.
+def units_on(
+    dim: str, arch: Arch, layer: int | None = None
+) -> Iterator[tuple[Axis, Tensor, Tensor]]:
+    """Yield each axis on a dim with the section and the unit of every position, two [n] int64.
 
-    A unit from ``axis.length`` on is what a group of units shares.
+    ``layer`` is that of the dim, where layers differ. A unit from ``axis.length`` on is what a
+    group of units shares.
     """
-    return tuple((axis, *_units(axis.dims[dim](arch))) for axis in axes_on(dim, arch))
+    for axis in axes_on(dim, arch):
+        yield axis, *_units(axis.dims[dim], arch.at(axis.kind, layer))
 
 
-def _units(sections: list[Sequence[int]]) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=1024)
+def _units(positions: Sections, arch: Arch) -> tuple[Tensor, Tensor]:
+    sections = positions(arch)
     lengths = torch.tensor([len(section) for section in sections])
-    section = torch.arange(len(sections)).repeat_interleave(lengths)
-    return section, torch.tensor(list(chain(*sections)))
+    numbers = torch.arange(len(sections)).repeat_interleave(lengths)
+    return numbers, torch.tensor(list(chain(*sections)))
 
 
 def _sort_keys(

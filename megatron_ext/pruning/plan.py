@@ -23,11 +23,12 @@ from megatron_ext.arch import Arch, per_layer
 from megatron_ext.arch.axes import AXES, SIZES, axes_of, has_sublayers
 from megatron_ext.arch.kinds import KINDS
 from megatron_ext.arch.pattern import kept_of
-from megatron_ext.arch.rows import Axis, kept_layers
+from megatron_ext.arch.rows import Axis, kept_layers, layer_of
 from megatron_ext.pruning.residual import MODES, NONE, Pairs, bad_pairs
 from megatron_ext.pruning.scores import arch_from_json
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 from megatron_ext.runtime.files import written_aside
+from megatron_ext.runtime.texts import parse_json
 
 FORMAT = "minitron-plan-1"
 
@@ -78,7 +79,7 @@ class Plan:
             UserError: the text is not a plan, or the plan contradicts itself.
         """
         try:
-            values = json.loads(text)
+            values = parse_json(text)
             if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
             source = arch_from_json(values.pop("source"))
@@ -97,7 +98,7 @@ class Plan:
                 raise ValueError(f"unknown entry {next(iter(values))!r}")
         except KeyError as error:
             raise UserError(f"the plan has no entry {error}.", CHECKPOINT) from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f"the plan cannot be read: {error}.", CHECKPOINT) from error
         if problem := contradiction(plan):
             raise UserError(f"the plan contradicts itself: {problem}.", CHECKPOINT)
@@ -108,7 +109,8 @@ def contradiction(plan: Plan) -> str | None:
     """Return what is wrong with a plan in itself, or None."""
     source, target = plan.source, plan.target
     for name, value in asdict(source).items():
-        cut = name in SIZES or name in ("hybrid_layer_pattern", *per_layer.NAMES)
+        others = ("hybrid_layer_pattern", "by_layer", *per_layer.NAMES)
+        cut = name in SIZES or name in others
         if not cut and getattr(target, name) != value:
             return f"{name} is {value} in the source and {getattr(target, name)} in the target"
     for axis in AXES:
@@ -121,6 +123,20 @@ def contradiction(plan: Plan) -> str | None:
         if getattr(target, name) != value:
             return f"{name} of the layers that it keeps is {value}, not {getattr(target, name)}"
     return _bad_residual(plan)
+
+
+def sizes_of_layer(
+    axis: Axis, name: str, kept: Mapping[str, tuple[int, ...]], source: Arch, target: Arch
+) -> tuple[Arch, Arch]:
+    """Return source and target with the sizes of the layer that has a vector of ``axis``.
+
+    ``kept`` says which layers of the source are left.
+    """
+    layer = layer_of(name)
+    if layer is None:
+        return source, target
+    new_layer = kept_layers(kept, axis.kind).index(layer)
+    return source.at(axis.kind, layer), target.at(axis.kind, new_layer)
 
 
 def _view(source: Arch, *, by_sublayers: bool) -> Arch:
@@ -136,19 +152,21 @@ def _bad_axis(plan: Plan, axis: Axis) -> str | None:
         places = (" ".join(name.partition(".")[2] for name in names) for names in (kept, expected))
         return f"{axis.name} names {axis.scope}s {next(places)}, kept are {next(places)}"
     for name in expected:
-        lengths = axis.length(plan.source), axis.length(plan.target)
-        problem = _bad_indices(name, kept[name], *lengths) or _bad_groups(plan, axis, name)
-        if problem:
+        sizes = sizes_of_layer(axis, name, plan.kept, plan.source, plan.target)
+        problem = _bad_indices(name, kept[name], *map(axis.length, sizes))
+        if problem := problem or _bad_groups(axis, name, kept[name], *sizes):
             return problem
     return None
 
 
-def _bad_groups(plan: Plan, axis: Axis, name: str) -> str | None:
+def _bad_groups(
+    axis: Axis, name: str, kept: tuple[int, ...], source: Arch, target: Arch
+) -> str | None:
     """Return what is wrong with a vector of an axis whose units come in groups, or None."""
     if axis.within is None:
         return None
-    groups, left = (getattr(arch, axis.within.name) for arch in (plan.source, plan.target))
-    counts = Counter(unit * groups // axis.length(plan.source) for unit in plan.kept[name])
+    groups, left = (getattr(arch, axis.within.name) for arch in (source, target))
+    counts = Counter(unit * groups // axis.length(source) for unit in kept)
     if len(counts) == left and len(set(counts.values())) == 1:
         return None
     noun, in_groups = axis.within.name.removeprefix("num_").replace("_", " "), [0] * groups
@@ -164,7 +182,8 @@ def _bad_residual(plan: Plan) -> str | None:
     if tuple(sorted(plan.residual_pairs)) != expected:
         return f"residual_pairs names layers {sorted(plan.residual_pairs)}, not {list(expected)}"
     for layer, pairs in plan.residual_pairs.items():
-        if problem := bad_pairs(pairs, plan.kept[f"heads.{layer}"], plan.source):
+        source = plan.source.at("attention", layer)
+        if problem := bad_pairs(pairs, plan.kept[f"heads.{layer}"], source):
             return f"residual_pairs.{layer}: {problem}"
     return None
 
@@ -211,8 +230,8 @@ def _kept(values: dict[str, Any], source: Arch) -> dict[str, tuple[int, ...]]:
             for place, units in values.pop(axis.name).items():
                 kept[f"{axis.name}.{place}"] = _indices(units)
         elif axis in there:
-            everything = tuple(range(axis.length(source)))
-            kept |= dict.fromkeys(axis.vectors(kept), everything)
+            names = list(axis.vectors(kept))
+            kept |= {name: tuple(range(axis.length(source, layer_of(name)))) for name in names}
     return kept
 
 

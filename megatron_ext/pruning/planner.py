@@ -19,7 +19,7 @@ from megatron_ext.arch.axes import axes_of
 from megatron_ext.arch.pattern import kept_of
 from megatron_ext.arch.per_layer import of_layers
 from megatron_ext.arch.rows import Axis, kept_layers
-from megatron_ext.pruning.plan import Plan, contradiction
+from megatron_ext.pruning.plan import Plan, contradiction, sizes_of_layer
 from megatron_ext.pruning.residual import NONE, Pairs, mirrored_pairs
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError
@@ -53,7 +53,8 @@ def make_plan(
     for axis in axes_of(source if whole else source.by_sublayers()):
         for name in axis.vectors(kept):
             if name not in kept:
-                kept[name] = _keep(axis, name, vectors, source, target)
+                sizes = sizes_of_layer(axis, name, kept, source, target)
+                kept[name] = _keep(axis, name, vectors, *sizes)
     if cuts_layers and not whole:
         left = {kind: kept_layers(kept, kind) for kind in source.kinds}
         pattern = kept_of(source.pattern, left)
@@ -61,15 +62,19 @@ def make_plan(
         target = in_form(pattern)
     if "layers" in kept:
         target = replace(target, **of_layers(source, kept["layers"]))
-    folds = head_residual != NONE and target.num_attention_heads < source.num_attention_heads
-    layers = kept_layers(kept, "attention") if folds else ()
+    layers = kept_layers(kept, "attention") if head_residual != NONE else ()
+    heads = {
+        layer: sizes_of_layer(HEADS, f"heads.{layer}", kept, source, target) for layer in layers
+    }
+    folds = any(HEADS.length(after) < HEADS.length(before) for before, after in heads.values())
     plan = Plan(
         source=source,
         target=target,
         kept=kept,
         head_residual=head_residual if folds else NONE,
         residual_pairs={
-            layer: _pair_heads(vectors, layer, source, target, head_residual) for layer in layers
+            layer: _pair_heads(vectors, layer, *sizes, head_residual)
+            for layer, sizes in (heads.items() if folds else ())
         },
         made={} if scores is None else _made(scores, cuts_layers=cuts_layers),
     )
@@ -118,6 +123,8 @@ def _pair_heads(
             "--target-num-query-groups removes whole groups: use one of them.",
             USAGE,
         )
+    if target.num_attention_heads == source.num_attention_heads:
+        return ()
     rankings = _rank(HEADS, f"heads.{layer}", vectors, source, target)
     count = target.num_attention_heads // len(rankings)
     return tuple(sorted(itertools.chain(*(mirrored_pairs(each, count) for each in rankings))))
@@ -177,12 +184,17 @@ def _needed(vectors: Mapping[str, Tensor], name: str) -> Tensor:
     return vectors[name]
 
 
+def _shown(plan: Plan, name: str) -> tuple[str, str, str]:
+    """Return a size before and after, and the share that is left, on average over layers."""
+    before, after = (arch.values(name) for arch in (plan.source, plan.target))
+    share = (sum(after) / len(after)) / (sum(before) / len(before))
+    return plan.source.span(name, ","), plan.target.span(name, ","), f"{share:.0%}"
+
+
 def summary(plan: Plan) -> str:
     """Return a table of what was cut."""
-    rows = [("", "source", "pruned", "kept")]
-    for name in (size.name for axis in plan.axes for size in axis.sizes):
-        before, after = getattr(plan.source, name), getattr(plan.target, name)
-        rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
+    names = [size.name for axis in plan.axes for size in axis.sizes]
+    rows = [("", "source", "pruned", "kept"), *((name, *_shown(plan, name)) for name in names)]
     for name, embeddings in (("parameters", True), ("without embeddings", False)):
         before, after = (
             num_parameters(arch, embeddings=embeddings) for arch in (plan.source, plan.target)

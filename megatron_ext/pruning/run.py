@@ -39,11 +39,18 @@ from megatron_ext.pruning.plan import Plan, save_plan
 from megatron_ext.pruning.planner import make_plan, summary
 from megatron_ext.pruning.scores import Scores, depth_method
 from megatron_ext.pruning.scores_file import check_scores, load_scores, save_scores
+from megatron_ext.pruning.targets import leaves_out_sublayers
 from megatron_ext.pruning.trim import fill_trimmed, write_trimmed
 from megatron_ext.rehearsal.run_plan import PrunePlan
 from megatron_ext.runtime import platform
-from megatron_ext.runtime.collective_errors import check_alike, on_all_ranks, on_first_rank
+from megatron_ext.runtime.collective_errors import (
+    check_alike,
+    locked,
+    on_all_ranks,
+    on_first_rank,
+)
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
+from megatron_ext.runtime.files import LOCK
 from megatron_ext.runtime.platform import Platform
 
 
@@ -51,7 +58,19 @@ def prune(run_plan: PrunePlan) -> int:
     """Execute the plan of a run; returns the exit code."""
     flags, jobs, found = run_plan.flags, run_plan.jobs, run_plan.found
     source = read_again(run_plan.source.checkpoint, flags.sizes)
+    source.tokenizer_files()  # what may not be copied is refused before the calibration
     place = join_ranks(flags, source.arch.num_layers)
+    on_first_rank(lambda: check_outputs(flags, jobs, found))
+    saves = [job.save for job in jobs if job.save]
+    with locked({Path(save) / LOCK: f"--save {save}" for save in saves}):
+        make(run_plan, source, place)
+    platform.shut_down()
+    return 0
+
+
+def make(run_plan: PrunePlan, source: Checkpoint, place: Platform) -> None:
+    """Write what the jobs of a plan name, whose folders are locked. Collective."""
+    flags, jobs, found = run_plan.flags, run_plan.jobs, run_plan.found
     plans = list(zip(jobs, run_plan.plans, strict=True))
     files = {
         f"the file of --plan {job.plan}": "absent" if plan is None else "there"
@@ -80,8 +99,6 @@ def prune(run_plan: PrunePlan) -> int:
         if job.save:
             write_trimmed(source, plan, job.save, plan)
         say(f"{job.save or job.plan or flags.prune.scores}\n{summary(plan)}")
-    platform.shut_down()
-    return 0
 
 
 def layout_problem(flags: PruneFlags, target: Arch) -> str | None:
@@ -171,7 +188,7 @@ def scores_sublayers(flags: PruneFlags, source: Arch, targets: Sequence[Arch]) -
     """Whether sub-layers get scores of their own, beside what calibration measures."""
     if source.is_hybrid:
         return flags.prune.depth_importance != "block"
-    return any(target.is_hybrid for target in targets)
+    return any(leaves_out_sublayers(source, target) for target in targets)
 
 
 def scoring(flags: PruneFlags, *, sublayers: bool) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A unit's score says how much it matters: higher means keep. Vectors are float32,
 model, in global numbering from 0:
 
     hidden        [hidden_size]          channels of the residual stream
-    ffn.{layer}   [ffn_hidden_size]      neurons of one layer
+    ffn.{layer}   [ffn_hidden_size]      neurons of one layer, as many as this one has
     heads.{layer} [num_attention_heads]  query heads of one layer
     layers        [num_layers]           whole layers
     experts.{layer}           [num_experts]            in a mixture of experts, instead of ffn:
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import axes_of
+from megatron_ext.arch.rows import layer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +66,7 @@ def lengths(arch: Arch, *, sublayers: bool = False) -> dict[str, int]:
     units: dict[str, range] = {}
     for axis in axes_of(arch):
         for name in axis.vectors(units):
-            units[name] = range(axis.length(arch))
+            units[name] = range(axis.length(arch, layer_of(name)))
     kinds = {kind: len(arch.layers_of(kind)) for kind in arch.kinds} if sublayers else {}
     return {name: len(each) for name, each in units.items()} | kinds
 
@@ -82,6 +83,6 @@ def arch_from_json(values: Any) -> Arch:
         if name not in types:
             raise ValueError(f"unknown size {name!r}")
         expected = types[name] | int if types[name] in (float, float | None) else types[name]
-        if not isinstance(value, expected):
+        if name != "by_layer" and not isinstance(value, expected):
             raise TypeError(f"{name} is {value!r}, expected a value of {types[name]}")
     return Arch(**values)

@@ -13,6 +13,7 @@ from megatron_ext.arch.axes import SIZES
 from megatron_ext.pruning.scores import FORMAT, Scores, arch_from_json, lengths
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 from megatron_ext.runtime.files import written_aside
+from megatron_ext.runtime.texts import parse_json
 
 
 def save_scores(path: str | os.PathLike, scores: Scores) -> None:
@@ -47,14 +48,14 @@ def load_scores(path: str | os.PathLike) -> Scores:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
             return Scores(
                 vectors={name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
-                source=arch_from_json(json.loads(metadata["source"])),
+                source=arch_from_json(parse_json(metadata["source"])),
                 aggregation=metadata["aggregation"],
                 samples=int(metadata["samples"]),
                 seq_length=int(metadata["seq_length"]),
                 depth=metadata.get("depth", "block"),
                 removal_order=tuple(
                     tuple(map(int, layers))
-                    for layers in json.loads(metadata.get("removal_order", "[]"))
+                    for layers in parse_json(metadata.get("removal_order", "[]"))
                 ),
             )
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
@@ -66,7 +67,7 @@ def load_scores(path: str | os.PathLike) -> Scores:
 
 def check_scores(scores: Scores, arch: Arch) -> None:
     """Raise ``UserError`` unless ``scores`` are complete, finite and of a model like ``arch``."""
-    for size in (*SIZES, "kv_channels", "hybrid_layer_pattern"):
+    for size in (*SIZES, "kv_channels", "hybrid_layer_pattern", "by_layer"):
         theirs, ours = getattr(scores.source, size), getattr(arch, size)
         if theirs != ours:
             raise _refused(f"were made for another model: {size} {theirs}, this one has {ours}")

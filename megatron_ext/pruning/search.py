@@ -13,13 +13,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.arch.axes import DEPTH_SIZES, SIZES, sizes_of
 from megatron_ext.pruning.budget import COSTS, Limit, Use, fits
 from megatron_ext.pruning.targets import check_size, target_arch
 from megatron_ext.runtime.errors import USAGE, UserError
+from megatron_ext.runtime.texts import parse_yaml
 
 Space = Mapping[str, Sequence[int | str]]
 """Names of ``SIZES`` and the values to try: numbers, of neurons also multiples of hidden_size as
@@ -36,8 +35,8 @@ def read_space(path: str | os.PathLike, source: Arch) -> Space:
         UserError: it cannot be read, or names a size or a value that cannot be pruned to.
     """
     try:
-        space = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        space = parse_yaml(Path(path).read_text())
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--search-space {path} cannot be read: {reason}.", USAGE) from error
     if not isinstance(space, dict) or not space:
@@ -73,12 +72,14 @@ def auto_space(source: Arch) -> Space:
     """Return the space of ``--search-space auto``: depth and width, from all of it to a half.
 
     Layers and widths in eighths, experts in quarters; heads and query groups stay (section 3 of the
-    paper: pruning them saves least). Widths are multiples of what the source's are, up to 64.
+    paper: pruning them saves least), and so do widths in which layers differ. Widths are multiples
+    of what the source's are, up to 64.
     """
     space = {}
     for name in sizes_of(source):
         number = getattr(source, name)
-        if name in ("num_attention_heads", "num_query_groups"):
+        differs = len(source.values(name)) > 1
+        if name in ("num_attention_heads", "num_query_groups") or differs:
             continue
         multiple = 1 if name in (*DEPTH_SIZES, "num_experts") else math.gcd(number, 64)
         eighths = range(8, 3, -2 if name == "num_experts" else -1)

@@ -167,8 +167,8 @@ class Measure:
     numbers: Callable[[Arch, Aggregation], int] = lambda arch, how: 1
     """Number of values that are aggregated of a unit."""
     scores: Callable[[Tensor, Arch], Tensor] = lambda x, arch: x
-    """Unit scores from the aggregated values, [layers, taps, c] -> scores [layers, taps, units].
-    """
+    """Unit scores of a layer from the aggregated values, [taps, c] -> [taps, units]; sizes are the
+    layer's."""
 
 
 MEASURES = {

@@ -2,24 +2,29 @@
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import DEPTH_SIZES, SIZES, has_sublayers, sizes_of
 from megatron_ext.arch.pattern import without_last
 from megatron_ext.arch.per_layer import NAMES, of_layers
+from megatron_ext.arch.sizes import BY_LAYER
 from megatron_ext.runtime.errors import USAGE, UserError
+from megatron_ext.runtime.texts import parse_yaml
+
+Sizes = int | Sequence[int]
+"""One for all layers, or one for each that stays, first to last."""
 
 
-def target_arch(source: Arch, **sizes: int | None) -> Arch:
+def target_arch(source: Arch, **sizes: Sizes | None) -> Arch:
     """Return ``source`` with some sizes replaced; None keeps one.
 
     Which sub-layers stay is not known yet: of ``attention_layers`` and ``mlp_layers`` the first
-    ones stand in for them in the pattern, see ``same_sizes``.
+    ones stand in for them in the pattern, see ``same_sizes``. Sizes that differ from layer to layer
+    go by the order of those that stay, and make the target a HybridModel.
 
     Where each query head has its own key and value (no query groups), these go with the head. Where
     query groups go and no number of heads is given, the groups that stay keep all of theirs.
@@ -27,10 +32,87 @@ def target_arch(source: Arch, **sizes: int | None) -> Arch:
     Raises:
         UserError: a size that cannot be pruned to.
     """
-    changed: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
-    for name, size in changed.items():
+    typed = {name: size for name, size in sizes.items() if size is not None}
+    for name, size in typed.items():
         check_size(source, name, size)
-    changed = _with_pattern(source, changed)
+    whole: dict[str, Any] = {name: size for name, size in typed.items() if name not in BY_LAYER}
+    if whole.get("num_experts", source.moe_router_topk) < source.moe_router_topk:
+        raise UserError(
+            f"--target-num-experts {whole['num_experts']}: the router sends a token to "
+            f"{source.moe_router_topk} experts (moe_router_topk).",
+            USAGE,
+        )
+    # Which layers stay is not known yet either: the first ones stand in for them.
+    first = of_layers(source, range(whole.get("num_layers", source.num_layers)))
+    target = replace(source, by_layer=(), **_with_pattern(source, whole), **first)
+    values: dict[str, Sequence[int]] = {}
+    for kind in set(source.kinds) & set(BY_LAYER.values()):
+        mine = {name: size for name, size in typed.items() if BY_LAYER.get(name) == kind}
+        values |= _sizes_of_layers(source, kind, mine, len(target.layers_of(kind)))
+    try:
+        target = target.with_sizes(values)
+    except ValueError as error:  # it has no sub-layers to differ
+        raise UserError(f"sizes for each layer: {error}", USAGE) from None
+    if target.by_layer and whole.get("num_layers", source.num_layers) < source.num_layers:
+        raise UserError(
+            f"--target-num-layers {whole['num_layers']} and {_option(target.by_layer[0][0])} with "
+            "a value for each layer: remove whole layers in a run before, or sub-layers with "
+            "--target-attention-layers and --target-mlp-layers.",
+            USAGE,
+        )
+    return target
+
+
+def _sizes_of_layers(
+    source: Arch, kind: str, typed: Mapping[str, Sizes], count: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the sizes of the ``count`` sub-layers of a kind that stay; one value if all alike."""
+    lists = {name: size for name, size in typed.items() if not isinstance(size, int)}
+    ones = {name: size for name, size in typed.items() if isinstance(size, int)}
+    for name, values in lists.items():
+        if len(values) != count:
+            raise UserError(
+                f"{_option(name)}: {len(values)} values for {count} {kind} sub-layers that stay.",
+                USAGE,
+            )
+    differ, there = len(source.alike(kind)) > 1, len(source.layers_of(kind))
+    layers = [source] * (count if lists else 1)
+    if differ:
+        layers = [source.at(kind, number) for number in range(there)]
+    found = []
+    for number, layer in enumerate(layers if count == there or not lists else layers[:count]):
+        mine = ones | {name: values[number] for name, values in lists.items()}
+        found.append(_sizes_of_layer(layer, kind, mine, number))
+    if differ and count < there and (lists or any(each != found[0] for each in found)):
+        names = ", ".join(name for name, _ in source.by_layer if BY_LAYER[name] == kind)
+        raise UserError(
+            f"--target-{kind}-layers {count}: the {kind} sub-layers of the checkpoint differ in "
+            f"{names}, and which of them stay is not known yet; prune all to one size too.",
+            USAGE,
+        )
+    found = found[:1] if differ and count < there else found
+    return {name: tuple(each[name] for each in found) for name in found[0]}
+
+
+def _sizes_of_layer(
+    source: Arch, kind: str, typed: Mapping[str, int], number: int
+) -> dict[str, int]:
+    """Return the sizes of one sub-layer; ``source`` has those of it before."""
+    for name, size in typed.items():
+        if size > getattr(source, name):
+            raise UserError(
+                f"{_option(name)} {size}: the {kind} sub-layer {number} (from 0) of the checkpoint "
+                f"has {getattr(source, name)}.",
+                USAGE,
+            )
+    names = [name for name, each in BY_LAYER.items() if each == kind]
+    sizes = {name: getattr(source, name) for name in names} | dict(typed)
+    return _with_heads(source, typed) if "num_attention_heads" in sizes else sizes
+
+
+def _with_heads(source: Arch, typed: Mapping[str, int]) -> dict[str, int]:
+    """Return heads and query groups of one sub-layer of attention."""
+    changed = dict(typed)
     heads, groups = source.num_attention_heads, source.num_query_groups
     if groups == heads:
         both = [changed[n] for n in ("num_attention_heads", "num_query_groups") if n in changed]
@@ -42,7 +124,7 @@ def target_arch(source: Arch, **sizes: int | None) -> Arch:
             )
         if both:
             changed |= {"num_attention_heads": both[0], "num_query_groups": both[0]}
-    groups = changed.get("num_query_groups", groups)
+    groups = changed.setdefault("num_query_groups", groups)
     heads = changed.setdefault("num_attention_heads", heads // source.num_query_groups * groups)
     if heads % groups or heads // groups > source.num_attention_heads // source.num_query_groups:
         raise UserError(
@@ -50,15 +132,7 @@ def target_arch(source: Arch, **sizes: int | None) -> Arch:
             f"number of its {source.num_attention_heads // source.num_query_groups} heads.",
             USAGE,
         )
-    if changed.get("num_experts", source.moe_router_topk) < source.moe_router_topk:
-        raise UserError(
-            f"--target-num-experts {changed['num_experts']}: the router sends a token to "
-            f"{source.moe_router_topk} experts (moe_router_topk).",
-            USAGE,
-        )
-    # Which layers stay is not known yet either: the first ones stand in for them.
-    layers = range(changed.get("num_layers", source.num_layers))
-    return replace(source, **changed, **of_layers(source, layers))
+    return changed
 
 
 def _with_pattern(source: Arch, sizes: dict[str, int]) -> dict[str, Any]:
@@ -92,6 +166,11 @@ def same_sizes(first: Arch, second: Arch) -> bool:
     return one == other
 
 
+def leaves_out_sublayers(source: Arch, target: Arch) -> bool:
+    """Whether ``target`` has sub-layers of its own and fewer than ``source``."""
+    return target.is_hybrid and len(target.pattern) < len(source.pattern)
+
+
 def read_targets(path: str | os.PathLike, source: Arch) -> dict[str, Arch]:
     """Return the targets of a YAML file, ``name: {hidden_size: N, ...}`` with Megatron's sizes.
 
@@ -99,8 +178,8 @@ def read_targets(path: str | os.PathLike, source: Arch) -> dict[str, Arch]:
         UserError: it cannot be read, or names a size that cannot be pruned or pruned to.
     """
     try:
-        entries = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        entries = parse_yaml(Path(path).read_text())
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--targets {path} cannot be read: {reason}.", USAGE) from error
     is_table = isinstance(entries, dict) and all(isinstance(e, dict) for e in entries.values())
@@ -112,9 +191,13 @@ def read_targets(path: str | os.PathLike, source: Arch) -> dict[str, Arch]:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
             raise UserError(f"{where}: a target's name is the name of its folder.", USAGE)
         for size, value in sizes.items():
-            if size not in SIZES or type(value) is not int:
+            is_list = size in BY_LAYER and isinstance(value, list) and value
+            if size not in SIZES or any(
+                type(x) is not int for x in (value if is_list else [value])
+            ):
                 raise UserError(
-                    f"{where}: {size}: {value!r}: choose whole numbers for {', '.join(SIZES)}.",
+                    f"{where}: {size}: {value!r}: choose whole numbers for {', '.join(SIZES)}; "
+                    f"lists, one for each layer that stays, for {', '.join(BY_LAYER)}.",
                     USAGE,
                 )
         try:
@@ -124,18 +207,23 @@ def read_targets(path: str | os.PathLike, source: Arch) -> dict[str, Arch]:
     return targets
 
 
-def check_size(source: Arch, name: str, size: int) -> None:
-    """Raise ``UserError`` unless ``source`` has units of this kind, and at least so many."""
+def check_size(source: Arch, name: str, size: Sizes) -> None:
+    """Raise ``UserError`` unless ``source`` has units of this kind, and at least so many.
+
+    A list is compared with the layer that has most: ``target_arch`` compares layer by layer.
+    """
     if getattr(source, name) and name in DEPTH_SIZES and name not in sizes_of(source):
         if problem := _depth_problem(source):
             raise UserError(f"{_option(name)} {size}: {problem}.", USAGE)
     elif name not in sizes_of(source):
         raise UserError(f"{_option(name)} {size}: the checkpoint's model has none.", USAGE)
-    length = getattr(source, name)
-    if not 1 <= size <= length:
-        raise UserError(
-            f"{_option(name)} {size}: choose from 1 to the checkpoint's {length}.", USAGE
-        )
+    lengths = source.values(name)
+    values, length = ([size], min(lengths)) if isinstance(size, int) else (size, max(lengths))
+    for value in values:
+        if not 1 <= value <= length:
+            raise UserError(
+                f"{_option(name)} {value}: choose from 1 to the checkpoint's {length}.", USAGE
+            )
 
 
 def _depth_problem(source: Arch) -> str | None:

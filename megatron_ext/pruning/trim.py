@@ -21,7 +21,6 @@ from megatron_ext.arch import (
     Arch,
     Weight,
     count,
-    dim_sizes,
     is_of_experts,
     kind_of,
     layer_key,
@@ -35,7 +34,7 @@ from megatron_ext.checkpoint.checkpoints import NOT_WEIGHTS, sharded_tensors
 from megatron_ext.checkpoint.finite import check_finite
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.slices import SliceReader
-from megatron_ext.cli.size_flags import megatron_command_line
+from megatron_ext.cli.size_flags import megatron_args
 from megatron_ext.pruning.fold import fold_heads
 from megatron_ext.pruning.kept import kept_indices
 from megatron_ext.pruning.plan import Plan
@@ -136,7 +135,7 @@ def write_trimmed(source: Checkpoint, plan: Plan, save: str, record: Plan | None
         {"model": share, "args": args, "checkpoint_version": 3.0, "iteration": 0},
         files={
             **({"plan.json": record.to_json()} if record else {}),
-            "megatron_args.sh": megatron_command_line(plan.target) + "\n",
+            **megatron_args(plan.target),
             **source.tokenizer_files(),
         },
     )
@@ -221,7 +220,8 @@ def _cut(tensor: Tensor, piece: Piece, plan: Plan) -> Tensor:
     """Return ``tensor`` as it stands in the target: heads folded, units cut."""
     if piece.dims[0] == "qkv" and plan.residual_pairs:
         pairs = plan.residual_pairs[piece.layer]
-        tensor = fold_heads(tensor, plan.head_residual, pairs, plan.source)
+        sizes = plan.source.at(piece.weight.kind, piece.layer)
+        tensor = fold_heads(tensor, plan.head_residual, pairs, sizes)
     return trim_tensor(tensor, piece.dims, plan, piece.layer, piece.expert)
 
 
@@ -279,13 +279,17 @@ def deal(work: Iterator[Piece], target: Arch, world_size: int) -> list[list[Piec
     """
     hands: list[list[Piece]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
-    sizes = dim_sizes(target)
-    sized = [(math.prod(sizes[dim] for dim in piece.dims), piece) for piece in work]
+    sized = [(math.prod(_shape(piece, target)), piece) for piece in work]
     for size, piece in sorted(sized, key=lambda entry: -entry[0]):
         rank = loads.index(min(loads))
         hands[rank].append(piece)
         loads[rank] += size
     return hands
+
+
+def _shape(piece: Piece, target: Arch) -> tuple[int, ...]:
+    whole = shape(piece.weight, target, piece.new_layer)
+    return whole[len(whole) - len(piece.dims) :]
 
 
 def check_tensors(reader: SliceReader, arch: Arch) -> None:
@@ -296,14 +300,13 @@ def check_tensors(reader: SliceReader, arch: Arch) -> None:
     """
     expected = {}
     for weight in weights(arch):
-        size = shape(weight, arch)
         if weight.per_layer and weight.key in reader.shapes and not arch.is_hybrid:
-            expected[weight.key] = (count(weight, arch), *size)
+            expected[weight.key] = (count(weight, arch), *shape(weight, arch))
         elif weight.per_layer:
-            layers = arch.layers_of(weight.kind)
-            expected |= {layer_key(weight.key, layer): size for layer in layers}
+            for number, layer in enumerate(arch.layers_of(weight.kind)):
+                expected[layer_key(weight.key, layer)] = shape(weight, arch, number)
         else:
-            expected[weight.key] = size
+            expected[weight.key] = shape(weight, arch)
     for key, size in expected.items():
         if key not in reader.shapes:
             raise UserError(

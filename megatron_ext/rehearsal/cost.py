@@ -8,11 +8,11 @@ m micro-batches of a rank in a step. A rank here is a pipeline rank: those of a 
 """
 
 from dataclasses import dataclass
-from math import ceil, prod
+from itertools import accumulate
+from math import ceil
 
-from megatron_ext.arch import Arch, count, dim_sizes, is_of_experts, shape, weights
+from megatron_ext.arch import Arch, dim_sizes, is_of_experts, numel_of, weights
 from megatron_ext.arch.axes import AXES
-from megatron_ext.arch.pattern import STAGE, in_stages
 
 WIDE = 4
 """Bytes of float32."""
@@ -36,10 +36,10 @@ class Placed:
         """Return the model with the layers of a pipeline rank; a GPTModel's are all alike."""
         if not self.arch.is_hybrid:
             return self.arch
-        pattern = "".join(in_stages(self.arch.pattern, self.stages).split(STAGE)[rank::num_ranks])
-        if not pattern:
-            return self.arch  # there are none of these layers
-        return self.arch.with_sublayers(pattern)
+        ends = list(accumulate(self.stages))
+        parts = [range(end - n, end) for end, n in zip(ends, self.stages, strict=True)]
+        layers = [layer for part in parts[rank::num_ranks] for layer in part]
+        return self.arch.part(layers) if layers else self.arch  # there are none of these layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,14 +106,15 @@ def rank_parameters(model: Placed, layout: Layout, rank: int) -> tuple[int, int]
     experts = others = 0
     own, held = model.on(rank, p), sum(model.stages[rank::p])
     for weight in weights(arch):
-        numel = prod(shape(weight, arch))
+        numel = numel_of(weight, own if weight.per_layer else arch)
         at_start = weight.key.startswith("embedding.")
         here = is_first if at_start else is_last
-        times = held * count(weight, own) // own.num_layers if weight.per_layer else int(here)
+        # A GPTModel's layers are all alike; of a HybridModel, ``own`` has those of this rank alone.
+        numel = numel * held // own.num_layers if weight.per_layer else numel * here
         if is_of_experts(weight):
-            experts += times * numel // (t * layout.expert_model_parallel_size)
+            experts += numel // (t * layout.expert_model_parallel_size)
         else:
-            others += times * (numel // t if SPLIT_DIMS & set(weight.dims) else numel)
+            others += numel // t if SPLIT_DIMS & set(weight.dims) else numel
     if not arch.untie_embeddings_and_output_weights and is_last and not is_first:
         others += arch.padded_vocab_size // t * arch.hidden_size  # a copy of the embedding
     return experts, others
@@ -139,26 +140,32 @@ def layer_bytes(arch: Arch, layout: Layout) -> float:
 
 def layer_parts(arch: Arch, layout: Layout) -> dict[str, float]:
     """Return the bytes of ``layer_bytes``, by what keeps them."""
-    t, sizes = layout.tensor_model_parallel_size, dim_sizes(arch)
+    t = layout.tensor_model_parallel_size
     between = t if layout.sequence_parallel else 1
     # How many a layer has: 1, or of a HybridModel's mean sub-layer less.
     numbers = {kind: len(arch.layers_of(kind)) / arch.num_layers for kind in arch.kinds}
-    attentions, norms = numbers.get("attention", 0), sum(numbers.values())
+    norms = sum(numbers.values())
+
+    def mean(kind: str, *dims: str) -> float:
+        """Return the length of these dims together, on average over all layers."""
+        each = arch.alike(kind).items() if kind in numbers else ()
+        lengths = [n * dim_sizes(layer).get(dim, 0) for layer, n in each for dim in dims]
+        return sum(lengths) / arch.num_layers
+
     elements = {
         # Norms' inputs; queries, keys, values and the attention's output.
         "residual": norms * arch.hidden_size / between,
-        "attention": attentions * (sizes["qkv"] + sizes["heads"]) / t,
+        "attention": mean("attention", "qkv", "heads") / t,
         "layernorm": norms * arch.hidden_size / between,  # what they return
     }
     if "mlp" in numbers:
-        elements["mlp"] = numbers["mlp"] * (sizes["fc1"] + sizes["ffn"]) / t
+        elements["mlp"] = mean("mlp", "fc1", "ffn") / t
     if moes := numbers.get("moe"):
-        chosen = moes * arch.moe_router_topk
+        chosen = arch.moe_router_topk
         # In front of experts and behind.
-        elements["moe"] = chosen * (2 * arch.hidden_size + sizes["moe_fc1"] / t)
-        elements["moe_act"] = chosen * sizes["moe_ffn"] / t
-        shared = sizes.get("shared_fc1", 0) + sizes.get("shared_ffn", 0)
-        elements["shared_experts"] = moes * shared / t
+        elements["moe"] = chosen * (2 * moes * arch.hidden_size + mean("moe", "moe_fc1") / t)
+        elements["moe_act"] = chosen * mean("moe", "moe_ffn") / t
+        elements["shared_experts"] = mean("moe", "shared_fc1", "shared_ffn") / t
     found = {name: layout.tokens * layout.param_bytes * n for name, n in elements.items()}
     # Masks of dropout, a byte each.
     masks = norms * arch.hidden_size / between if arch.hidden_dropout else 0

@@ -86,7 +86,8 @@ def model_line(name: str, model: Model, way: str = "from") -> str:
     return (
         f"{name:12}{num_parameters(arch):,} parameters ({num_parameters(arch, embeddings=False):,} "
         f"without embeddings): {arch.num_layers} {layers}, hidden {arch.hidden_size}, ffn "
-        f"{arch.ffn_hidden_size}, heads {arch.num_attention_heads}/{arch.num_query_groups}"
+        f"{arch.span('ffn_hidden_size')}, heads {arch.span('num_attention_heads')}/"
+        f"{arch.span('num_query_groups')}"
         f"{experts}, vocabulary {arch.padded_vocab_size}; {way} {model.where}"
     )
 

@@ -3,7 +3,6 @@
 A run reads checkpoints. A dry run may come before them, and then takes a config.json's word.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_ext.cli.programs import TrainFlags, check_against_checkpoint
 from megatron_ext.convert.config import Config, arch_of, with_positions
 from megatron_ext.pruning.targets import target_arch
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
+from megatron_ext.runtime.texts import parse_json
 
 # Import pads the vocabulary to a multiple of this by default.
 VOCAB_MULTIPLE = 128
@@ -185,7 +185,7 @@ def config_arch(
 def read_config(flag: str, path: str) -> dict[str, Any]:
     """Return what a config.json holds."""
     try:
-        config = json.loads(Path(path).read_text())
+        config = parse_json(Path(path).read_text())
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{flag} {path} cannot be read: {reason}.", CHECKPOINT) from error

@@ -21,6 +21,7 @@ from megatron_ext.distillation.settings import check_stored_teacher, plan_layout
 from megatron_ext.pruning.iterate import iteration_targets
 from megatron_ext.pruning.jobs import Found, Job, check_passes, given_plan, plan_jobs
 from megatron_ext.pruning.plan import Plan
+from megatron_ext.pruning.targets import leaves_out_sublayers
 from megatron_ext.rehearsal.models import Model, find_student, find_teacher, model_at
 from megatron_ext.runtime.errors import CHECKPOINT, UserError
 from megatron_ext.training import phase
@@ -197,7 +198,7 @@ class PrunePlan:
             return 0
         prune, source = self.flags.prune, self.source.arch
         targets = [target.arch for target in self.targets]
-        if any(arch.is_hybrid for arch in (source, *targets)):
+        if source.is_hybrid or any(leaves_out_sublayers(source, arch) for arch in targets):
             # Block importance of a HybridModel comes with the other scores, of a GPTModel it does
             # not: its hooks are on whole layers.
             depth = self._passes_of(len(source.pattern)) if self.compares else not source.is_hybrid

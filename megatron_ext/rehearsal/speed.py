@@ -1,9 +1,8 @@
 """Seconds of a step of given sizes and layout, at a share of a GPU's peak; letters of ``cost``."""
 
 from dataclasses import replace
-from math import prod
 
-from megatron_ext.arch import count, dim_sizes, forward_flops, shape, weights
+from megatron_ext.arch import dim_sizes, forward_flops, numel_of, weights
 from megatron_ext.rehearsal.cost import Layout, Placed
 from megatron_ext.runtime.gpus import Gpu
 
@@ -25,8 +24,8 @@ def token_seconds(
     arch = model.on(rank, p)
     output = 2 * arch.padded_vocab_size * arch.hidden_size
     per_layer = (forward_flops(arch, layout.seq_length) - output) / arch.num_layers
-    attention = 2 * dim_sizes(arch)["heads"] * layout.seq_length
-    attention *= arch.attention_layers / arch.num_layers
+    heads = sum(dim_sizes(layer)["heads"] * n for layer, n in arch.alike("attention").items())
+    attention = 2 * heads * layout.seq_length / arch.num_layers
     linear_peak = gpu.fp8 if layout.fp8 and gpu.fp8 else gpu.bf16
     one_layer = (per_layer - attention) / linear_peak + attention / gpu.bf16
     seconds = sum(model.stages[rank::p]) * one_layer * (passes + again)
@@ -72,7 +71,7 @@ def recomputed_share(model: Placed, layout: Layout, rank: int) -> float:
     if layout.recompute_granularity != "full":
         again = {"mlp", "moe"} & set(layout.recompute_modules)
         arch = model.arch
-        sizes = {w.key: prod(shape(w, arch)) * count(w, arch) for w in weights(arch) if w.per_layer}
+        sizes = {w.key: numel_of(w, arch) for w in weights(arch) if w.per_layer}
         of_mlp = sum(n for key, n in sizes.items() if ".mlp." in key)
         return of_mlp / sum(sizes.values()) if again else 0
     held = model.stages[rank :: layout.pipeline_model_parallel_size]

@@ -7,12 +7,15 @@ collective over all ranks of small Python objects; without torch.distributed thi
 
 import hashlib
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_ext.runtime.errors import UserError
+from megatron_ext.runtime.files import give_lock_back, take_lock
 
 
 def gather[T](value: T) -> list[T]:
@@ -40,6 +43,24 @@ def on_first_rank[T](action: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+@contextmanager
+def locked(locks: Mapping[Path, str]) -> Iterator[None]:
+    """Keep other runs from what is written inside; rank 0 holds the locks. Collective.
+
+    Args:
+        locks: files as of ``files``, and what each stands for, for messages. Removed at the end.
+
+    Raises:
+        UserError: on every rank, as ``files.take_lock``.
+    """
+    try:
+        on_first_rank(lambda: [take_lock(*lock) for lock in locks.items()] and None)
+        yield
+    finally:
+        for lock in locks:
+            give_lock_back(lock)
 
 
 def check_alike(values: Mapping[str, Any], fix: str, code: int) -> None:

@@ -8,15 +8,19 @@ Exit codes:
 """
 
 import contextlib
+import errno
 import os
 import re
+import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from socket import gethostname
-from typing import Any
+from typing import Any, NoReturn
 
+from megatron_ext.runtime import lost_ranks
 from megatron_ext.runtime.slurm import rank_variables
 
 RUNTIME, USAGE, CHECKPOINT, DATA, DIFFERS, INTERRUPTED = 1, 2, 3, 4, 5, 75
@@ -24,6 +28,8 @@ RANK_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 PATIENCE = 5.0
 """Seconds that a rank which failed gives rank 0 to say the same."""
 SAID = "megatron_ext/rank 0 has said its error"
+NO_MEMORY = r"can't allocate memory|out of memory"
+READER_ENDED = r"DataLoader worker .*(exited unexpectedly|killed by signal|shared memory)"
 
 
 class UserError(Exception):
@@ -36,9 +42,13 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, code: int = RUNTIME):
-        # Libraries end their reasons with a full stop, or not.
-        super().__init__(re.sub(r"(?<!\.)\.\.$", ".", message))
+        super().__init__(_with_one_stop(message))
         self.code = code
+
+
+def _with_one_stop(message: str) -> str:
+    """Return ``message`` with one full stop: libraries end their reasons with one, or not."""
+    return re.sub(r"(?<!\.)\.\.$", ".", message)
 
 
 def is_first_rank() -> bool:
@@ -49,13 +59,13 @@ def is_first_rank() -> bool:
 def warn(message: str) -> None:
     """Print a warning on rank 0."""
     if is_first_rank():
-        print(f"WARNING: {message}", file=sys.stderr, flush=True)
+        print(f"WARNING: {_with_one_stop(message)}", file=sys.stderr, flush=True)
 
 
 def note(message: str) -> None:
     """Print what is worth knowing on rank 0; nothing is wrong."""
     if is_first_rank():
-        print(f"NOTE: {message}", flush=True)
+        print(f"NOTE: {_with_one_stop(message)}", flush=True)
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -71,12 +81,47 @@ def run_main(main: Callable[[], int | None]) -> None:
         _check_rank_numbers()
         code = main() or 0
     except UserError as error:
-        # Before it is said: torchrun ends the others as soon as it sees one rank that failed.
-        _write_code(error.code)
-        _say(error)
-        sys.exit(error.code)
+        _end(error)
+    except (RuntimeError, OSError, MemoryError) as error:
+        line = _of_the_machine(error)
+        if line is None:
+            raise
+        _end(UserError(line, RUNTIME))
     _write_code(code)
     sys.exit(code)
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """Return one line about what a machine has done to the run, or None if ``error`` is a bug."""
+    if "oo many open files" in str(error):
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"too many open files, of {most} that a process may have: raise ulimit -n."
+    if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
+        reason = str(error).splitlines()[0] if str(error) else "no more is there"
+        return f"out of memory ({reason[:200]}): --dry-run says what a run takes."
+    if re.search(READER_ENDED, str(error)) or _is_of_semaphores(error):
+        return (
+            "a process that reads data has ended: /dev/shm is full (containers: --shm-size), or "
+            "memory is; --num-workers 0 does without such processes."
+        )
+    if not isinstance(error, RuntimeError):  # torch's, of a collective
+        return None
+    rank, world_size = (int(os.environ.get(x, y)) for x, y in (("RANK", 0), ("WORLD_SIZE", 1)))
+    return lost_ranks.explain(error, _store_of_ranks(), rank, world_size)
+
+
+def _is_of_semaphores(error: Exception) -> bool:
+    """Whether there is no space for the semaphores between this process and others."""
+    frames = traceback.extract_tb(error.__traceback__)
+    is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return is_full and any("multiprocessing" in frame.filename for frame in frames)
+
+
+def _end(error: UserError) -> NoReturn:
+    # Before it is said: torchrun ends the others as soon as it sees one rank that failed.
+    _write_code(error.code)
+    _say(error)
+    sys.exit(error.code)
 
 
 class _Lasting:

@@ -11,7 +11,7 @@ from megatron.core.timers import Timers
 from megatron.core.transformer.module import MegatronModule, param_is_not_shared
 
 from megatron_ext.cli.log_flags import Profile
-from megatron_ext.runtime.errors import USAGE, UserError
+from megatron_ext.runtime.errors import USAGE, UserError, warn
 
 # Megatron-LM's names of what it times: level 1, and from forward-compute on level 2.
 TIMED = (
@@ -115,14 +115,21 @@ def profiling(profile: Profile, folder: str | None, rank: int) -> Iterator[Calla
             profiler.start()
             running = profiler
         if iteration == profile.profile_step_end and running is not None:
-            running.stop()
-            running = None
+            stop()
+
+    def stop() -> None:
+        nonlocal running
+        stopped, running = running, None
+        try:
+            stopped.stop()
+        except (OSError, RuntimeError) as error:  # what is learnt is worth more than its profile
+            warn(f"--profile: nothing is written: {error}.")
 
     try:
         yield at
     finally:
         if running is not None:
-            running.stop()
+            stop()
 
 
 class _Nsys:

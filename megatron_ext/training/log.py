@@ -22,6 +22,7 @@ from megatron_ext.cli.programs import TrainFlags, flags_as_dict, format_flags
 from megatron_ext.runtime.collective_errors import on_first_rank
 from megatron_ext.runtime.errors import UserError, warn
 from megatron_ext.runtime.extras import need
+from megatron_ext.runtime.texts import parse_json
 
 # What may stand in a line beside losses: name, Megatron-LM's words and format.
 OTHERS = (("num-zeros", "num zeros", ".0f"), ("params-norm", "params norm", ".3f"))
@@ -64,15 +65,10 @@ class Log:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "flags.json").write_text(json.dumps(flags_as_dict(flags), indent=1))
                 self.metrics = _reopen(folder / "metrics.jsonl", first_iteration)
-            if flags.log.tensorboard_dir:
-                board = need("torch.utils.tensorboard", "log", "--tensorboard-dir")
-                folder = flags.log.tensorboard_dir
-                self.board = board.SummaryWriter(
-                    folder, purge_step=first_iteration, max_queue=flags.log.tensorboard_queue_size
-                )
-            self.wandb = _wandb_run(flags)
         except OSError as error:
-            raise UserError(f"logs under --save or --tensorboard-dir: {error}.") from error
+            raise UserError(f"logs under --save: {error}.") from error
+        self.board = _board(flags, first_iteration)
+        self.wandb = _wandb_run(flags)
         self.progress("Starting job")
         if flags.log.progress:
             self.bar = tqdm(
@@ -109,7 +105,11 @@ class Log:
         loss_scale: float,
         skipped: bool,
     ) -> None:
-        """Count a step; every ``--log-interval`` steps, report it, and ``others`` beside losses."""
+        """Count a step; every ``--log-interval`` steps, report it, and ``others`` beside losses.
+
+        ``losses`` are means over the steps since the last report, everything else is this step's,
+        as Megatron-LM prints them.
+        """
         self.steps_since += 1
         self.skipped += skipped
         if self.bar is not None:
@@ -204,6 +204,21 @@ class Log:
         return " | ".join(cells) + " |"
 
 
+def _board(flags: TrainFlags, first_iteration: int) -> Any:
+    """Return TensorBoard's writer, or None."""
+    folder = flags.log.tensorboard_dir
+    if not folder:
+        return None
+    board = need("torch.utils.tensorboard", "log", "--tensorboard-dir")
+    try:
+        return board.SummaryWriter(
+            folder, purge_step=first_iteration, max_queue=flags.log.tensorboard_queue_size
+        )
+    except Exception as error:  # what is learnt is worth more than its log
+        warn(f"--tensorboard-dir {folder}: {error}; nothing is written there.")
+        return None
+
+
 def _wandb_run(flags: TrainFlags) -> Any:
     """Return a Weights & Biases run with the flags as its configuration, or None."""
     log, save = flags.log, flags.checkpoint.save
@@ -244,7 +259,7 @@ def _reopen(path: Path, first_iteration: int) -> Any:
     kept = []
     for line in path.read_text().splitlines() if first_iteration and path.exists() else ():
         with contextlib.suppress(ValueError):
-            values = json.loads(line)
+            values = parse_json(line)
             is_test = any(name.endswith(" test") for name in values)
             if values["iteration"] < first_iteration + (not is_test):
                 kept.append(line)

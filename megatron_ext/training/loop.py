@@ -13,6 +13,7 @@ import torch
 from megatron_ext.checkpoint.folder import find
 from megatron_ext.model import cuda_graphs
 from megatron_ext.runtime.errors import INTERRUPTED, RUNTIME, UserError
+from megatron_ext.runtime.lost_ranks import noted
 from megatron_ext.runtime.signals import StopSignals
 from megatron_ext.training import saving
 from megatron_ext.training.diagnostics import params_norm, profiling, read_timers, timed
@@ -73,7 +74,8 @@ def train(
                 cuda_graphs.capture_layers(
                     run.model, run.optimizer, flags.batch, dp_size=dp_size, overlaps=overlaps
                 )
-            _step(run, batches, log)
+            with noted(f"iteration {counters.iteration + 1}"):
+                _step(run, batches, log)
             evaluates = valid_batches and _is_due(counters.iteration, flags.log.eval_interval)
             gc_is_due = evaluates or _is_due(counters.iteration, flags.batch.manual_gc_interval)
             if flags.batch.manual_gc and gc_is_due:
@@ -102,7 +104,8 @@ def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
         f"iteration {counters.iteration + 1} (training samples {first} to {first + batch_size - 1})"
     )
     _check_finite(run, losses, where)
-    losses |= run.wrapped.hidden.adapt(losses)
+    means = counters.mean_losses(losses)
+    means |= run.wrapped.hidden.adapt(losses)
     learning_rate = run.optimizer.param_groups[0]["lr"]
     with timed(run.timers, "optimizer"):
         updated, grad_norm, num_zeros = apply()
@@ -120,7 +123,7 @@ def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
         others |= times if run.flags.log.log_timers_to_tensorboard else {}
     log.step(
         counters.iteration,
-        losses,
+        means,
         others,
         consumed_samples=counters.consumed_train_samples,
         learning_rate=learning_rate,
@@ -128,6 +131,8 @@ def _step(run: Run, batches: list[Iterator[Batch]], log: Log) -> None:
         loss_scale=float(run.optimizer.get_loss_scale()),
         skipped=not updated,
     )
+    if is_due:
+        counters.loss_sums = {}
     if table is not None:
         log.say(table)
 

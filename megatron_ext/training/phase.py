@@ -18,6 +18,7 @@ from typing import Any
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.cli.parser import dashed
 from megatron_ext.cli.programs import TrainFlags
+from megatron_ext.runtime.errors import CHECKPOINT, UserError
 
 BLENDS = ("data_path", "train_data_path")
 SCHEDULE_IN_SAMPLES = ("num_steps", "lr_warmup_steps", "lr_decay_steps", "wd_incr_steps")
@@ -59,6 +60,7 @@ NOT_OF_THE_RUN = {
     *("num_workers", "distributed_timeout_minutes", "padded_vocab_size", "params_dtype"),
     *("tokenizer_model", "tokenizer_sha256", "vocab_file", "merge_file", "vocab_size"),
     *("consumed_train_samples", "consumed_data_samples", "hidden_loss_alpha", "train_iters"),
+    "logged_loss_sums",
     *("data_parallel_size", "override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"),
     *("manual_gc", "manual_gc_interval", "mmap_bin_files", "kd_teacher_store"),
 }
@@ -102,6 +104,21 @@ def consumed_data_samples(saved: Mapping[str, Any], flags: TrainFlags) -> int:
     if changes(saved, flags):
         return 0
     return saved.get("consumed_data_samples", saved.get("consumed_train_samples", 0))
+
+
+def check_goes_on(source: Checkpoint, *, load_optim: bool) -> None:
+    """Refuse to go on from ``source`` if it does not say how far it is."""
+    needed = {"iteration": source.common, "consumed_train_samples": source.args}
+    needed |= {"opt_param_scheduler": source.common} if load_optim else {}
+    for name, where in needed.items():
+        if where.get(name) is None:
+            fix = "--load it with --finetune for its weights alone"
+            if name == "opt_param_scheduler":
+                fix = f"--no-load-optim goes on without the optimizer's state, or {fix}"
+            raise UserError(
+                f"{source.folder} does not hold {name}, as every run that goes on needs: {fix}.",
+                CHECKPOINT,
+            )
 
 
 def with_steps_left(flags: TrainFlags, source: Checkpoint) -> TrainFlags:

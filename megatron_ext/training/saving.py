@@ -19,7 +19,8 @@ from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.checkpoint.identity import tokenizer_sha256
 from megatron_ext.checkpoint.saved_args import complete
 from megatron_ext.cli.parser import dashed
-from megatron_ext.cli.programs import flags_as_dict, megatron_command_line
+from megatron_ext.cli.programs import flags_as_dict
+from megatron_ext.cli.size_flags import megatron_args
 from megatron_ext.distillation import native
 from megatron_ext.model.build import model_state_dict
 from megatron_ext.model.open import set_weights
@@ -57,7 +58,7 @@ def save(run: Run) -> None:
         checkpoints.iteration_name(counters.iteration),
         state,
         files={
-            "megatron_args.sh": megatron_command_line(run.arch) + "\n",
+            **megatron_args(run.arch),
             **run.tokenizer_files,
         },
         dp_group=run.groups.dp_cp,
@@ -80,6 +81,7 @@ def saved_args(run: Run) -> Namespace:
             "consumed_train_samples": run.counters.consumed_train_samples,
             "consumed_data_samples": run.counters.consumed_data_samples,
             "hidden_loss_alpha": run.wrapped.hidden.ratio,
+            "logged_loss_sums": dict(run.counters.loss_sums),
             "tokenizer_sha256": tokenizer_sha256(run.flags.data),
             **run.origin,
             "logit_kernels": native.name(torch.cuda.current_device()),
@@ -98,6 +100,7 @@ def restore(run: Run, source: checkpoints.Checkpoint) -> None:
     Collective. Random state is taken up only under the layout that wrote it.
     """
     flags = run.flags
+    phase.check_goes_on(source, load_optim=flags.checkpoint.load_optim)
     state = _trained_state(run)
     if flags.checkpoint.load_optim:
         _check_optimizer_parts(run, source)
@@ -141,11 +144,13 @@ def restore(run: Run, source: checkpoints.Checkpoint) -> None:
     run.counters.iteration = source.iteration
     run.counters.consumed_train_samples = source.args["consumed_train_samples"]
     run.counters.consumed_data_samples = phase.consumed_data_samples(source.args, flags)
+    run.counters.loss_sums = dict(source.args.get("logged_loss_sums") or {})
     for name, (before, now) in phase.changes(source.args, flags).items():
         warn(f"{dashed(name)}: {before} before, {now} from here on; the data begin anew.")
     if table := phase.table_of_changes(source.args, vars(saved_args(run))):
         note(f"going on from {source.folder} with other flags:\n{table}")
-    run.counters.floating_point_operations = loaded["num_floating_point_operations_so_far"]
+    done = loaded.get("num_floating_point_operations_so_far")
+    run.counters.floating_point_operations = done or 0.0  # for the log; old Megatron-LM has none
 
 
 def _set_rates(run: Run, param_groups: Iterable[dict[str, Any]]) -> None:
@@ -197,6 +202,14 @@ def _restore_schedule(run: Run, saved: dict[str, Any], source: checkpoints.Check
 
 
 def _check_optimizer_parts(run: Run, source: checkpoints.Checkpoint) -> None:
+    was_split = source.args.get("use_distributed_optimizer")
+    if was_split is not None and was_split != run.flags.parallel.use_distributed_optimizer:
+        raise UserError(
+            f"{source.folder} was saved with{'' if was_split else 'out'} "
+            "--use-distributed-optimizer, and its optimizer state is of that kind: type the same, "
+            "or leave it with --no-load-optim or --finetune.",
+            CHECKPOINT,
+        )
     parts, saved = run.optimizer.chained_optimizers, source.common.get("optimizer", {})
     if len(parts) > 1 and saved and 0 not in saved:
         raise UserError(

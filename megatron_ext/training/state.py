@@ -32,6 +32,20 @@ class Counters:
     consumed_data_samples: int = 0
     """Of them, those of the present data set, see ``phase``."""
     floating_point_operations: float = 0.0
+    loss_sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Since the log's last line: the sum of each loss over steps, and how many steps."""
+
+    def mean_losses(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """Count the losses of a step and return their means since the log's last line.
+
+        A step that fp16 leaves out counts too: its losses are those of the weights as they are.
+        """
+        means = {}
+        for name, value in losses.items():
+            total, steps = self.loss_sums.get(name, (0.0, 0))
+            self.loss_sums[name] = total + value, steps + 1
+            means[name] = (total + value) / (steps + 1)
+        return means
 
 
 @dataclass(frozen=True, kw_only=True)

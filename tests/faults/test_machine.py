@@ -1,9 +1,11 @@
 """Faults of a machine: streams and disks that are lost, two runs at once, other users."""
 
 import ctypes
+import fcntl
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,8 +18,17 @@ import pytest
 from megatron_ext.distillation import losses_c
 from megatron_ext.runtime import compiled
 from megatron_ext.runtime.errors import DATA, RUNTIME, UserError, _Lasting
-from megatron_ext.runtime.files import LOCK, hold
-from tests.programs import NEW_MODEL, ROOT, fail, read_metrics, wait_until
+from megatron_ext.runtime.files import LOCK, give_lock_back, hold, take_lock
+from tests.models import LLAMA
+from tests.programs import (
+    NEW_MODEL,
+    ROOT,
+    fail,
+    read_metrics,
+    succeed,
+    wait_until,
+    write_model,
+)
 from tests.ranks import run_ranks
 
 RUN = f"{NEW_MODEL} --global-batch-size 1 --eval-iters 0 --num-workers 0 --log-interval 1"
@@ -44,14 +55,92 @@ def test_one_run_at_a_time(tmp_path):
     ((code, message),) = run_ranks(1, try_to_hold, str(save))
     assert code == RUNTIME
     assert f"pid {os.getpid()} " in message
-    for program, argv in (
-        ("pretrain_distill", [*RUN.split(), "--save", str(save), "--save-interval", "1"]),
-    ):
-        code, message = fail(program, argv)
-        assert code == RUNTIME
-        assert "--save" in message
-        assert f"pid {os.getpid()} " in message
+    argv = [*RUN.split(), "--save", str(save), "--save-interval", "1"]
+    code, message = fail("pretrain_distill", argv)
+    assert code == RUNTIME, message
+    assert f"--save {save} is in use by another run" in message
+    assert f"pid {os.getpid()} " in message
     assert sorted(path.name for path in save.iterdir()) == [LOCK]
+    give_lock_back(save / LOCK)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Return a checkpoint, its Hugging Face folder and text: what publishing programs read."""
+    root = tmp_path_factory.mktemp("places")
+    write_model(str(root / "model"), LLAMA)
+    export = f"export --load {root}/model --hf {root}/hf --model-type llama"
+    succeed("tools.convert", export.split())
+    (root / "in.jsonl").write_text('{"text": "1 2 3"}\n')
+    return root
+
+
+# program, its flags, the lock, the flag that names it; {new} is what would appear
+PUBLISHING = [
+    (
+        "prune",
+        "--load {root}/model --save {new} --target-ffn-hidden-size 48 --importance random "
+        "--seq-length 8 --micro-batch-size 1",
+        "new/.lock",
+        "--save {new}",
+    ),
+    ("tools.convert", "import --hf {root}/hf --save {new}", "new/.lock", "--save {new}"),
+    (
+        "tools.convert",
+        "layers --load {root}/model --save {new} --to hybrid",
+        "new/.lock",
+        "--save {new}",
+    ),
+    (
+        "tools.convert",
+        "export --load {root}/model --hf {new} --model-type llama",
+        ".new.lock",
+        "--hf {new}",
+    ),
+    (
+        "tools.preprocess_data",
+        "--input {root}/in.jsonl --output-prefix {new} --tokenizer-type NullTokenizer "
+        "--vocab-size 9",
+        ".new_text_document.lock",
+        "--output-prefix {new}: {new}_text_document",
+    ),
+]
+
+
+@pytest.mark.parametrize(("program", "line", "lock", "flag"), PUBLISHING)
+def test_one_of_them_at_a_time_publishes(program, line, lock, flag, places, tmp_path):
+    """Regression: the last rename held, or an empty folder was published."""
+    new = tmp_path / "new"
+    argv = line.format(root=places, new=new).split()
+    take_lock(tmp_path / lock, "this test")
+    code, message = fail(program, argv)
+    assert code == RUNTIME, message
+    assert f"{flag.format(new=new)} is in use by another run (host " in message
+    assert f"pid {os.getpid()} " in message
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / lock]
+    give_lock_back(tmp_path / lock)
+    succeed(program, argv)
+    assert not list(tmp_path.rglob("*.lock"))
+    assert len(list(tmp_path.rglob("*"))) > 1
+
+
+def test_a_lock_that_its_holder_removes_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    """Between opening the file and locking it the other run may end, and a third one begin."""
+    lock, lockf = tmp_path / LOCK, fcntl.lockf
+    opened = []
+
+    def late(file, how):
+        if not opened:
+            lock.unlink()
+        opened.append(file)
+        return lockf(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    take_lock(lock, "--save")
+    assert len(opened) == 2
+    assert f"pid {os.getpid()} " in lock.read_text()
+    give_lock_back(lock)
+    assert not lock.exists()
 
 
 # ---------------------------------------------------------------- streams
@@ -86,6 +175,31 @@ def test_a_run_outlives_its_reader(streams, tmp_path):
     assert ended.returncode == 0
     assert len(read_metrics(save)) == 3
     assert (save / "iter_0000003").exists()
+
+
+# ---------------------------------------------------------------- shared memory
+
+
+@pytest.mark.parametrize("size", ["4k", "64k"])
+def test_shared_memory_that_is_full_is_named(size):
+    """Regression: a traceback for its semaphores; a batch that found no space was waited for."""
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "
+    if subprocess.run(["unshare", "-m", "sh", "-c", f"{mount}true"], check=False).returncode:
+        pytest.skip("only root mounts")
+    argv = [*RUN.split(), "--num-workers", "1", "--seq-length", "4096"]
+    argv += ["--max-position-embeddings", "4096"]
+    command = shlex.join([sys.executable, "pretrain_distill.py", *argv])
+    ended = subprocess.run(
+        ["unshare", "-m", "sh", "-c", mount + command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == RUNTIME, ended.stderr
+    said = ended.stderr.partition("Exception ignored in")[0]  # torch's, of a loader half built
+    assert "Traceback" not in said.partition("ERROR: ")[2]
+    assert "ERROR: a process that reads data has ended: /dev/shm is full" in ended.stderr
 
 
 # ---------------------------------------------------------------- compiled code

@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 
-from megatron_ext.runtime import errors
+from megatron_ext.runtime import errors, lost_ranks
 from megatron_ext.runtime.errors import CHECKPOINT, RUNTIME, USAGE, UserError
+from megatron_ext.runtime.lost_ranks import noted
 from tests.programs import NEW_MODEL, ROOT, fail, run_program
 from tests.ranks import run_ranks
 
@@ -121,3 +122,37 @@ def end_after_rank_0():
 def test_nobody_ends_before_rank_0_has_spoken():
     first, *others = run_ranks(3, end_after_rank_0)
     assert all(end > first - 0.05 for end in others)
+
+
+def lose_rank_1():
+    """Let rank 1 of 3 be gone while the others are in a collective."""
+    errors.PATIENCE = 0.5
+
+    def main():
+        if torch.distributed.get_rank() == 1:
+            torch.distributed.destroy_process_group()
+            time.sleep(2)  # as one that hangs: its process is there
+            return
+        with noted("iteration 7"):
+            torch.distributed.all_reduce(torch.ones(1))
+
+    import pretrain_distill
+
+    pretrain_distill.main = main
+
+
+def test_a_rank_that_is_lost_is_named():
+    """Regression: the others ended with gloo's traceback, which names nobody."""
+    first, _, last = run_program("pretrain_distill", [], 3, lose_rank_1)
+    assert (first.code, last.code) == (RUNTIME, RUNTIME)
+    assert first.stderr.startswith("ERROR: rank 1 does not answer in iteration 7 (")
+    assert first.stderr.count("\n") == 1
+    assert last.stderr == ""
+
+
+def test_other_errors_are_bugs():
+    """What is no lost connection keeps its traceback."""
+    assert lost_ranks.explain(RuntimeError("mat1 and mat2 shapes"), None, 0, 2) is None
+    assert lost_ranks.explain(RuntimeError("Connection closed by peer"), None, 0, 1) is None
+    line = lost_ranks.explain(RuntimeError("x\nTimed out waiting 1s"), None, 0, 2)
+    assert line.startswith("a rank does not answer (Timed out waiting 1s): ")
