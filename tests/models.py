@@ -26,6 +26,35 @@ LLAMA = Arch(
     hidden_dropout=0.0,
 )
 
+# Layers that differ in what they look at and in what rotates; constants that multiply.
+WINDOWS = replace(
+    LLAMA,
+    window_size="3,0",
+    window_attn_skip_freq="[1,0,1,1]",
+    no_rope_freq="[0,1,0,0]",
+    position_embedding_type="yarn",
+    rotary_scaling_factor=4.0,
+    yarn_original_max_position_embeddings=8,
+    softmax_scale=0.4,
+    embedding_multiplier=3.0,
+    residual_multiplier=0.6,
+    logits_scaling=2.0,
+    sandwich_norm=True,
+)
+# Gemma's: two rotary bases, in layers with a window and without.
+GEMMA = replace(
+    LLAMA,
+    window_size="3,0",
+    window_attn_skip_freq="[1,0,1,1]",
+    rotary_base_local=20,
+    rotary_seq_len_interpolation_factor=2,
+    swiglu=False,
+    geglu=True,
+    qk_layernorm=True,
+    apply_layernorm_1p=True,
+    sandwich_norm=True,
+)
+
 GPT2 = Arch(
     num_layers=4,
     hidden_size=32,

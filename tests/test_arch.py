@@ -209,6 +209,63 @@ def test_round_trip_through_saved_args(change):
     assert Arch.from_args(arch.to_args()) == arch
 
 
+EIGHT = replace(NEMOTRON_15B, num_layers=8, rotary_percent=1.0)
+WINDOWS = {"window_size": "127,0", "window_attn_skip_freq": "[1,1,1,0,1,1,1,0]"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        ({"window_size": (127, 0), "window_attn_skip_freq": 4}, WINDOWS),
+        ({"window_size": [127, 0], "window_attn_skip_freq": [1, 1, 1, 0] * 2}, WINDOWS),
+        ({"window_size": "(127,0)", "window_attn_skip_freq": "([1]*3+[0])*2"}, WINDOWS),
+        ({"window_size": (127, 0), "window_attn_skip_freq": [1] * 8}, {"window_size": "127,0"}),
+        ({"window_attn_skip_freq": 4}, {}),
+        ({"no_rope_freq": 4}, {"no_rope_freq": "[0,0,0,1,0,0,0,1]"}),
+        ({"no_rope_freq": [0, 1] * 4}, {"no_rope_freq": "[0,1,0,1,0,1,0,1]"}),
+        ({"no_rope_freq": 0}, {}),
+        ({"no_rope_freq": [0] * 8}, {}),
+    ],
+)
+def test_layers_that_differ_in_the_forms_that_megatron_saves(saved, expected):
+    arch = replace(EIGHT, **expected)
+    assert Arch.from_args(EIGHT.to_args() | saved) == arch
+    assert Arch.from_args(arch.to_args()) == arch
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"no_rope_freq": [0, 1]}, "--no-rope-freq [0, 1]: write a frequency, or a 0 or 1 for eac"),
+        ({"no_rope_freq": "exit()"}, "--no-rope-freq exit()"),
+        ({"no_rope_freq": [0, 2] * 4}, "--no-rope-freq [0, 2"),
+        ({"window_size": (127, 5)}, "--window-size (127, 5): write N,0"),
+        ({"window_size": (-1, 0)}, "--window-size (-1, 0): write N,0"),
+        ({"position_embedding_type": "yarn", "rotary_percent": 0.5}, "--rotary-percent 0.5"),
+        ({"position_embedding_type": "yarn", "use_rope_scaling": True}, "--use-rope-scaling"),
+    ],
+)
+def test_layers_that_cannot_be(saved, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Arch.from_args(EIGHT.to_args() | saved)
+
+
+def test_some_layers_take_their_own_settings_along():
+    arch = replace(EIGHT, **WINDOWS, no_rope_freq="[0,1,0,0,0,1,0,0]")
+    some = arch.with_layers([0, 1, 3, 7])
+    assert (some.num_layers, some.no_rope_freq) == (4, "[0,1,0,0]")
+    assert some.window_attn_skip_freq == "[1,1,0,0]"
+    assert arch.with_layers([0, 2]) == replace(EIGHT, num_layers=2, window_size="127,0")
+
+
+def test_flops_of_windows():
+    """A window of 4 tokens, of 10: 1 + 2 + 3 + 7 times 4 keys in place of 55, about."""
+    full = replace(EIGHT, num_layers=2)
+    some = replace(full, window_size="3,0", window_attn_skip_freq="[1,0]")
+    saved = forward_flops(full, 10) - forward_flops(some, 10)
+    assert saved == 2 * 48 * 128 * (10 - 4) ** 2 // 10
+
+
 def test_a_missing_size_is_named():
     args = NEMOTRON_15B.to_args()
     del args["ffn_hidden_size"]

@@ -16,9 +16,10 @@ from megatron_ext.cli.fit import check_layout
 from megatron_ext.cli.flag_checks import stages
 from megatron_ext.cli.megatron_flags import Parallel
 from megatron_ext.distillation.pairs import parse_pairs
+from megatron_ext.pruning.targets import target_arch
 from megatron_ext.runtime import local_ranks
 from megatron_ext.runtime.errors import CHECKPOINT, DIFFERS, RUNTIME, USAGE
-from tests.models import BERT, GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON
+from tests.models import BERT, GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, WINDOWS
 from tests.programs import ROOT, run_here
 from tests.ranks import PRELOAD
 from tests.test_examples import STEPS, bash, words_of, write_stub
@@ -326,6 +327,17 @@ def test_a_small_model_keeps_its_proportions(arch: Arch, tp, small_tp):
     assert all(getattr(found, name) == getattr(large, name) for name in kept)
     padded = [a.padded_vocab_size > a.vocab_size for a in (large, found)]
     assert padded[0] == padded[1]
+
+
+def test_a_small_model_keeps_what_differs_between_its_layers():
+    ranks, large = Ranks(tp=1, dp=1), replace(WINDOWS, window_size="900,0")
+    small = shrink.small_arch(large, ranks, ranks, 6)
+    assert (small.window_size, small.no_rope_freq) == ("5,0", "[0,1,0,0,0,1]")
+    assert small.window_attn_skip_freq == "[1,0,1,1,1,0]"
+    target = target_arch(large, num_layers=3, hidden_size=40)
+    pruned = shrink.small_target(large, target, small, 2)
+    assert (pruned.num_layers, pruned.no_rope_freq) == (2, "[0,1]")
+    assert pruned.hidden_size < small.hidden_size
 
 
 def test_depths_keep_order_and_unevenness():

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import load_file, save_file
 
 from megatron_ext.arch import num_parameters
+from megatron_ext.arch.per_layer import switches
 from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.convert import exporter
 from megatron_ext.convert.config import arch_of, config_of
@@ -63,6 +64,31 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": True,
+}
+MINISTRAL = {
+    **YARN,
+    "original_max_position_embeddings": 64,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+GRANITE = {
+    "tie_word_embeddings": True,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.15,
+    "logits_scaling": 8.0,
+}
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5}
+LOCAL = {"rope_type": "default", "rope_theta": 1e4}
 BERT = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
 # name: model_type and config; every family at least once.
 MODELS = {
@@ -74,10 +100,47 @@ MODELS = {
     "llama with biases": ("llama", {**COMMON, "attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {**COMMON, "head_dim": 20, "sliding_window": None}),
     "mistral 0.1": ("mistral", {**COMMON, "sliding_window": 64}),
+    "mistral 0.1 cut": ("mistral", {**COMMON, "sliding_window": 9}),
+    "ministral 3": (
+        "ministral3",
+        {
+            **COMMON,
+            "pad_token_id": 0,
+            "head_dim": 12,
+            "sliding_window": 9,
+            "rope_parameters": MINISTRAL,
+        },
+    ),
+    "smollm3": (
+        "smollm3",
+        {
+            **COMMON,
+            "pad_token_id": 0,
+            "no_rope_layers": [1, 0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 9,
+        },
+    ),
+    "glm": ("glm", {**COMMON, "pad_token_id": 0, "head_dim": 16}),
+    "glm4": ("glm4", {**COMMON, "pad_token_id": 0, "head_dim": 16}),
+    "gemma 3": (
+        "gemma3_text",
+        {
+            **COMMON,
+            "head_dim": 12,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": LOCAL},
+        },
+    ),
+    "granite": ("granite", {**COMMON, **GRANITE}),
     "qwen2": ("qwen2", {**COMMON, "tie_word_embeddings": True}),
+    "qwen2.5 long": ("qwen2", {**COMMON, "rope_parameters": YARN}),
     "qwen2.5 7B": ("qwen2", {**COMMON, "tie_word_embeddings": False, "max_window_layers": 4}),
     "qwen3": ("qwen3", {**COMMON, "head_dim": 14}),
     "nemotron": ("nemotron", {**COMMON, "head_dim": 16}),
+    "phi3": ("phi3", {**COMMON, "pad_token_id": 0, "head_dim": 12, "partial_rotary_factor": 0.5}),
     "gpt2": (
         "gpt2",
         {
@@ -116,10 +179,18 @@ TARGETS = {
     "llama with biases": f"{WIDTH} {DENSE} {GROUPS}",
     "mistral": f"{LAYERS} --target-hidden-size 34 {DENSE} {GROUPS}",
     "mistral 0.1": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
+    **dict.fromkeys(
+        ("mistral 0.1 cut", "ministral 3", "smollm3", "granite", "glm", "glm4"),
+        f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
+    ),
+    # Its embedding is multiplied by sqrt(hidden_size), always.
+    "gemma 3": f"{LAYERS} {DENSE} {GROUPS}",
     "qwen2": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
+    "qwen2.5 long": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     "qwen2.5 7B": f"{LAYERS} {WIDTH} {DENSE} --target-num-attention-heads 4",
     "qwen3": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     "nemotron": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
+    "phi3": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     # The head_dim of these is hidden_size / heads, always.
     "gpt2": f"{LAYERS} --target-hidden-size 24 --target-num-attention-heads 3 {DENSE}",
     "bert": f"{LAYERS} --target-hidden-size 36 --target-num-attention-heads 6 {DENSE}",
@@ -329,10 +400,13 @@ def test_config_of_a_pruned_model_says_its_own_sizes(pruned):
             assert found == [getattr(arch, field)] * len(keys), f"{name} {field}"
         assert config["dtype"] == config["torch_dtype"] == "float32"
         if "layer_types" in config:
-            assert config["layer_types"] == ["full_attention"] * arch.num_layers
+            cut = switches(arch, "window_attn_skip_freq") or [arch.window is not None] * 3
+            kinds = ("full_attention", "sliding_attention")
+            assert config["layer_types"] == [kinds[on] for on in cut]
         assert name != "qwen2.5 7B" or config["max_window_layers"] == arch.num_layers == 3
         if arch.position_embedding_type == "rope":
-            assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+            rope = config["rope_parameters"]
+            assert config["rope_theta"] == rope.get("full_attention", rope)["rope_theta"]
             assert config["head_dim"] == arch.kv_channels
     scaling = json.loads((pruned / "llama 3.2/hf-pruned/config.json").read_text())["rope_scaling"]
     assert scaling == {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
@@ -525,6 +599,51 @@ def test_files_of_published_berts(folders, tmp_path):
     assert_same_bytes(read_tensors(save), read_tensors(str(folders / "bert/megatron")))
 
 
+VISION = {
+    "model_type": "pixtral",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
+
+
+def write_with_pictures(folder):
+    """Save a random model of pictures and text and return the logits of its text."""
+    model_type, values = MODELS["ministral 3"]
+    torch.manual_seed(0)
+    parts = {"text_config": {"model_type": model_type, **values}, "vision_config": VISION}
+    config = transformers.AutoConfig.for_model("mistral3", **parts)
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens()).logits
+
+
+@pytest.mark.parametrize("new_names", [False, True])
+def test_the_text_of_a_model_of_pictures(new_names, tmp_path):
+    """Mistral Small 3.1 and Ministral 3 are published as such; names differ between versions."""
+    expected = write_with_pictures(tmp_path / "hf")
+    if new_names:
+        tensors(tmp_path / "hf", rename_text)
+    flags = ["import", "--hf", str(tmp_path / "hf"), "--save", str(tmp_path / "megatron")]
+    (outcome,) = succeed("tools.convert", flags)
+    assert "tensors beside the language model, left out" in outcome.stderr
+    (logits,) = run_ranks(1, megatron_logits, [str(tmp_path / "megatron")], 1, 1)
+    assert_close("text", logits[0], expected)
+    hf = str(tmp_path / "out")
+    succeed("tools.convert", ["export", "--load", str(tmp_path / "megatron"), "--hf", hf])
+    assert_close("export", hf_logits(hf), expected)
+
+
+def rename_text(found):
+    for name in list(found):
+        new = name.replace("language_model.model.", "model.language_model.")
+        found[new.replace("language_model.lm_head.", "lm_head.")] = found.pop(name)
+
+
 def test_a_model_of_no_known_origin_needs_its_family(tmp_path):
     write_model(str(tmp_path / "model"), LLAMA)
     flags = ["export", "--load", str(tmp_path / "model"), "--hf", str(tmp_path / "hf")]
@@ -573,7 +692,12 @@ BAD = {
     "model_type 'bert2'": lambda f: edit(f, model_type="bert2"),
     "there is no num_hidden_layers": lambda f: edit(f, num_hidden_layers=None),
     "hidden_act 'tanh'": lambda f: edit(f, hidden_act="tanh"),
-    "rope_type 'yarn'": lambda f: edit(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+    "rope_type yarn has no factor": lambda f: edit(f, rope_parameters={"rope_type": "yarn"}),
+    "rope_type yarn has no original": lambda f: edit(
+        f, rope_parameters={"rope_type": "yarn", "factor": 2.0}
+    ),
+    "rope_type 'longrope'": lambda f: edit(f, rope_parameters={"rope_type": "longrope"}),
+    "rope factor 2.5": lambda f: edit(f, rope_parameters={"rope_type": "linear", "factor": 2.5}),
     "rope low_freq_factor 2.0": lambda f: edit(
         f, rope_parameters={**LLAMA3, "low_freq_factor": 2.0}
     ),
@@ -583,7 +707,10 @@ BAD = {
     "--num-attention-heads 8 is not a multiple": lambda f: edit(f, num_key_value_heads=3),
     "though tie_word_embeddings is true": lambda f: edit(f, tie_word_embeddings=True),
     "quantization_config": lambda f: edit(f, quantization_config={"bits": 4}),
-    "sliding_window 8 is shorter": lambda f: edit(f, sliding_window=8),
+    "layer_types has full_attention": lambda f: edit(
+        f, sliding_window=8, layer_types=["full_attention"] * 4
+    ),
+    "layer_types has chunked_attention": lambda f: edit(f, layer_types=["chunked_attention"] * 4),
     "is [2, 48], config.json says [101, 48]": lambda f: tensors(f, lambda x: shrink(x)),
     "there is no tensor model.layers.4": lambda f: edit(f, num_hidden_layers=6),
     "extra.weight has no row": lambda f: tensors(f, lambda x: x.update(extra_weight(x))),
@@ -705,6 +832,163 @@ def test_sizes_of_known_models():
     )
     gpt2 = {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12}
     assert num_parameters(arch_of({**gpt2, "n_positions": 1024})) == 124_439_808
+
+
+WIDE = {"tie_word_embeddings": False, "hidden_act": "silu"}
+PHI_3_MINI = {
+    **WIDE,
+    "model_type": "phi3",
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "sliding_window": 2047,
+    "rope_theta": 10000.0,
+}
+PHI_4 = {
+    **PHI_3_MINI,
+    "vocab_size": 100352,
+    "hidden_size": 5120,
+    "intermediate_size": 17920,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 10,
+    "max_position_embeddings": 16384,
+    "sliding_window": None,
+    "rope_theta": 250000.0,
+}
+SMOLLM3_3B = {
+    "model_type": "smollm3",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 65536,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "rope_theta": 5000000.0,
+}
+GRANITE_2B = {
+    "model_type": "granite",
+    "vocab_size": 49155,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.015625,
+    "logits_scaling": 8.0,
+}
+GLM_4_9B = {
+    **WIDE,
+    "model_type": "glm",
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "intermediate_size": 13696,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "attention_bias": True,
+    "rope_theta": 10000.0,
+}
+GEMMA_3_270M = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262144,
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "sliding_window": 512,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+}
+GEMMA_3_1B = {
+    **GEMMA_3_270M,
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 26,
+}
+MISTRAL_7B = {
+    **WIDE,
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+QWEN_7B = {
+    **WIDE,
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "sliding_window": 131072,
+    "use_sliding_window": False,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "count", "sizes"),
+    [
+        (PHI_3_MINI, 3_821_079_552, {"window_size": "2046,0", "window_attn_skip_freq": None}),
+        (PHI_4, 14_659_507_200, {"window_size": None, "num_query_groups": 10}),
+        (SMOLLM3_3B, 3_075_098_624, {"no_rope_freq": f"[{','.join('0001' * 9)}]"}),
+        (GRANITE_2B, 2_533_531_648, {"softmax_scale": 1 / 64, "residual_multiplier": 0.22}),
+        (GLM_4_9B, 9_399_951_360, {"rotary_percent": 0.5, "rotary_interleaved": True}),
+        (GEMMA_3_270M, 268_098_176, {"rotary_base_local": 10_000, "softmax_scale": 1 / 16}),
+        (GEMMA_3_1B, 999_885_952, {"window_size": "511,0", "embedding_multiplier": 1152**0.5}),
+        (MISTRAL_7B, 7_241_732_096, {"window_size": "4095,0", "kv_channels": 128}),
+        (QWEN_7B, 7_615_616_512, {"rotary_scaling_factor": 4.0, "window_size": None}),
+    ],
+    ids=[
+        "Phi-3-mini",
+        "phi-4",
+        "SmolLM3-3B",
+        "granite-3.0-2b",
+        "glm-4-9b",
+        "gemma-3-270m",
+        "gemma-3-1b",
+        "Mistral-7B",
+        "Qwen2.5-7B",
+    ],
+)
+def test_parameter_counts_of_published_models(config, count, sizes):
+    arch = arch_of(config)
+    assert num_parameters(arch) == count
+    assert {name: getattr(arch, name) for name in sizes} == sizes
+
+
+def test_queries_that_ministral_scales_by_their_position_are_refused():
+    config = {"model_type": "ministral3", **COMMON, "rope_parameters": MINISTRAL}
+    assert arch_of(config).position_embedding_type == "yarn"
+    with pytest.raises(ValueError, match="--max-position-embeddings 64 imports the model"):
+        arch_of({**config, "max_position_embeddings": 65})
 
 
 def test_check_compares_logits_with_transformers(folders, tmp_path):

@@ -261,12 +261,13 @@ def test_conversions(place, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     code, stdout, _ = convert(f"import --dry-run --hf {tmp_path} --save x --load-config {{c}}")
     assert (code, "16 layers" in stdout) == (0, True)
-    # Mistral-7B-v0.1, as far as its window does not cut.
-    windowed = config | {"model_type": "mistral", "sliding_window": 4096, "rope_scaling": None}
-    (tmp_path / "config.json").write_text(json.dumps(windowed))
+    # A Ministral, as far as it does not scale queries.
+    rope = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096}
+    scaled = {"model_type": "ministral3", "rope_scaling": rope | {"llama_4_scaling_beta": 0.1}}
+    (tmp_path / "config.json").write_text(json.dumps(config | scaled))
     line = f"import --dry-run --hf {tmp_path} --save x"
     code, _, stderr = convert(line)
-    assert (code, "sliding_window 4096 is shorter" in stderr) == (CHECKPOINT, True)
+    assert (code, "llama_4_scaling_beta 0.1 scales queries" in stderr) == (CHECKPOINT, True)
     assert convert(f"{line} --max-position-embeddings 4096")[0] == 0
     line = f"export --dry-run --load {place}/student --hf {tmp_path}/new --model-type mistral"
     code, stdout, stderr = convert(f"{line} --hidden-size 40 --max-shard-size 20KB")

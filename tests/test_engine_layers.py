@@ -23,13 +23,19 @@ from megatron_ext.pruning.trim import trimmed_share
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import UserError
 from tests.engine import ENGINE, NormLinear, stand_in
-from tests.models import GPT2, LLAMA, MOE, NEMOTRON, random_batch
+from tests.models import GPT2, LLAMA, MOE, NEMOTRON, WINDOWS, random_batch
 from tests.ranks import run_ranks
 from tests.test_hidden import trained
 from tests.test_importance import score_model
 from tests.test_scores import random_scores
 
-MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON, "moe": MOE}
+MODELS = {
+    "llama": LLAMA,
+    "windows": replace(WINDOWS, sandwich_norm=False),
+    "gpt2": GPT2,
+    "nemotron": NEMOTRON,
+    "moe": MOE,
+}
 TP2 = ({"tensor_model_parallel_size": 2}, {"sequence_parallel": True})
 PP2 = ({"pipeline_model_parallel_size": 2}, {})
 

@@ -393,13 +393,14 @@ TRAIN_OPTIONS = """
     --max-position-embeddings --merge-file --mfu --micro-batch-size --min-loss-scale --min-lr
     --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-grouped-gemm --moe-router-dtype
     --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
-    --moe-shared-expert-intermediate-size --moe-token-dispatcher-type
+    --moe-shared-expert-intermediate-size --moe-token-dispatcher-type --mscale --mscale-all-dim
     --no-barrier-with-level-1-timing --no-bias-gelu-fusion --no-fp8-wgrad --no-load-optim
     --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication --no-pad-vocab-size
-    --no-save-optim --no-save-rng --no-tp-comm-bulk-dgrad --no-tp-comm-bulk-wgrad
-    --no-tp-comm-overlap-ag --no-tp-comm-overlap-rs --no-verify-integrity --norm-epsilon
-    --normalization --num-attention-heads --num-experts --num-layers --num-layers-at-end-in-bf16
-    --num-layers-at-start-in-bf16 --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --no-rope-freq --no-save-optim --no-save-rng --no-tp-comm-bulk-dgrad --no-tp-comm-bulk-wgrad
+    --no-tp-comm-overlap-ag --no-tp-comm-overlap-rs --no-verify-integrity
+    --no-yarn-correction-range-round-to-int --norm-epsilon --normalization --num-attention-heads
+    --num-experts --num-layers --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16
+    --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --optimizer --overlap-grad-reduce
     --overlap-p2p-communication-warmup-flush --overlap-param-gather --override-opt-param-scheduler
     --override-opt_param-scheduler --padded-vocab-size --per-split-data-args-path
@@ -408,7 +409,8 @@ TRAIN_OPTIONS = """
     --profile-step-start --progress --pytorch-profiler-collect-callstack
     --pytorch-profiler-collect-shapes --qk-layernorm --recompute-activations --recompute-granularity
     --recompute-method --recompute-modules --recompute-num-layers --reset-attention-mask
-    --reset-position-ids --rope-scaling-factor --rotary-base --rotary-percent --save --save-interval
+    --reset-position-ids --rope-scaling-factor --rotary-base --rotary-interleaved --rotary-percent
+    --rotary-scaling-factor --rotary-seq-len-interpolation-factor --save --save-interval
     --save-retain-interval --seed --seq-length --sequence-parallel --sgd-momentum --skip-train
     --split --squared-relu --start-weight-decay --swiglu --teacher-config --teacher-fp8-format
     --teacher-load --tensor-model-parallel-size --tensorboard-dir --tensorboard-queue-size
@@ -419,7 +421,8 @@ TRAIN_OPTIONS = """
     --use-checkpoint-opt_param-scheduler --use-distributed-optimizer --use-pytorch-profiler
     --use-rope-scaling --use-rotary-position-embeddings --valid-data-path --vocab-file --vocab-size
     --wandb-entity --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay
-    --weight-decay-incr-style --world-size
+    --weight-decay-incr-style --window-attn-skip-freq --window-size --world-size --yarn-beta-fast
+    --yarn-beta-slow --yarn-correction-range-round-to-int --yarn-original-max-position-embeddings
 """
 PRUNE_OPTIONS = """
     --add-qkv-bias --apply-layernorm-1p --apply-residual-connection-post-layernorm
@@ -436,22 +439,26 @@ PRUNE_OPTIONS = """
     --make-vocab-size-divisible-by --max-position-embeddings --merge-file --mfu --micro-batch-size
     --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-router-dtype
     --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
-    --moe-shared-expert-intermediate-size --no-bias-gelu-fusion --no-mmap-bin-files
-    --no-overlap-p2p-communication --no-pad-vocab-size --no-verify-integrity --norm-epsilon
-    --normalization --num-attention-heads --num-experts --num-layers
-    --num-layers-per-virtual-pipeline-stage --num-query-groups
-    --num-virtual-stages-per-pipeline-rank --num-workers --overlap-p2p-communication-warmup-flush
-    --padded-vocab-size --per-split-data-args-path --pipeline-model-parallel-layout
-    --pipeline-model-parallel-size --plan --position-embedding-type --prune-iterations
-    --qk-layernorm --reset-attention-mask --reset-position-ids --rope-scaling-factor --rotary-base
-    --rotary-percent --save --scores --search-space --seed --seq-length --sequence-parallel --split
-    --squared-relu --swiglu --target-attention-layers --target-budget --target-ffn-hidden-size
-    --target-hidden-size --target-mlp-layers --target-moe-ffn-hidden-size --target-moe-layers
+    --moe-shared-expert-intermediate-size --mscale --mscale-all-dim --no-bias-gelu-fusion
+    --no-mmap-bin-files --no-overlap-p2p-communication --no-pad-vocab-size --no-rope-freq
+    --no-verify-integrity --no-yarn-correction-range-round-to-int --norm-epsilon --normalization
+    --num-attention-heads --num-experts --num-layers --num-layers-per-virtual-pipeline-stage
+    --num-query-groups --num-virtual-stages-per-pipeline-rank --num-workers
+    --overlap-p2p-communication-warmup-flush --padded-vocab-size --per-split-data-args-path
+    --pipeline-model-parallel-layout --pipeline-model-parallel-size --plan --position-embedding-type
+    --prune-iterations --qk-layernorm --reset-attention-mask --reset-position-ids
+    --rope-scaling-factor --rotary-base --rotary-interleaved --rotary-percent
+    --rotary-scaling-factor --rotary-seq-len-interpolation-factor --save --scores --search-space
+    --seed --seq-length --sequence-parallel --split --squared-relu --swiglu
+    --target-attention-layers --target-budget --target-ffn-hidden-size --target-hidden-size
+    --target-mlp-layers --target-moe-ffn-hidden-size --target-moe-layers
     --target-moe-shared-expert-intermediate-size --target-num-attention-heads --target-num-experts
     --target-num-layers --target-num-query-groups --target-params --target-tolerance --targets
     --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path
     --transformer-impl --trust-checkpoint --trust-remote-code --untie-embeddings-and-output-weights
-    --use-rope-scaling --use-rotary-position-embeddings --vocab-file --vocab-size --world-size
+    --use-rope-scaling --use-rotary-position-embeddings --vocab-file --vocab-size
+    --window-attn-skip-freq --window-size --world-size --yarn-beta-fast --yarn-beta-slow
+    --yarn-correction-range-round-to-int --yarn-original-max-position-embeddings
 """
 
 

@@ -282,10 +282,19 @@ def test_sizes_of_bridge_and_nemo(tmp_path):
     logits = run_ranks(1, logits_of, [own, str(bridge), str(nemo)])[0]
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
-    config["model"]["window_size"] = [4095, 0]
+    config["model"] |= {
+        "window_size": [4095, 0],
+        "no_rope_freq": 4,
+        "yarn_rotary_scaling_factor": 2,
+    }
+    (bridge / "iter_0000005/run_config.yaml").write_text(yaml.safe_dump(config))
+    found = checkpoints.read(str(bridge)).with_tokens(LLAMA.vocab_size).arch
+    own_layers = {"window_size": "4095,0", "no_rope_freq": "[0,0,0,1]"}
+    assert found == replace(LLAMA, **own_layers, rotary_scaling_factor=2)
+    config["model"]["softmax_type"] = "learnable"
     (bridge / "iter_0000005/run_config.yaml").write_text(yaml.safe_dump(config))
     code, line = fail("tools.inspect_checkpoint", ["--load", str(bridge)])
-    assert (code, "window_size is [4095, 0]" in line) == (CHECKPOINT, True)
+    assert (code, "softmax_type is learnable" in line) == (CHECKPOINT, True)
     config["model"] = bridge_yaml(LLAMA) | {"num_layers": "4"}
     (bridge / "iter_0000005/run_config.yaml").write_text(yaml.safe_dump(config))
     code, line = fail("tools.inspect_checkpoint", ["--load", str(bridge)])
@@ -417,10 +426,10 @@ def test_what_is_not_computed_is_refused_whoever_wrote_it(tmp_path):
                 read({name: "mrope"})
     own = str(tmp_path / "own")
     write_model(own, LLAMA)
-    args = plain | {"window_size": (127, 0)}
-    run_ranks(1, rewrite, own, tmp_path / "window", "core 0.19", args)
-    code, line = fail("tools.inspect_checkpoint", ["--load", str(tmp_path / "window")])
-    assert (code, "window_size is (127, 0)" in line) == (CHECKPOINT, True)
+    args = plain | {"softmax_type": "off-by-one"}
+    run_ranks(1, rewrite, own, tmp_path / "sinks", "core 0.19", args)
+    code, line = fail("tools.inspect_checkpoint", ["--load", str(tmp_path / "sinks")])
+    assert (code, "softmax_type is off-by-one" in line) == (CHECKPOINT, True)
 
 
 class Malicious:

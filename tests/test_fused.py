@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_ext.distillation import fused
 from megatron_ext.distillation.fused import fused_losses
 from megatron_ext.distillation.losses import LogitLoss
-from tests.models import BERT, GPT2, LLAMA
+from tests.models import BERT, GPT2, LLAMA, WINDOWS
 from tests.programs import data_flags, read_metrics, succeed, write_corpus, write_model
 from tests.ranks import run_ranks
 from tests.test_layouts import LAYOUTS, assert_gradients_equal, gradients_of_one_step
@@ -20,7 +20,10 @@ GPTS = {
     "tied beside tied": (GPT2, replace(GPT2, hidden_size=24)),
 }
 # Its output layer has a bias, and a head before it.
-MODELS = GPTS | {"bert": (BERT, replace(BERT, hidden_size=24))}
+MODELS = GPTS | {
+    "bert": (BERT, replace(BERT, hidden_size=24)),
+    "scaled": (replace(WINDOWS, hidden_size=32), WINDOWS),  # both divide their logits
+}
 LOSSES = {
     "kl": {"logit_loss": LogitLoss(temperature=2.0)},
     "top-k with tail, lm": {
@@ -53,6 +56,7 @@ def serial():
 CASES = [
     *product(GPTS, ["one rank", *LAYOUTS], ["kl"]),
     *product(GPTS, ["one rank", "TP2+SP", "PP2", "CP2"], ["top-k with tail, lm"]),
+    *product(["scaled"], ["one rank", "CP2"], ["kl"]),
     *product(["bert"], ["one rank", "TP2", "TP2+SP"], ["kl"]),
 ]
 

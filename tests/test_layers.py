@@ -10,6 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron_ext.model.build import ModelOptions, transformer_config
 from megatron_ext.model.layers import Attention, Norm
 from megatron_ext.runtime import platform
+from megatron_ext.runtime.errors import UserError
 from tests.models import LLAMA, NEMOTRON
 from tests.ranks import run_ranks
 
@@ -58,17 +59,22 @@ def _naive_attention(query, key, value, mask):
 
 def _attention_error(kind):
     place = platform.initialize()
-    config = transformer_config(NEMOTRON, ModelOptions(params_dtype=torch.float64), place.groups)
+    arch = replace(NEMOTRON, window_size="2,0" if "window" in kind else None)
+    config = transformer_config(arch, ModelOptions(params_dtype=torch.float64), place.groups)
     mask_type = AttnMaskType.no_mask if kind == "none" else AttnMaskType.causal
     attention = Attention(config, 1, mask_type, "self", pg_collection=place.groups)
     torch.manual_seed(1)
     inputs = [torch.randn(7, 2, heads, 12, dtype=torch.float64) for heads in (8, 2, 2)]
     ours, theirs = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
     causal = torch.ones(7, 7).triu(1).bool()
-    mask = {"none": torch.zeros(7, 7).bool(), "causal": causal, "documents": causal.clone()}[kind]
-    if kind == "documents":
+    mask = torch.zeros(7, 7).bool() if kind == "none" else causal
+    given = None
+    if "documents" in kind:
         mask[4:, :4] = True  # a document ends after four tokens
-    output = attention(*ours, mask[None, None] if kind == "documents" else None)
+        given = mask[None, None].clone()
+    if "window" in kind:
+        mask = mask | torch.ones(7, 7).tril(-3).bool()
+    output = attention(*ours, given)
     expected = _naive_attention(*theirs, mask)
     gradient = torch.randn_like(output)
     output.backward(gradient)
@@ -77,7 +83,26 @@ def _attention_error(kind):
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
-@pytest.mark.parametrize("kind", ["causal", "none", "documents"])
+@pytest.mark.parametrize("kind", ["causal", "none", "documents", "window", "window and documents"])
 def test_attention_and_its_gradients(kind):
     (error,) = run_ranks(1, _attention_error, kind)
     assert error < 1e-12
+
+
+def refused_by_the_engine(arch):
+    groups = platform.initialize(context_parallel_size=2).groups
+    with pytest.raises(UserError) as caught:
+        transformer_config(arch, ModelOptions(transformer_impl="transformer_engine"), groups)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window_size": "7,0"}, "--cp-comm-type p2p: Transformer Engine's attention has no"),
+        ({"sandwich_norm": True}, "need --transformer-impl local."),
+    ],
+)
+def test_what_the_engine_does_not_compute_is_refused(change, message):
+    for said in run_ranks(2, refused_by_the_engine, replace(LLAMA, **change)):
+        assert message in said

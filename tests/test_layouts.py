@@ -22,7 +22,7 @@ from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
 from megatron_ext.model.layers import shard_positions
 from megatron_ext.runtime import platform
 from megatron_ext.training.step import StepShape, train_step, wrap
-from tests.models import BERT, GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, random_batch
+from tests.models import BERT, GEMMA, GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, WINDOWS, random_batch
 from tests.ranks import run_ranks
 
 NUM_SAMPLES, SEQ_LENGTH = 4, 16
@@ -168,8 +168,16 @@ BERT_MODELS = {
     ),
     "bert beside bert": (replace(BERT, hidden_size=24, ffn_hidden_size=40), BERT),
 }
+# The student has other layers of the teacher's: its windows are elsewhere.
+WINDOW_MODELS = {
+    "windows beside windows": (
+        replace(WINDOWS.with_layers([1, 2, 3, 0]), hidden_size=32, ffn_hidden_size=48),
+        WINDOWS,
+    ),
+    "windows of gemma": (GEMMA, None),
+}
 ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS
-ALL_MODELS = MODELS | EXPERT_MODELS | BERT_MODELS
+ALL_MODELS = MODELS | EXPERT_MODELS | BERT_MODELS | WINDOW_MODELS
 # The load-balancing losses of these models are among what must not depend on the layout.
 CASES = [
     *product(MODELS, LAYOUTS),
@@ -180,6 +188,8 @@ CASES = [
     ("dense beside moe", "EP2"),
     *product(["bert"], ["TP2", "TP2+SP", "PP2", "PP2xVPP2", "CP2"]),
     ("bert, pre-norm, untied", "TP2+SP"),
+    *product(["windows beside windows"], ["TP2+SP", "PP2 uneven", "PP2xVPP2", "CP2"]),
+    *product(["windows of gemma"], ["TP2+SP", "PP2 uneven", "CP2"]),
     *product(["bert beside bert"], ["TP2+SP", "PP2", "DP2"]),
 ]
 

@@ -97,10 +97,13 @@ OTHER_DEFAULTS = {
     "--transformer-impl": "local layers without a GPU or Transformer Engine",
     "--micro-batch-size": "required: Megatron-LM refuses a run without it too",
     "--seq-length": "required: likewise",
+    "--yarn-original-max-position-embeddings": "that of megatron-core's embedding, left out there",
+    "--yarn-beta-fast": "likewise",
+    "--yarn-beta-slow": "likewise",
 }
 # Values of Megatron-LM's that are refused as no choice, or of which it takes several, and why.
 OTHER_CHOICES = {
-    "--position-embedding-type": "yarn, mrope and relative are not computed here",
+    "--position-embedding-type": "mrope and relative are not computed here",
     "--moe-router-load-balancing-type": "others depend on the layout, or are not computed here",
     "--transformer-impl": "inference_optimized is no training",
     "--attention-backend": "local is --transformer-impl local",
@@ -266,8 +269,10 @@ def test_megatrons_defaults_pass_in_silence(capsys):
 @pytest.mark.parametrize(("parse", "base"), [(parse_train, TRAIN), (parse_prune, PRUNE)])
 def test_what_would_change_the_model_is_refused_with_what_to_do(parse, base):
     with pytest.raises(UserError) as caught:
-        parse(f"{base} --window-size 127,0".split(), 1)
-    assert str(caught.value) == "--window-size 127,0: no sliding windows here; leave it out."
+        parse(f"{base} --softmax-type off-by-one".split(), 1)
+    assert str(caught.value) == (
+        "--softmax-type off-by-one: only plain attention is built here; leave it out."
+    )
     assert caught.value.code == USAGE
     with pytest.raises(UserError) as caught:
         parse(f"{base} --sft --spec a b --moe-layer-freq [0]*3+[1]*58 --qk-l2-norm".split(), 1)

@@ -17,7 +17,7 @@ from megatron_ext.cli.programs import megatron_command_line
 from megatron_ext.pruning.plan import load_plan
 from megatron_ext.pruning.scores_file import load_scores, save_scores
 from megatron_ext.runtime.errors import CHECKPOINT, DATA, USAGE
-from tests.models import BERT, GPT2, LLAMA, MOE, NEMOTRON
+from tests.models import BERT, GPT2, LLAMA, MOE, NEMOTRON, WINDOWS
 from tests.programs import (
     LAYOUTS,
     assert_same_bytes,
@@ -35,9 +35,17 @@ from tests.programs import (
 from tests.ranks import run_ranks
 from tests.test_trim import hand_on, output_matrices, without
 
-MODELS = {"llama": LLAMA, "gpt2": GPT2, "nemotron": NEMOTRON, "bert": BERT, "moe": MOE}
+MODELS = {
+    "llama": LLAMA,
+    "windows": WINDOWS,
+    "gpt2": GPT2,
+    "nemotron": NEMOTRON,
+    "bert": BERT,
+    "moe": MOE,
+}
 TARGETS = {
     "llama": {"num_layers": 3, "hidden_size": 40, "ffn_hidden_size": 48, "num_attention_heads": 2},
+    "windows": {"num_layers": 2, "hidden_size": 40, "num_query_groups": 1},
     "gpt2": {"num_layers": 2, "hidden_size": 28, "ffn_hidden_size": 34, "num_attention_heads": 2},
     "nemotron": {
         "num_layers": 3,
@@ -104,7 +112,11 @@ def llama(sources):
     ("name", "layout"),
     [
         *(("llama", layout) for layout in [*LAYOUTS, *MIXED] if layout != "TP1"),
-        *((name, layout) for name in ("gpt2", "nemotron") for layout in ("TP2+SP", "PP2", "CP2")),
+        *(
+            (name, layout)
+            for name in ("windows", "gpt2", "nemotron")
+            for layout in ("TP2+SP", "PP2", "CP2")
+        ),
         *(("bert", layout) for layout in ("TP2+SP", "PP2", "DP2", "CP2")),
         *(("moe", layout) for layout in ("TP2+SP", "PP2", "CP2", "DP2", *EP2)),
     ],
@@ -235,6 +247,8 @@ def mask(model, plan):
             if linear.bias is not None:
                 linear.bias.data *= hidden * (number in plan.kept["layers"])
         norms += [layer.input_layernorm, layer.pre_mlp_layernorm]
+        if arch.sandwich_norm:
+            norms += [linear.post_layernorm for linear, _ in outputs]
         if arch.apply_residual_connection_post_layernorm and number not in plan.kept["layers"]:
             layer.forward = hand_on
     for norm in norms:

@@ -11,12 +11,12 @@ import yaml
 from megatron_ext.arch import num_parameters
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.pruning import search
-from megatron_ext.pruning.budget import Limit, Use, read_budget
+from megatron_ext.pruning.budget import Limit, Use, kv_bytes, read_budget
 from megatron_ext.pruning.scores_file import load_scores
 from megatron_ext.pruning.search import as_yaml, auto_space, read_space, table
 from megatron_ext.pruning.targets import read_targets
 from megatron_ext.runtime.errors import USAGE, UserError
-from tests.models import GPT2, LLAMA, MOE
+from tests.models import GPT2, LLAMA, MOE, WINDOWS
 from tests.programs import assert_same_bytes, fail, read_tensors, succeed, write_model
 from tests.test_arch import NEMOTRON_15B
 
@@ -289,3 +289,11 @@ def test_refused_with_nothing_written(gpt2, tmp_path):
     assert (code, "\n" in message) == (USAGE, False)
     assert f"--search-space {tmp_path}/none cannot be read" in message
     assert [path.name for path in tmp_path.iterdir()] == ["space.yaml"]
+
+
+def test_a_window_bounds_what_is_kept_of_a_sequence():
+    """Three layers keep 4 tokens, one keeps all; 2 groups of 16 channels, keys and values, bf16."""
+    of_token, use = 2 * 2 * 16 * 2, Use(context=100, batch=3)
+    assert kv_bytes(WINDOWS, use) == of_token * (3 * 4 + 100) * 3
+    assert kv_bytes(replace(WINDOWS, window_attn_skip_freq=None), use) == of_token * 4 * 4 * 3
+    assert kv_bytes(LLAMA, use) == of_token * 4 * 100 * 3

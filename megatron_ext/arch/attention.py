@@ -8,8 +8,9 @@ Named dims:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from megatron_ext.arch.per_layer import switches
 from megatron_ext.arch.rows import (
     REQUIRED,
     Axis,
@@ -17,6 +18,7 @@ from megatron_ext.arch.rows import (
     Weight,
     linear,
     norm,
+    norm_behind,
     repeated,
     size,
     sublayers,
@@ -49,13 +51,45 @@ class Sizes:
     """Not tied to hidden_size / num_attention_heads."""
     add_qkv_bias: bool = size(False, "a bias on query, key and value, whatever the others have")
     qk_layernorm: bool = size(False, "a norm on the query and the key of each head")
+    window_size: str | None = size(
+        None,
+        "tokens before its own that a query looks at, and 0 behind it: 127,0",
+    )
+    window_attn_skip_freq: str | None = size(
+        None,
+        "layers without --window-size: every N-th, or a list with a 0 for each, '([1]*5+[0])*4'",
+    )
+    softmax_scale: float | None = None
+    """Factor of a query times a key; None for 1 / sqrt(kv_channels). No flag, as in Megatron-LM."""
     attention_dropout: float = size(
         0.1, "share of attention weights dropped in training", at_least=0, below=1
     )
 
+    @property
+    def window(self) -> int | None:
+        """Tokens before its own that a query looks at; None for all."""
+        return None if self.window_size is None else int(self.window_size.split(",")[0])
+
+
+def window_text(value: Any) -> str:
+    """Return a window as its flag takes it, from that or from the pair that is saved.
+
+    Raises ``ValueError`` for a window that looks at tokens behind its own, or at all before it.
+    """
+    words = value.strip("()").split(",") if isinstance(value, str) else list(value)
+    if len(words) != 2 or not str(words[0]).strip().isdecimal() or str(words[1]).strip() != "0":
+        raise ValueError(f"--window-size {value}: write N,0: N tokens before its own, none behind.")
+    return f"{int(words[0])},0"
+
 
 def problems(arch: "Arch") -> Iterator[str]:
     """Yield how these sizes contradict each other."""
+    if arch.window_size is None and arch.window_attn_skip_freq is not None:
+        yield "--window-attn-skip-freq needs --window-size."
+    if arch.window_size is not None and arch.is_bert:
+        yield "--window-size does not go with --bert-no-binary-head."
+    if arch.softmax_scale == 0:
+        yield "softmax_scale is 0: no query would differ from another."
     if arch.num_attention_heads % arch.num_query_groups:
         yield (
             f"--num-attention-heads {arch.num_attention_heads} is not a multiple of "
@@ -83,16 +117,33 @@ def weights(arch: "Arch", layer: str) -> list[Weight]:
         rows += norm(arch, f"{attention}q_layernorm.", "head_dim", kind=NAME)
         rows += norm(arch, f"{attention}k_layernorm.", "head_dim", kind=NAME)
     projection = f"{attention}linear_proj"
-    return rows + linear(projection, ("hidden", "heads"), bias=bias, init="scaled", kind=NAME)
+    rows += linear(projection, ("hidden", "heads"), bias=bias, init="scaled", kind=NAME)
+    return rows + norm_behind(arch, projection, kind=NAME)
 
 
 def multiply_adds(arch: "Arch", seq_length: int) -> int:
     """Return one token's multiply-adds outside of weight matrices: scores and sums of values.
 
+    A layer's, on average over layers with a window and without.
+
     Causal attention counts half of the square, seq_length / 2 keys a token on average; a
-    BertModel's all of it.
+    BertModel's all of it; a window of w tokens, its own too, w - w**2 / (2 seq_length).
     """
-    return arch.num_attention_heads * arch.kv_channels * seq_length * (1 + arch.is_bert)
+    channels = arch.num_attention_heads * arch.kv_channels
+    width = seq_length if arch.window is None else min(arch.window + 1, seq_length)
+    windows = switches(arch, "window_attn_skip_freq") or [1]
+    saved = channels * (seq_length - width) ** 2 * sum(windows) // (seq_length * len(windows))
+    # Twice the keys of a token: scores and values.
+    return channels * seq_length * (1 + arch.is_bert) - saved
+
+
+def cached_tokens(arch: "Arch", context: int) -> int:
+    """Return the tokens whose key and value a sequence of ``context`` keeps, of all layers."""
+    layers = arch.attention_layers
+    if arch.window is None:
+        return layers * context
+    cut = switches(arch, "window_attn_skip_freq") or [1] * layers
+    return sum(min(context, arch.window + 1) if on else context for on in cut)
 
 
 def _head_outputs(arch: "Arch") -> list[Sequence[int]]:

@@ -21,6 +21,7 @@ a HybridModel (``Arch.by_sublayers``). Units of a sub-layer go by its number wit
 is the number of the layer where all layers are whole.
 """
 
+from megatron_ext.arch import per_layer
 from megatron_ext.arch.kinds import MODULES
 from megatron_ext.arch.rows import Axis, Size, one_each, one_row
 from megatron_ext.arch.sizes import Arch
@@ -64,7 +65,8 @@ def sizes_of(arch: Arch) -> list[str]:
 
 def has_sublayers(arch: Arch) -> bool:
     """Whether a sub-layer can be left out alone."""
-    return not arch.is_bert
+    alike = (*per_layer.NAMES, "rotary_base_local")
+    return not arch.is_bert and all(getattr(arch, name) is None for name in alike)
 
 
 def axes_on(dim: str, arch: Arch) -> list[Axis]:

@@ -17,6 +17,7 @@ from megatron_ext.arch.rows import (
     gate_and_up,
     linear,
     norm,
+    norm_behind,
     one_each,
     one_row,
     size,
@@ -40,6 +41,8 @@ class Sizes:
         at_least=1,
     )
     swiglu: bool = size(False, "gated MLP with SiLU instead of GELU")
+    geglu: bool = False
+    """Gated MLP with GELU in its tanh approximation. No flag: it comes with a checkpoint."""
     squared_relu: bool = size(False, "squared ReLU instead of GELU")
     bias_gelu_fusion: bool = size(
         False,
@@ -52,18 +55,20 @@ class Sizes:
     @property
     def is_gated(self) -> bool:
         """Whether the first matrix returns [gate ; up]."""
-        return self.swiglu
+        return self.swiglu or self.geglu
 
 
 def is_gelu(sizes: Mapping[str, Any]) -> bool:
     """Whether the MLP that ``sizes`` (fields of ``Arch`` by name) describe computes a GELU."""
-    return not (sizes.get("swiglu") or sizes.get("squared_relu"))
+    return not any(sizes.get(name) for name in ("swiglu", "geglu", "squared_relu"))
 
 
 def problems(arch: "Arch") -> Iterator[str]:
     """Yield how these sizes contradict each other."""
     if arch.swiglu and arch.squared_relu:
         yield "--swiglu and --squared-relu contradict each other: give one."
+    if arch.geglu and (arch.swiglu or arch.squared_relu or arch.bias_gelu_fusion):
+        yield "geglu goes with no other activation."
 
 
 def dims(arch: "Arch") -> dict[str, int]:
@@ -80,7 +85,8 @@ def weights(arch: "Arch", layer: str) -> list[Weight]:
     rows = norm(arch, f"{mlp}linear_fc1.layer_norm_", kind=NAME)
     rows += linear(f"{mlp}linear_fc1", ("fc1", "hidden"), bias=bias, kind=NAME)
     fc2 = f"{mlp}linear_fc2"
-    return rows + linear(fc2, ("hidden", "ffn"), bias=bias, init="scaled", kind=NAME)
+    rows += linear(fc2, ("hidden", "ffn"), bias=bias, init="scaled", kind=NAME)
+    return rows + norm_behind(arch, fc2, kind=NAME)
 
 
 def multiply_adds(arch: "Arch", seq_length: int) -> int:

@@ -65,6 +65,12 @@ def norm(arch: "Arch", key: str, dim: str = "hidden", *, kind: str | None = None
     return rows + [Weight(f"{key}bias", (dim,), "zeros", kind)] * has_bias
 
 
+def norm_behind(arch: "Arch", key: str, *, kind: str) -> list[Weight]:
+    """Return the norm of a sub-layer's output, of a model that has them; ``key`` is its matrix."""
+    rows = norm(arch, f"{key}.post_layernorm.", kind=kind)  # Megatron Bridge's name
+    return rows * arch.sandwich_norm
+
+
 @dataclass(frozen=True, kw_only=True)
 class Size:
     """A number of units, or of groups of them, that pruning changes."""

@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any
 
-from megatron_ext.arch import attention, bert, mlp, moe
+from megatron_ext.arch import attention, bert, mlp, moe, per_layer, rotary, scales
 from megatron_ext.arch import pattern as patterns
 from megatron_ext.arch.kinds import MODULES
 from megatron_ext.arch.mlp import is_gelu
@@ -47,18 +47,12 @@ LEFT_OUT: dict[str, tuple[Any, ...]] = {
     "low_freq_factor": (1.0,),
     "mtp_num_layers": (0,),
     "multi_latent_attention": (False,),
-    "no_rope_freq": (),
     "old_context_len": (8192,),
-    "position_embedding_type": ("learned_absolute", "rope", "none"),
+    "position_embedding_type": ("learned_absolute", "rope", "yarn", "none"),
     "qk_l2_norm": (False,),
     "quick_geglu": (False,),
-    "rotary_interleaved": (False,),
-    "rotary_seq_len_interpolation_factor": (),
-    "seq_len_interpolation_factor": (),
-    "softmax_scale": (),
     "softmax_type": ("vanilla",),
     "use_mup": (False,),
-    "window_size": (),
 }
 
 
@@ -93,18 +87,14 @@ class ModelSizes:
     position_embedding_type: str = size(
         "learned_absolute",
         "how positions enter",
-        choices=("learned_absolute", "rope", "none"),
+        choices=("learned_absolute", "rope", "yarn", "none"),
         shorthands={"--use-rotary-position-embeddings": "rope"},
     )
-    rotary_base: int = size(10000, "base of the rotary periods (theta)", at_least=1)
-    rotary_percent: float = size(
-        1.0, "share of a head's channels that rotate, 0 to 1", above=0, at_most=1
-    )
-    use_rope_scaling: bool = size(False, "scale rotary frequencies as Llama 3.1 does")
-    rope_scaling_factor: float = size(8.0, "factor of --use-rope-scaling", at_least=1)
     normalization: str = size("LayerNorm", "kind of norm", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = size(1e-5, "added to the variance in norms", above=0)
     apply_layernorm_1p: bool = size(False, "norm weights are stored as gamma - 1")
+    sandwich_norm: bool = False
+    """Whether attention and MLP have a norm behind them too, before their output is added."""
     add_bias_linear: bool = size(True, "no bias in linear layers", off="--disable-bias-linear")
     untie_embeddings_and_output_weights: bool = size(
         False, "an output matrix of its own instead of the embedding's"
@@ -117,7 +107,9 @@ class ModelSizes:
 
 # Bases from the last to the first: their fields are flags in this order.
 @dataclass(frozen=True, kw_only=True)
-class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, ModelSizes):
+class Arch(
+    bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, rotary.Sizes, scales.Sizes, ModelSizes
+):
     """The architecture of one model, in the names that Megatron-LM saves in a checkpoint's args."""
 
     by_layer: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -149,8 +141,13 @@ class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, ModelSizes):
             yield from patterns.problems(
                 self.pattern, self.num_layers, experts=self.num_experts is not None
             )
+        if self.sandwich_norm and (self.is_bert or self.num_experts or self.add_bias_linear):
+            yield "sandwich_norm goes with plain MLPs without biases, of no BertModel."
         for kind in MODULES:
             yield from kind.problems(self)
+        yield from rotary.problems(self)
+        yield from per_layer.problems(self)
+        yield from scales.problems(self)
         yield from bert.problems(self)
 
     def _by_layer_problems(self, given: list[tuple[str, tuple[int, ...]]]) -> Iterator[str]:
@@ -290,6 +287,10 @@ class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, ModelSizes):
             )
         return self.with_pattern(self.pattern)
 
+    def with_layers(self, layers: Sequence[int]) -> "Arch":
+        """Return the GPTModel or BertModel of some of these layers, by number."""
+        return replace(self, num_layers=len(layers), **per_layer.of_layers(self, layers))
+
     @classmethod
     def from_args(cls, args: Mapping[str, Any]) -> "Arch":
         """Read an architecture from Megatron-LM's saved args (a mapping of names to values).
@@ -319,7 +320,9 @@ class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, ModelSizes):
         missing = [name for name in _SIZES if name not in known]
         if missing:
             raise KeyError(missing[0])
-        return cls(**known)
+        if known.get("window_size") is None:  # then it is of no window
+            known.pop("window_attn_skip_freq", None)
+        return cls(**canonical(known, known["num_layers"]))
 
     def to_args(self) -> dict[str, Any]:
         """Return the inverse of ``from_args``: the names that Megatron-LM reads back."""
@@ -331,6 +334,8 @@ class Arch(bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, ModelSizes):
             # takes the flag with rope only: nobody has to type it.
             "add_position_embedding": True,
             "is_hybrid_model": self.is_hybrid,
+            "window_size": None if self.window is None else (self.window, 0),
+            **{name: per_layer.switches(self, name) for name in per_layer.NAMES},
         }
 
 
@@ -346,6 +351,17 @@ _AT_LEAST = {"vocab_size": 1} | {
     for f in fields(Arch)
     if "at_least" in f.metadata.get("flag", ())
 }
+
+
+def canonical(sizes: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Return ``sizes`` with what Megatron-LM takes in several forms in that of ``Arch``.
+
+    Raises ``ValueError`` for a list that does not fit the layers, and for windows to the right.
+    """
+    found = per_layer.expanded(sizes, num_layers)
+    if found.get("window_size") is not None:
+        found["window_size"] = attention.window_text(found["window_size"])
+    return found
 
 
 def check_left_out(settings: Mapping[str, Any]) -> None:

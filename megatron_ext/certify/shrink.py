@@ -19,6 +19,8 @@ from megatron_ext.distillation.pairs import Pair
 
 POSITIONS, TOKENS = 16, 48
 """Least number of tokens of a sample, and of the vocabulary."""
+WINDOW = 5
+"""Most tokens before its own that a query looks at, where there is a window."""
 KEPT_EXPERTS, KEPT_TOP_K = 16, 8
 """Above these, fewer."""
 
@@ -56,7 +58,10 @@ def small_arch(arch: Arch, real: Ranks, small: Ranks, num_layers: int) -> Arch:
             sizes[name] = up_to_multiple(getattr(arch, name) * factor, small.tp)
     if arch.num_experts is not None:
         sizes["num_experts"] = _num_experts(arch, real.ep, small.ep)
-    return replace(arch, **sizes)
+    if arch.window is not None:
+        sizes["window_size"] = f"{min(arch.window, WINDOW)},0"
+    layers = [layer % arch.num_layers for layer in range(num_layers)]
+    return replace(arch.with_layers(layers), **sizes)
 
 
 def _kv_channels(arch: Arch) -> int:
@@ -152,7 +157,7 @@ def small_target(source: Arch, target: Arch, small: Arch, num_layers: int) -> Ar
     sizes["num_attention_heads"] = target.num_attention_heads // target.num_query_groups * groups
     if "num_experts" in sizes:
         sizes["num_experts"] = max(sizes["num_experts"], small.moe_router_topk)
-    return replace(small, **{**sizes, "num_layers": num_layers})
+    return replace(small.with_layers(range(num_layers)), **{**sizes, "num_layers": num_layers})
 
 
 def small_batch(

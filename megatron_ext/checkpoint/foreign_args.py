@@ -35,6 +35,19 @@ NAMES = {
     "qk_layernorm": "qk_layernorm",
     "position_embedding_type": "position_embedding_type",
     "rotary_percent": "rotary_percent",
+    "rotary_interleaved": "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
+    "softmax_scale": "softmax_scale",
+    "no_rope_freq": "no_rope_freq",
+    "window_size": "window_size",
+    "window_attn_skip_freq": "window_attn_skip_freq",
+    "rotary_scaling_factor": "yarn_rotary_scaling_factor",
+    "yarn_original_max_position_embeddings": "yarn_original_max_position_embeddings",
+    "yarn_beta_fast": "yarn_beta_fast",
+    "yarn_beta_slow": "yarn_beta_slow",
+    "yarn_correction_range_round_to_int": "yarn_correction_range_round_to_int",
+    "mscale": "yarn_mscale",
+    "mscale_all_dim": "yarn_mscale_all_dim",
     "num_experts": "num_moe_experts",
     "init_method_std": "init_method_std",
     "attention_dropout": "attention_dropout",
@@ -43,6 +56,7 @@ NAMES = {
 # Activation, by the last word of the function's name, gated or not: fields of ``Arch``.
 ACTIVATIONS = {
     ("silu", True): {"swiglu": True},
+    ("fast_gelu", True): {"geglu": True},
     ("squared_relu", False): {"squared_relu": True},
     ("gelu", False): {},
     ("fast_gelu", False): {"bias_gelu_fusion": True},
@@ -83,6 +97,9 @@ def args_of(model: Mapping[str, Any], embedding_rows: int) -> dict[str, Any]:
     args.setdefault("kv_channels", hidden // heads)
     args.setdefault("ffn_hidden_size", 4 * hidden)
     args.setdefault("num_query_groups", heads)
+    interpolation = args.get("rotary_seq_len_interpolation_factor", 1)
+    if interpolation != int(interpolation):
+        raise ValueError(f"seq_len_interpolation_factor {interpolation} is not computed here")
     factor = model.get("rope_scaling_factor") or model.get("scale_factor")
     tied = model.get("share_embeddings_and_output_weights", True)
     return {
@@ -108,5 +125,5 @@ def _activation(model: Mapping[str, Any]) -> dict[str, bool]:
         raise ValueError(f"activation_func {name}{' gated' * gated} is not computed here")
     # megatron-core's fused kernel of gelu is its tanh approximation.
     is_fused = model.get("bias_activation_fusion") and model.get("add_bias_linear", True)
-    plain = {"swiglu": False, "squared_relu": False, "bias_gelu_fusion": False}
+    plain = {"swiglu": False, "geglu": False, "squared_relu": False, "bias_gelu_fusion": False}
     return plain | found | ({"bias_gelu_fusion": True} if not found and is_fused else {})

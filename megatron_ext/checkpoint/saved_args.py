@@ -50,7 +50,6 @@ DEFAULTS: dict[str, Any] = {
     "params_dtype": torch.float32,
     "pipeline_model_parallel_size": 1,
     "qk_l2_norm": False,
-    "rotary_interleaved": False,
     "sequence_parallel": False,
     "skipped_train_samples": 0,
     "tensor_model_parallel_size": 1,

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import axes_of
+from megatron_ext.arch.rotary import KINDS as ROTARY
 from megatron_ext.cli import flag_checks as check
 from megatron_ext.cli import megatron_flags as group
 from megatron_ext.cli import method_flags as own
@@ -219,7 +220,7 @@ def _position_problems(arch: Arch, seq_length: int) -> Iterator[str]:
             f"{arch.max_position_embeddings}."
         )
     rotary = int(arch.kv_channels * arch.rotary_percent)
-    if arch.position_embedding_type == "rope" and (rotary == 0 or rotary % 2):
+    if arch.position_embedding_type in ROTARY and (rotary == 0 or rotary % 2):
         yield (
             f"--kv-channels {arch.kv_channels} x --rotary-percent {arch.rotary_percent} = {rotary} "
             "channels rotate; rope turns pairs, so it must be an even number above 0."

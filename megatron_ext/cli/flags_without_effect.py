@@ -186,7 +186,7 @@ WITHOUT_EFFECT = (
     (
         "details of --multi-latent-attention",
         "--q-lora-rank= --kv-lora-rank=32 --qk-head-dim=128 --qk-pos-emb-head-dim=64 "
-        "--v-head-dim=128 --rotary-scaling-factor=1.0 --mscale=1.0 --mscale-all-dim=0.0 "
+        "--v-head-dim=128 "
         "--cache-mla-latents",
     ),
     (
@@ -209,11 +209,6 @@ WITHOUT_EFFECT = (
         "details of --hybrid-layer-pattern",
         "--mamba-state-dim=128 --mamba-head-dim=64 --mamba-num-groups=8 --mamba-num-heads= "
         "--mamba-training-ssm-states-dtype=",
-    ),
-    (
-        "details of --rope-type yarn",
-        "--yarn-original-max-position-embeddings= --yarn-beta-fast= --yarn-beta-slow= "
-        "--yarn-correction-range-round-to-int --no-yarn-correction-range-round-to-int",
     ),
     (
         "details of --position-embedding-type relative and mrope",

@@ -12,7 +12,6 @@ REFUSED = (
         "--experimental-attention-variant= --attention-output-gate --qk-l2-norm "
         "--export-qk-l2-norm --softmax-type=vanilla --linear-attention-freq=",
     ),
-    ("no sliding windows here; leave it out", "--window-size= --window-attn-skip-freq="),
     (
         "a model is a GPTModel, or of the sub-layers of --hybrid-layer-pattern; leave it out",
         "--hybrid-override-pattern= --is-hybrid-model --export-model-type=GPTModel --spec=...",
@@ -27,8 +26,7 @@ REFUSED = (
     ),
     (
         "see --rotary-base, --rotary-percent, --use-rope-scaling for the rotary embeddings here",
-        "--enable-gpt-oss --rope-type=|rope --rotary-interleaved "
-        "--rotary-seq-len-interpolation-factor=|1 --no-rope-freq=|0",
+        "--enable-gpt-oss --rope-type=|rope",
     ),
     (
         "MLPs have GELU, --swiglu or --squared-relu here; leave it out",

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, fields, make_dataclass, replace
 from typing import Any
 
-from megatron_ext.arch import Arch, is_gelu
+from megatron_ext.arch import Arch, is_gelu, per_layer, rotary
+from megatron_ext.arch.sizes import canonical
 from megatron_ext.cli.parser import dashed, flag, option
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError, warn
 
@@ -106,7 +107,7 @@ def new_arch(sizes: Mapping[str, Any], vocab_size: int) -> Arch:
         values["padded_vocab_size"] or -(-vocab_size // multiple) * multiple
     )
     with _refused():
-        return Arch(vocab_size=vocab_size, **values)
+        return Arch(vocab_size=vocab_size, **canonical(values, values["num_layers"]))
 
 
 @contextlib.contextmanager
@@ -126,7 +127,9 @@ def check_against_checkpoint(sizes: Mapping[str, Any], arch: Arch) -> Arch:
             balancing is typed for a model without experts.
     """
     # What is typed is of all layers: it contradicts a size in which they differ.
-    saved = arch.to_args() | {name: arch.span(name) for name, _ in arch.by_layer}
+    saved = arch.to_args() | _as_typed(arch) | {n: arch.span(n) for n, _ in arch.by_layer}
+    with _refused():
+        sizes = canonical(sizes, arch.num_layers)
     skip = set(NOT_COMPARED)
     if "num_query_groups" in sizes:
         # One group per head, typed as groups, is the same model as one without groups.
@@ -180,7 +183,8 @@ def args_of_sizes(sizes: Mapping[str, Any], embedding_rows: int) -> dict[str, An
 
 def megatron_command_line(arch: Arch) -> str:
     """Return the flags that tell Megatron-LM this architecture, in one line."""
-    values = arch.to_args() | {"make_vocab_size_divisible_by": vocab_multiple(arch)}
+    values = arch.to_args() | _as_typed(arch)
+    values["make_vocab_size_divisible_by"] = vocab_multiple(arch)
     words = []
     for field in fields(Sizes):
         value = values[field.name]
@@ -190,6 +194,8 @@ def megatron_command_line(arch: Arch) -> str:
             continue
         if field.name == "num_layers" and arch.is_hybrid:
             continue
+        if field.name in rotary.YARN and arch.position_embedding_type != "yarn":
+            continue  # Megatron-LM before 0.19 has none of these flags
         if field.name == "bias_gelu_fusion" and not is_gelu(values):
             continue
         if isinstance(field.default, bool):
@@ -197,6 +203,11 @@ def megatron_command_line(arch: Arch) -> str:
         elif field.name != "num_query_groups" or values["group_query_attention"]:
             words += [option(field), str(value)]
     return shlex.join(words)
+
+
+def _as_typed(arch: Arch) -> dict[str, Any]:
+    """Return the sizes that are typed otherwise than they are saved."""
+    return {name: getattr(arch, name) for name in ("window_size", *per_layer.NAMES)}
 
 
 def megatron_args(arch: Arch) -> dict[str, str]:

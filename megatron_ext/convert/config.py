@@ -9,16 +9,13 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from megatron_ext.arch import Arch, weights
-from megatron_ext.convert.families import FAMILIES, Family
-from megatron_ext.convert.types import ROPE_TYPES, Config, check_types, typed
+from megatron_ext.arch import Arch, rotary, weights
+from megatron_ext.convert import gemma, layers
+from megatron_ext.convert import rotary as rotary_keys
+from megatron_ext.convert.families import FAMILIES
+from megatron_ext.convert.family import Family
+from megatron_ext.convert.types import Config, typed
 
-# The scaling of Llama 3.1 in megatron-core's rotary embedding, whose factor alone can change.
-LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 # The version of transformers whose keys are written, beside those of older ones.
 WRITTEN_FOR = "5.0.0"
 # Switches of biases: what the names of their weights hold.
@@ -58,11 +55,18 @@ def arch_of(
     """
     family = family_of(config)
     config = typed(family, config)
+    if family.gemma:
+        config = gemma.with_one_rope(config)
     rows, multiple = _needed(config, "vocab_size"), make_vocab_size_divisible_by
     sizes = _sizes(family, config)
-    _check_computed(family, config, sizes["num_layers"], sizes["max_position_embeddings"])
+    _check_computed(family, config)
+    sizes |= layers.layer_sizes(
+        family, config, sizes["num_layers"], sizes["max_position_embeddings"]
+    )
+    if family.gemma:
+        sizes |= gemma.gemma_sizes(config, sizes["hidden_size"])
     if family.fixed["position_embedding_type"] == "rope":
-        sizes |= _rope(family, config)
+        sizes |= rotary_keys.rotary_sizes(family, config)
         if sizes["rotary_percent"] == 1 and sizes["kv_channels"] % 2:
             raise ValueError(f"head_dim {sizes['kv_channels']} is odd: channels rotate in pairs")
     return Arch(
@@ -102,19 +106,18 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
     config |= {"vocab_size": num_rows(arch, origin), "torch_dtype": dtype, "dtype": dtype}
     for name, keys in family.sizes.items():
         config |= dict.fromkeys(keys, getattr(arch, name))
+    if "softmax_scale" in family.sizes:
+        scale = arch.kv_channels**-0.5 if arch.softmax_scale is None else arch.softmax_scale
+        config |= dict.fromkeys(family.sizes["softmax_scale"], scale)
     config |= dict.fromkeys(family.biases, arch.add_bias_linear)
     config |= {key: not getattr(arch, name) for name, key in family.negated.items()}
     config |= family.only
     config |= _activation_config(arch, family, config)
-    if arch.position_embedding_type == "rope":
-        config |= _rope_config(arch, family)
-    if "layer_types" in config:
-        config["layer_types"] = ["full_attention"] * arch.num_layers
-    # Layers below it have full attention: all that there are here.
-    if config.get("max_window_layers", 0) == origin.get("num_hidden_layers"):
-        config["max_window_layers"] = arch.num_layers
-    if "sliding_window" in family.defaults:
-        config.setdefault("sliding_window", None)
+    if arch.position_embedding_type in rotary.KINDS:
+        config |= rotary_keys.rotary_config(arch, family, origin)
+    if family.gemma:
+        config |= gemma.gemma_config(arch, config)
+    config |= layers.layer_config(arch, family, config, origin)
     _check_reads_back(arch, family, config)
     return config
 
@@ -161,22 +164,11 @@ def _sizes(family: Family, config: Config) -> dict[str, Any]:
     return sizes
 
 
-def _check_computed(family: Family, config: Config, num_layers: int, num_positions: int) -> None:
+def _check_computed(family: Family, config: Config) -> None:
     """Refuse what the model here would silently leave out."""
     for key, only in {**family.only, "quantization_config": None}.items():
         if config.get(key, only) != only:
             raise ValueError(f"{key} {json.dumps(config[key])} is not computed here")
-    window, layer_types = config.get("sliding_window"), config.get("layer_types") or []
-    some_layers = config.get("max_window_layers", 0) < num_layers
-    if window and window < num_positions and config.get("use_sliding_window", True) and some_layers:
-        raise ValueError(
-            f"sliding_window {window} is shorter than max_position_embeddings {num_positions}, and "
-            f"is not computed here: --max-position-embeddings {window} imports the model for "
-            "sequences that it does not cut"
-        )
-    other = [kind for kind in layer_types if kind != "full_attention"]
-    if other and (window is None or window < num_positions):
-        raise ValueError(f"layer_types has {other[0]}: only full_attention is computed here")
 
 
 def _activation(family: Family, config: Config) -> Mapping[str, bool]:
@@ -190,7 +182,7 @@ def _activation(family: Family, config: Config) -> Mapping[str, bool]:
 def _activation_config(arch: Arch, family: Family, config: Config) -> dict[str, str]:
     """Return the name of the activation, the origin's if it is another name of the same."""
     key, known = family.activation
-    names = ("swiglu", "squared_relu", "bias_gelu_fusion")
+    names = ("swiglu", "geglu", "squared_relu", "bias_gelu_fusion")
     ours = {name: True for name in names if getattr(arch, name)}
     fitting = [value for value, meaning in known.items() if meaning == ours]
     if not fitting:
@@ -213,55 +205,6 @@ def without_biases(config: Config, family: Family) -> tuple[str, ...]:
     return tuple(BIASED[key] for key in off) if len(off) < len(family.biases) else ()
 
 
-def _rope(family: Family, config: Config) -> dict[str, Any]:
-    """Return the rotary fields from the keys of any version of transformers."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    rope = {key: value for key, value in rope.items() if value is not None}
-    check_types(rope, ROPE_TYPES)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", config.get("rope_theta"))
-    percent = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if theta is None:
-        raise ValueError("rope_theta None is no number")
-    if theta != int(theta) or theta < 1:
-        raise ValueError(f"rope_theta {theta} is no whole number from 1 on")
-    if not 0 < percent <= 1:
-        raise ValueError(f"partial_rotary_factor {percent} is not above 0 and at most 1")
-    if percent != 1 and not family.partial_rotary:
-        raise ValueError(
-            f"partial_rotary_factor {percent}: transformers ignores it in {family.model_type} and "
-            "rotates every channel"
-        )
-    sizes = {"rotary_base": int(theta), "rotary_percent": percent}
-    if kind == "default" or (kind == "linear" and rope.get("factor") == 1):
-        return sizes
-    if kind != "llama3":
-        raise ValueError(f"rope_type {kind!r} is not computed here, only default and llama3")
-    if "factor" not in rope:
-        raise ValueError("rope_type llama3 has no factor")
-    for name, only in LLAMA3_ROPE.items():
-        if rope.get(name) != only:
-            raise ValueError(f"rope {name} {rope.get(name)}: megatron-core computes {only} only")
-    return {**sizes, "use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-
-
-def _rope_config(arch: Arch, family: Family) -> dict[str, Any]:
-    """Return the rotary keys, for transformers from 5.0 on and for the versions before it."""
-    theta = float(arch.rotary_base)
-    scaling = None
-    if arch.use_rope_scaling:
-        scaling = {"rope_type": "llama3", "factor": arch.rope_scaling_factor, **LLAMA3_ROPE}
-    parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
-    is_said = family.partial_rotary or arch.rotary_percent != 1
-    partial = {"partial_rotary_factor": arch.rotary_percent} if is_said else {}
-    return {
-        "rope_parameters": {**parameters, **partial},
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        **partial,
-    }
-
-
 def _check_reads_back(arch: Arch, family: Family, config: Config) -> None:
     """Raise unless ``config`` says all of ``arch``: the family may have no word for a part."""
     again = _comparable(arch_of(config))
@@ -275,10 +218,9 @@ def _check_reads_back(arch: Arch, family: Family, config: Config) -> None:
 
 def _comparable(arch: Arch) -> dict[str, Any]:
     """Return the fields that decide what a model computes."""
-    if arch.position_embedding_type != "rope":
-        arch = replace(arch, rotary_base=10000, rotary_percent=1.0, use_rope_scaling=False)
-    if not arch.use_rope_scaling:
-        arch = replace(arch, rope_scaling_factor=8.0)
+    arch = layers.comparable(rotary_keys.comparable(arch))
+    if arch.softmax_scale is None:
+        arch = replace(arch, softmax_scale=arch.kv_channels**-0.5)
     if arch.num_experts is not None:
         arch = replace(arch, ffn_hidden_size=arch.moe_ffn_hidden_size)
     if arch.add_bias_linear:

@@ -12,7 +12,8 @@ from megatron_ext.arch import Arch
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.slices import SliceReader, layer_key
 from megatron_ext.convert.config import config_of, num_rows
-from megatron_ext.convert.families import FAMILIES, Family
+from megatron_ext.convert.families import FAMILIES
+from megatron_ext.convert.family import Family
 from megatron_ext.convert.fit import holders, serving_note
 from megatron_ext.convert.hf_files import CONFIG, tokenizer_files
 from megatron_ext.convert.hf_folder import INDEX, WEIGHTS, header_of, write_weights

@@ -5,105 +5,33 @@ files. Rows of weights that a model does not have (biases, a head of its own) ar
 family is a new entry of ``FAMILIES``.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ext.convert import bert
-from megatron_ext.convert.layouts import COPY, GATED, QKV, TRANSPOSED, TRANSPOSED_QKV, Layout
-from megatron_ext.convert.rows import Row, both
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """One ``model_type``: all that its models have in common."""
-
-    model_type: str
-    architecture: str
-    """transformers' class of language models."""
-    rows: Mapping[str, Row]
-    """By the weight's name in a Megatron checkpoint."""
-    sizes: Mapping[str, tuple[str, ...]]
-    """Field of ``Arch``: its keys in config.json, the first one present is read, all are written.
-    A field may be left out that follows from others."""
-    activation: tuple[str, Mapping[str, Mapping[str, bool]]]
-    """Key in config.json, and for each value that is computed here the fields of ``Arch``."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ``Arch`` that every model of the family has."""
-    biases: tuple[str, ...] = ()
-    """Switches in config.json, any of which is add_bias_linear; biases that are off are zero."""
-    negated: Mapping[str, str] = field(default_factory=dict)
-    """Field of ``Arch``: the switch in config.json that says the opposite."""
-    only: Mapping[str, Any] = field(default_factory=dict)
-    """Key in config.json: the one value that is computed here."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Values of the keys that a config.json leaves out."""
-    prefix: str = "model."
-    """Prefix of the tensors' names; files of the bare model leave it out."""
-    ignored: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
-    """Tensors (regular expressions) that files may hold and that are no weights."""
-    left_out: tuple[str, ...] = ()
-    """Weights (regular expressions) of other heads, which an import leaves out with a warning."""
-    old_names: Mapping[str, str] = field(default_factory=dict)
-    """End of a tensor's name: what old files have there."""
-    partial_rotary: bool = False
-    """transformers reads partial_rotary_factor; of other families it computes all channels."""
-    served_apart: str = ""
-    """An engine that computes head_dim as hidden_size // heads whatever config.json says."""
-    whole_heads: bool = False
-    """transformers refuses to load a hidden size that is no multiple of the heads; of Llama from
-    5.0 on."""
-
-
-LAYER, ATTENTION, MLP = "decoder.layers.", "decoder.layers.self_attention.", "decoder.layers.mlp."
-
-
-def decoder_rows(layer: str, mlp: Mapping[str, Row]) -> dict[str, Row]:
-    """Return the rows of Llama and its relatives, which differ in the MLP.
-
-    ``layer``: what the names of a layer's weights begin with.
-    """
-    projections = [f"{layer}self_attn.{name}_proj" for name in "qkv"]
-    return {
-        **both("embedding.word_embeddings.", COPY, "model.embed_tokens"),
-        **both(f"{ATTENTION}linear_qkv.layer_norm_", COPY, f"{layer}input_layernorm"),
-        **both(f"{ATTENTION}linear_qkv.", QKV, *projections),
-        **both(f"{ATTENTION}q_layernorm.", COPY, f"{layer}self_attn.q_norm"),
-        **both(f"{ATTENTION}k_layernorm.", COPY, f"{layer}self_attn.k_norm"),
-        **both(f"{ATTENTION}linear_proj.", COPY, f"{layer}self_attn.o_proj"),
-        **mlp,
-        **both("decoder.final_layernorm.", COPY, "model.norm"),
-        **both("output_layer.", COPY, "lm_head"),
-    }
-
-
-def dense_rows(layer: str, fc1: Layout, *fc1_names: str) -> dict[str, Row]:
-    """Return the rows of a plain MLP: ``fc1_names`` are those of its first matrix."""
-    return {
-        **both(f"{MLP}linear_fc1.layer_norm_", COPY, f"{layer}post_attention_layernorm"),
-        **both(f"{MLP}linear_fc1.", fc1, *(f"{layer}mlp.{name}" for name in fc1_names)),
-        **both(f"{MLP}linear_fc2.", COPY, f"{layer}mlp.down_proj"),
-    }
-
-
-def expert_rows(layer: str, module: str, gate: str, up: str, down: str) -> dict[str, Row]:
-    """Return the rows of a mixture of experts; ``gate``, ``up`` and ``down`` are an expert's."""
-    expert = f"{layer}{module}.experts.{{expert}}."
-    return {
-        **both(f"{LAYER}pre_mlp_layernorm.", COPY, f"{layer}post_attention_layernorm"),
-        **both(f"{MLP}router.", COPY, f"{layer}{module}.gate"),
-        **both(f"{MLP}experts.experts.linear_fc1.", GATED, f"{expert}{gate}", f"{expert}{up}"),
-        **both(f"{MLP}experts.experts.linear_fc2.", COPY, f"{expert}{down}"),
-    }
-
-
-HF_LAYER, GPT2_LAYER = "model.layers.{layer}.", "transformer.h.{layer}."
-GATED_ROWS = decoder_rows(HF_LAYER, dense_rows(HF_LAYER, GATED, "gate_proj", "up_proj"))
-NEMOTRON_ROWS = decoder_rows(HF_LAYER, dense_rows(HF_LAYER, COPY, "up_proj"))
-MIXTRAL_ROWS = decoder_rows(HF_LAYER, expert_rows(HF_LAYER, "block_sparse_moe", "w1", "w3", "w2"))
-QWEN3_MOE_ROWS = decoder_rows(
-    HF_LAYER, expert_rows(HF_LAYER, "mlp", "gate_proj", "up_proj", "down_proj")
+from megatron_ext.convert import bert, gemma
+from megatron_ext.convert.decoder import (
+    ATTENTION,
+    GATED_DECODER,
+    GATED_ROWS,
+    GEMMA_ROWS,
+    GLM4_ROWS,
+    GLM_ROWS,
+    MIXTRAL_ROWS,
+    MLP,
+    NEMOTRON_ROWS,
+    PHI3_ROWS,
+    QWEN3_MOE_ROWS,
+    ROTARY,
+    SILU,
+    SIZES,
+    TIED,
+    UNTIED_BY_DEFAULT,
 )
+from megatron_ext.convert.family import Family
+from megatron_ext.convert.layouts import COPY, TRANSPOSED, TRANSPOSED_QKV
+from megatron_ext.convert.rotary import MINISTRAL_3_ROPE
+from megatron_ext.convert.rows import both
+
+GPT2_LAYER = "transformer.h.{layer}."
 GPT2_ROWS = {
     **both("embedding.word_embeddings.", COPY, "transformer.wte"),
     **both("embedding.position_embeddings.", COPY, "transformer.wpe"),
@@ -117,31 +45,25 @@ GPT2_ROWS = {
     **both("output_layer.", COPY, "lm_head"),
 }
 
-SIZES = {
-    "num_layers": ("num_hidden_layers",),
-    "hidden_size": ("hidden_size",),
-    "ffn_hidden_size": ("intermediate_size",),
-    "num_attention_heads": ("num_attention_heads",),
-    "num_query_groups": ("num_key_value_heads",),
-    "kv_channels": ("head_dim",),
-    "max_position_embeddings": ("max_position_embeddings",),
-    "norm_epsilon": ("rms_norm_eps",),
-    "init_method_std": ("initializer_range",),
-    "attention_dropout": ("attention_dropout",),
-}
-SILU = ("hidden_act", {"silu": {"swiglu": True}})
-ROTARY = {"position_embedding_type": "rope", "hidden_dropout": 0.0}
-GATED_DECODER = {**ROTARY, "normalization": "RMSNorm", "add_bias_linear": False}
-TIED = {"untie_embeddings_and_output_weights": "tie_word_embeddings"}
-UNTIED_BY_DEFAULT = {
-    "tie_word_embeddings": False,
-    "attention_dropout": 0.0,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "rope_theta": 10000.0,
-}
 BOS_1_EOS_2 = {"bos_token_id": 1, "eos_token_id": 2}
+GLM_DECODER = {**GATED_DECODER, "add_qkv_bias": True, "rotary_interleaved": True}
+GLM_SETTINGS: dict[str, Any] = {
+    "sizes": SIZES,
+    "activation": SILU,
+    "negated": TIED,
+    "only": {"attention_bias": True},
+    "defaults": {
+        **UNTIED_BY_DEFAULT,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rms_norm_eps": 1.5625e-07,
+        "partial_rotary_factor": 0.5,
+        "eos_token_id": 151329,
+        "pad_token_id": 151329,
+    },
+    "partial_rotary": True,
+}
+QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -171,6 +93,28 @@ FAMILIES = {
                 "num_key_value_heads": 8,
                 "sliding_window": 4096,
             },
+            windows="all",
+        ),
+        Family(
+            model_type="ministral3",
+            architecture="Ministral3ForCausalLM",
+            rows=GATED_ROWS,
+            sizes=SIZES,
+            activation=SILU,
+            fixed=GATED_DECODER,
+            negated=TIED,
+            defaults={
+                **UNTIED_BY_DEFAULT,
+                **BOS_1_EOS_2,
+                "pad_token_id": 11,
+                "rms_norm_eps": 1e-5,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "sliding_window": None,
+            },
+            default_rope=MINISTRAL_3_ROPE,
+            windows="all",
+            scales_queries=True,
         ),
         Family(
             model_type="qwen2",
@@ -181,7 +125,8 @@ FAMILIES = {
             fixed={**GATED_DECODER, "add_qkv_bias": True},
             served_apart="vLLM",
             negated=TIED,
-            defaults={**UNTIED_BY_DEFAULT, "use_sliding_window": False},
+            defaults={**UNTIED_BY_DEFAULT, **QWEN_WINDOWS},
+            windows="layers",
         ),
         Family(
             model_type="qwen3",
@@ -192,7 +137,49 @@ FAMILIES = {
             fixed={**GATED_DECODER, "qk_layernorm": True},
             negated=TIED,
             only={"attention_bias": False},
-            defaults={**UNTIED_BY_DEFAULT, "use_sliding_window": False, "head_dim": 128},
+            defaults={**UNTIED_BY_DEFAULT, **QWEN_WINDOWS, "head_dim": 128},
+            windows="layers",
+        ),
+        Family(
+            model_type="smollm3",
+            architecture="SmolLM3ForCausalLM",
+            rows=GATED_ROWS,
+            sizes=SIZES,
+            activation=SILU,
+            fixed={**ROTARY, "normalization": "RMSNorm"},
+            biases=("attention_bias", "mlp_bias"),
+            negated=TIED,
+            defaults={
+                **UNTIED_BY_DEFAULT,
+                "tie_word_embeddings": True,
+                "num_key_value_heads": 4,
+                "rope_theta": 2e6,
+                "use_sliding_window": False,
+                "sliding_window": None,
+                "no_rope_layer_interval": 4,
+                "bos_token_id": 128000,
+                "eos_token_id": 128001,
+                "pad_token_id": 128004,
+            },
+            windows="layers",
+            no_rope_layers=True,
+        ),
+        Family(
+            model_type="granite",
+            architecture="GraniteForCausalLM",
+            rows=GATED_ROWS,
+            sizes={
+                **SIZES,
+                "softmax_scale": ("attention_multiplier",),
+                "embedding_multiplier": ("embedding_multiplier",),
+                "residual_multiplier": ("residual_multiplier",),
+                "logits_scaling": ("logits_scaling",),
+            },
+            activation=SILU,
+            fixed={**ROTARY, "normalization": "RMSNorm"},
+            biases=("attention_bias", "mlp_bias"),
+            negated=TIED,
+            defaults={**UNTIED_BY_DEFAULT, **BOS_1_EOS_2, "attention_multiplier": 1.0},
         ),
         Family(
             model_type="nemotron",
@@ -213,6 +200,47 @@ FAMILIES = {
                 "eos_token_id": 3,
             },
             partial_rotary=True,
+        ),
+        Family(
+            model_type="glm",
+            architecture="GlmForCausalLM",
+            rows=GLM_ROWS,
+            fixed=GLM_DECODER,
+            **GLM_SETTINGS,
+        ),
+        Family(
+            model_type="glm4",
+            architecture="Glm4ForCausalLM",
+            rows=GLM4_ROWS,
+            fixed={**GLM_DECODER, "sandwich_norm": True},
+            **GLM_SETTINGS,
+        ),
+        Family(
+            model_type="gemma3_text",
+            architecture="Gemma3ForCausalLM",
+            rows=GEMMA_ROWS,
+            gemma=True,
+            **gemma.SETTINGS,
+        ),
+        Family(
+            model_type="phi3",
+            architecture="Phi3ForCausalLM",
+            rows=PHI3_ROWS,
+            sizes={**SIZES, "hidden_dropout": ("resid_pdrop", "embd_pdrop")},
+            activation=SILU,
+            fixed=GATED_DECODER,
+            negated=TIED,
+            defaults={
+                **UNTIED_BY_DEFAULT,
+                "rms_norm_eps": 1e-5,
+                "sliding_window": None,
+                "bos_token_id": 1,
+                "eos_token_id": 32000,
+                "pad_token_id": 32000,
+            },
+            rope_types=(),
+            partial_rotary=True,
+            windows="all",
         ),
         Family(
             model_type="gpt2",
@@ -292,6 +320,7 @@ FAMILIES = {
                 "rms_norm_eps": 1e-5,
                 "rope_theta": 1e6,
             },
+            windows="all",
         ),
         Family(
             model_type="qwen3_moe",
@@ -310,10 +339,12 @@ FAMILIES = {
             defaults={
                 **UNTIED_BY_DEFAULT,
                 "use_sliding_window": False,
+                "sliding_window": 4096,
                 "norm_topk_prob": False,
                 "decoder_sparse_step": 1,
                 "mlp_only_layers": [],
             },
+            windows="all",
         ),
     )
 }

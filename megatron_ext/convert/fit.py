@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import sizes_of
 from megatron_ext.convert.config import Config, config_of
-from megatron_ext.convert.families import FAMILIES, Family
+from megatron_ext.convert.families import FAMILIES
+from megatron_ext.convert.family import Family
 from megatron_ext.pruning.targets import target_arch
 from megatron_ext.runtime.errors import USAGE, UserError
 

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from megatron_ext.checkpoint.folder import Checkpoint
+from megatron_ext.convert.text_tower import text_config
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError, warn
 from megatron_ext.runtime.files import is_inside
 from megatron_ext.runtime.texts import parse_json
@@ -90,7 +91,7 @@ def tokenizer_files(source: Checkpoint, folder: str | None) -> dict[str, bytes]:
 
 
 def check_hf_folder(folder: str | Path) -> dict[str, Any]:
-    """Return what config.json in ``folder`` holds.
+    """Return what config.json in ``folder`` holds, of a model of pictures that of its text.
 
     Raises:
         UserError: it is no folder on this machine, or has no such file.
@@ -100,7 +101,7 @@ def check_hf_folder(folder: str | Path) -> dict[str, Any]:
         is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
         how = f": hf download {name} --local-dir DIR, then --hf DIR" if is_name else ""
         raise UserError(f"--hf {folder}: a folder on this machine is wanted{how}.", CHECKPOINT)
-    return read_json(Path(folder) / CONFIG)
+    return text_config(read_json(Path(folder) / CONFIG))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_ext.convert.hf_files import check_hf_folder, read_json, readable
-from megatron_ext.runtime.errors import CHECKPOINT, UserError
+from megatron_ext.convert.hf_files import CONFIG, check_hf_folder, read_json, readable
+from megatron_ext.convert.text_tower import has_text, text_names
+from megatron_ext.runtime.errors import CHECKPOINT, UserError, warn
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -48,9 +49,23 @@ class HfFolder:
                     self._files[name] = path
                     self.shapes[name] = tuple(part.get_shape())
                     self.dtypes[name] = DTYPES.get(part.get_dtype(), part.get_dtype())
+        self._take_text()
+
+    def _take_text(self) -> None:
+        """Keep the tensors of the language model alone, under its names."""
+        whole = read_json(self.folder / CONFIG)
+        self._names = text_names(self.shapes, whole)
+        if has_text(whole):
+            left = len(self.shapes) - len(self._names)
+            warn(f"{self.folder}: {left} tensors beside the language model, left out.")
+            # The config says it of the whole, of the text, of both or of neither.
+            self.config["tie_word_embeddings"] = "lm_head.weight" not in self._names
+        self.shapes = {name: self.shapes[there] for name, there in self._names.items()}
+        self.dtypes = {name: self.dtypes[there] for name, there in self._names.items()}
 
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU in its own dtype, which keeps its file mapped."""
+        name = self._names[name]
         path = self._files[name]
         with readable(path), safe_open(path, framework="pt") as file:
             return file.get_tensor(name)

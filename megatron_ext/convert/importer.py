@@ -25,7 +25,7 @@ from megatron_ext.convert.config import (
     with_positions,
     without_biases,
 )
-from megatron_ext.convert.families import Family
+from megatron_ext.convert.family import Family
 from megatron_ext.convert.hf_files import CONFIG, carried, has_tokenizer, read_files
 from megatron_ext.convert.hf_folder import ADAPTER, HfFolder
 from megatron_ext.convert.pieces import Piece, pieces
@@ -164,7 +164,7 @@ def check_tensors(source: HfFolder, arch: Arch, family: Family, work: Sequence[P
     """
     if problem := other_kind(source, family, arch):
         _refuse(source, problem)
-    expected, num_rows = {}, source.config["vocab_size"]
+    expected, num_rows = {}, {**family.defaults, **source.config}["vocab_size"]
     dtypes: dict[str, str] = {}
     for piece in work:
         if is_zero_bias(piece, source, family):

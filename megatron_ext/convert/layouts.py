@@ -45,14 +45,24 @@ def split_qkv(tensor: "Tensor", arch: Arch) -> "list[Tensor]":
     return [part.flatten(0, 1) for part in grouped.split([queries, width, width], dim=1)]
 
 
+def chunk_qkv(tensor: "Tensor", arch: Arch) -> "Sequence[Tensor]":
+    """Return queries, keys and values of a tensor that holds all queries, all keys, all values."""
+    heads, groups = arch.num_attention_heads, arch.num_query_groups
+    return tensor.split([n * arch.kv_channels for n in (heads, groups, groups)])
+
+
 COPY = Layout(lambda parts, arch: parts[0], lambda tensor, arch: [tensor])
 QKV = Layout(merge_qkv, split_qkv)
 # Two halves, the gate first.
 GATED = Layout(lambda parts, arch: _cat(parts), lambda tensor, arch: tensor.chunk(2))
+# Queries, keys and values as one tensor, one after the other.
+FUSED_QKV = Layout(
+    lambda parts, arch: merge_qkv(chunk_qkv(parts[0], arch), arch),
+    lambda tensor, arch: [_cat(split_qkv(tensor, arch))],
+)
 # GPT-2 holds its matrices as [in, out]; a bias is its own transpose.
 TRANSPOSED = Layout(lambda parts, arch: parts[0].t(), lambda tensor, arch: [tensor.t()])
-# ... and queries, keys and values as one, one after the other.
 TRANSPOSED_QKV = Layout(
-    lambda parts, arch: merge_qkv(parts[0].t().chunk(3), arch),
-    lambda tensor, arch: [_cat(split_qkv(tensor, arch)).t()],
+    lambda parts, arch: FUSED_QKV.merge([parts[0].t()], arch),
+    lambda tensor, arch: [FUSED_QKV.split(tensor, arch)[0].t()],
 )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.arch import Arch, Weight, dim_sizes, is_of_experts, weights
-from megatron_ext.convert.families import Family, Row
+from megatron_ext.convert.family import Family
+from megatron_ext.convert.rows import Row
 from megatron_ext.pruning import trim
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.convert.families import Family
+from megatron_ext.convert.family import Family
 
 Config = Mapping[str, Any]
 
@@ -35,6 +35,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "text": lambda value: isinstance(value, str),
     "object": lambda value: isinstance(value, dict),
     "list of texts": _is_names,
+    "list of whole numbers": lambda value: isinstance(value, list) and all(map(_is_whole, value)),
     "token id": _is_ids,
 }
 # Keys that are read of every family.
@@ -48,6 +49,11 @@ TYPES = {
     "use_sliding_window": "switch (true or false)",
     "max_window_layers": "whole number",
     "layer_types": "list of texts",
+    "no_rope_layers": "list of whole numbers",
+    "no_rope_layer_interval": "whole number",
+    "sliding_window_pattern": "whole number",
+    "query_pre_attn_scalar": "number",
+    "rope_local_base_freq": "number",
     "transformers_version": "text",
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "token id"),
 }
@@ -55,9 +61,22 @@ ROPE_TYPES = {
     "rope_type": "text",
     "type": "text",
     **dict.fromkeys(
-        ("rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor"),
+        (
+            "rope_theta",
+            "partial_rotary_factor",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "llama_4_scaling_beta",
+            "mscale",
+            "mscale_all_dim",
+        ),
         "number",
     ),
+    "truncate": "switch (true or false)",
     "original_max_position_embeddings": "whole number",
 }
 # null is a value of its own here; elsewhere it leaves a key out.
@@ -71,7 +90,8 @@ def typed(family: Family, config: Config) -> dict[str, Any]:
         ValueError: naming a key that is read and holds a value of another kind.
     """
     said = {key: value for key, value in config.items() if value is not None or key in NULL}
-    types = {f.name: "number" if f.type is float else "whole number" for f in fields(Arch)}
+    number = (float, float | None)
+    types = {f.name: "number" if f.type in number else "whole number" for f in fields(Arch)}
     of_sizes = {key: types[name] for name, keys in family.sizes.items() for key in keys}
     switches = dict.fromkeys((*family.negated.values(), *family.biases), "switch (true or false)")
     check_types(said, {**TYPES, **of_sizes, **switches, family.activation[0]: "text"})

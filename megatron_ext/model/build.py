@@ -22,13 +22,14 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ext.arch import Arch, names_on_disk, weights
+from megatron_ext.arch import Arch, names_on_disk, per_layer, rotary, weights
 from megatron_ext.checkpoint.checkpoints import sharded_tensors
 from megatron_ext.model.bert import MaskedLanguageModel, build_bert
 from megatron_ext.model.cuda_graphs import make_own_tables
 from megatron_ext.model.hybrid import HybridLanguageModel, build_hybrid
 from megatron_ext.model.layers import engine_layer_spec, local_block_spec
 from megatron_ext.model.output import VocabularyOutput
+from megatron_ext.model.rotary import TwoBases
 from megatron_ext.runtime.errors import USAGE, UserError
 
 
@@ -76,6 +77,8 @@ class LanguageModel(VocabularyOutput, GPTModel):
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None = None, **inputs: object
     ) -> Tensor:
+        if self.post_process:
+            hidden_states = self.output_input(hidden_states)
         if labels is not None or not self.post_process:
             return super()._postprocess(hidden_states, labels=labels, **inputs)
         if self.leaves_out_output_layer:
@@ -116,8 +119,11 @@ def transformer_config(
     Losses are sums over tokens, divided once by the token count of the global batch.
 
     Raises:
-        UserError: with code ``USAGE``; megatron-core refuses these settings, in its words.
+        UserError: with code ``USAGE``; megatron-core refuses these settings, in its words, or
+            Transformer Engine's layers do not compute ``arch``.
     """
+    if options.transformer_impl == "transformer_engine":
+        _check_engine(arch, options, groups)
     try:
         return _transformer_config(arch, options, groups)
     except (AssertionError, ValueError) as error:
@@ -125,10 +131,40 @@ def transformer_config(
         raise UserError(f"megatron-core refuses this model or layout: {reason}", USAGE) from error
 
 
+def _check_engine(arch: Arch, options: ModelOptions, groups: ProcessGroupCollection) -> None:
+    """Refuse what Transformer Engine's layers do not compute."""
+    is_ring = options.settings.get("cp_comm_type", "p2p") == "p2p" and groups.cp.size() > 1
+    if is_ring and arch.window is not None:
+        raise UserError(
+            "--cp-comm-type p2p: Transformer Engine's attention has no windows (--window-size) "
+            "under context parallelism that way; use all_gather or a2a.",
+            USAGE,
+        )
+    if arch.sandwich_norm:
+        raise UserError(
+            "norms behind sub-layers (sandwich_norm) need --transformer-impl local.", USAGE
+        )
+
+
 def _transformer_config(
     arch: Arch, options: ModelOptions, groups: ProcessGroupCollection
 ) -> TransformerConfig:
-    gelu = fast_gelu if arch.bias_gelu_fusion else F.gelu
+    config = _layer_config(arch, options, groups)
+    # For ``model.layers``, as of a GPTModel's own settings below.
+    for name in ("residual_multiplier", "sandwich_norm", "rotary_base_local"):
+        setattr(config, name, getattr(arch, name))
+    if arch.position_embedding_type == "yarn":
+        # megatron-core reads them of its configuration, which has no fields for them.
+        for name in rotary.YARN:
+            prefix = "" if name.startswith("yarn_") else "yarn_"
+            setattr(config, prefix + name, getattr(arch, name))
+    return config
+
+
+def _layer_config(
+    arch: Arch, options: ModelOptions, groups: ProcessGroupCollection
+) -> TransformerConfig:
+    gelu = fast_gelu if arch.bias_gelu_fusion or arch.geglu else F.gelu
     gate = F.silu if arch.swiglu else gelu
     impl = "local" if arch.is_bert else options.transformer_impl
     has_engine = impl == "transformer_engine"
@@ -150,6 +186,10 @@ def _transformer_config(
         add_bias_linear=arch.add_bias_linear,
         add_qkv_bias=arch.add_qkv_bias or arch.add_bias_linear,
         qk_layernorm=arch.qk_layernorm,
+        softmax_scale=arch.softmax_scale,
+        rotary_interleaved=arch.rotary_interleaved,
+        window_size=None if arch.window is None else (arch.window, 0),
+        **{name: per_layer.switches(arch, name) for name in per_layer.NAMES},
         attention_dropout=arch.attention_dropout,
         hidden_dropout=arch.hidden_dropout,
         attention_softmax_in_fp32=True,
@@ -245,19 +285,33 @@ def _build_gpt(
         spec = engine_layer_spec(config, config.num_moe_experts)
     else:
         spec = local_block_spec(config, num_layers)
-    return LanguageModel(
+    rotation = {
+        "rotary_percent": arch.rotary_percent,
+        "rotary_base": arch.rotary_base,
+        "seq_len_interpolation_factor": arch.rotary_seq_len_interpolation_factor,
+        "rope_scaling": arch.use_rope_scaling,
+        "rope_scaling_factor": arch.rope_scaling_factor,
+    }
+    model = LanguageModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=arch.padded_vocab_size,
         max_sequence_length=arch.max_position_embeddings,
         share_embeddings_and_output_weights=not arch.untie_embeddings_and_output_weights,
         position_embedding_type=arch.position_embedding_type,
-        rotary_percent=arch.rotary_percent,
-        rotary_base=arch.rotary_base,
-        rope_scaling=arch.use_rope_scaling,
-        rope_scaling_factor=arch.rope_scaling_factor,
+        **rotation,
         **place,
     )
+    if arch.rotary_base_local is not None:
+        model.rotary_pos_emb = TwoBases(
+            arch.rotary_base_local,
+            kv_channels=arch.kv_channels,
+            rotary_interleaved=arch.rotary_interleaved,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=place["pg_collection"].cp,
+            **rotation,
+        )
+    return model
 
 
 def _build_chunk(
@@ -283,7 +337,12 @@ def _build_chunk(
         model = _build_gpt(arch, config, num_layers, **place)
     if config.cuda_graph_impl == "local":
         make_own_tables(model)
-    model.num_tokens = arch.vocab_size
+    model.num_tokens, model.logits_scaling = arch.vocab_size, arch.logits_scaling
+    if place["pre_process"] and arch.embedding_multiplier != 1:
+        # Rounded to the weights' dtype first, as transformers does.
+        model.embedding.register_forward_hook(
+            lambda _, __, y: y * y.new_tensor(arch.embedding_multiplier)
+        )
     for name, parameter in model.named_parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         if ".mlp.experts." in name:

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_ext.arch import Arch
+from megatron_ext.arch import Arch, rotary
 from megatron_ext.arch.pattern import in_stages
 from megatron_ext.arch.sizes import BY_LAYER
 from megatron_ext.model.layers import Norm, engine_layer_spec, local_layer_spec
@@ -55,6 +55,8 @@ class HybridLanguageModel(VocabularyOutput, HybridModel):
         x = self.decoder(
             hidden_states=x, attention_mask=attention_mask, rotary_pos_emb=self._rotation(x)
         )
+        if self.post_process:
+            x = self.output_input(x)
         if not self.post_process or (labels is None and self.leaves_out_output_layer):
             return x
         tied = self.share_embeddings_and_output_weights
@@ -63,12 +65,13 @@ class HybridLanguageModel(VocabularyOutput, HybridModel):
 
     def _rotation(self, decoder_input: Tensor | None) -> Tensor | None:
         """Return the rotary table of the positions, [S, 1, 1, D]."""
-        if self.position_embedding_type != "rope":
+        if self.position_embedding_type not in rotary.KINDS:
             return None
         length = self.rotary_pos_emb.get_rotary_seq_len(
             None, self.decoder, decoder_input, self.config, None
         )
-        return self.rotary_pos_emb(length)
+        table = self.rotary_pos_emb(length)
+        return table[0] if self.position_embedding_type == "yarn" else table
 
 
 class LocalStack(HybridStack):
@@ -102,14 +105,19 @@ def build_hybrid(
         position_embedding_type=arch.position_embedding_type,
         rotary_percent=arch.rotary_percent,
         rotary_base=arch.rotary_base,
+        seq_len_interpolation_factor=arch.rotary_seq_len_interpolation_factor,
         **place,
     )
-    if arch.use_rope_scaling:  # a HybridModel of megatron-core 0.19.2 does not ask for it
+    is_rope = arch.position_embedding_type == "rope"
+    # A HybridModel of megatron-core 0.19.2 asks for neither.
+    if is_rope and (arch.use_rope_scaling or arch.rotary_interleaved):
         model.rotary_pos_emb = RotaryEmbedding(
             kv_channels=config.kv_channels,
             rotary_percent=arch.rotary_percent,
             rotary_base=arch.rotary_base,
-            rope_scaling=True,
+            seq_len_interpolation_factor=arch.rotary_seq_len_interpolation_factor,
+            rotary_interleaved=arch.rotary_interleaved,
+            rope_scaling=arch.use_rope_scaling,
             rope_scaling_factor=arch.rope_scaling_factor,
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=model.pg_collection.cp,

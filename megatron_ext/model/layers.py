@@ -6,12 +6,16 @@ Shape letters in this file:
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
+    RowParallelLinear,
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
 )
@@ -20,8 +24,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+
+from megatron_ext.model.rotary import AttentionOfTwoBases
 
 
 class Norm(nn.Module):
@@ -54,6 +61,19 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.shape, weight, self.bias, self.eps)
 
 
+class NormedRowLinear(RowParallelLinear):
+    """The last matrix of a sub-layer, without bias, and a norm of its output."""
+
+    def __init__(self, *args: Any, config: TransformerConfig, **options: Any):
+        super().__init__(*args, config=config, **options)
+        self.post_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Return [s, B, H], under sequence parallelism this rank's positions, and no bias."""
+        output, _ = super().forward(x)
+        return self.post_layernorm(output), None
+
+
 class Attention(MegatronModule):
     """Core attention on torch's scaled_dot_product_attention: no [s, S] scores are kept.
 
@@ -77,6 +97,10 @@ class Attention(MegatronModule):
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.is_causal = attn_mask_type == AttnMaskType.causal
         self.cp_group = pg_collection.cp
+        is_cut = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        self.window = config.window_size[0] if is_cut else None
 
     def forward(
         self,
@@ -98,12 +122,7 @@ class Attention(MegatronModule):
                 gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
                 for x in (key, value)
             )
-            positions = gathered_positions(s, self.cp_group).to(query.device)
-            if attention_mask is not None:
-                attention_mask = attention_mask[..., positions]
-            elif self.is_causal:
-                own = shard_positions(s, self.cp_group, self.cp_group.rank()).to(query.device)
-                attention_mask = (own[:, None] < positions)[None, None]
+        attention_mask = self._hidden_keys(attention_mask, s, query.device)
         inputs = [x.permute(1, 2, 0, 3) for x in (query, key, value)]  # [B, heads, positions, D]
         # Heads differ between tensor-parallel ranks, so their dropout must too.
         with get_cuda_rng_tracker().fork():
@@ -116,6 +135,24 @@ class Attention(MegatronModule):
                 enable_gqa=query.shape[2] != key.shape[2],
             )
         return context.permute(2, 0, 1, 3).reshape(s, b, -1)
+
+    def _hidden_keys(self, mask: Tensor | None, s: int, device: torch.device) -> Tensor | None:
+        """Return the mask of the gathered keys, in their order; None where causality is all."""
+        is_split = self.cp_group.size() > 1
+        if not is_split and self.window is None:
+            return mask
+        own = positions = torch.arange(s, device=device)
+        if is_split:
+            own = shard_positions(s, self.cp_group, self.cp_group.rank()).to(device)
+            positions = gathered_positions(s, self.cp_group).to(device)
+            mask = None if mask is None else mask[..., positions]
+        distance = own[:, None] - positions  # [s, S]
+        if self.window is not None and self.window + 1 < len(positions):
+            too_far = (distance > self.window) | (distance < 0)
+            return too_far if mask is None else mask | too_far
+        if mask is None and self.is_causal and is_split:
+            return distance < 0
+        return mask
 
 
 def shard_positions(num_positions: int, cp_group: ProcessGroup, rank: int) -> Tensor:
@@ -161,15 +198,41 @@ def local_layer_spec(config: TransformerConfig, num_experts: int | None) -> Modu
     attention.core_attention = Attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    return layer
+    if config.rotary_base_local is not None:
+        modules.self_attention.module = AttentionOfTwoBases
+    if config.sandwich_norm:
+        attention.linear_proj = modules.mlp.keywords["submodules"].linear_fc2 = NormedRowLinear
+    return with_multiplier(layer, config.residual_multiplier)
 
 
 def engine_layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
     """Return megatron-core's layer of Transformer Engine's modules."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec(
+    layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=num_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
+    if config.rotary_base_local is not None:
+        layer.submodules.self_attention.module = AttentionOfTwoBases
+    return with_multiplier(layer, config.residual_multiplier)
+
+
+def with_multiplier(layer: ModuleSpec, multiplier: float) -> ModuleSpec:
+    """Return a layer that multiplies what its sub-layers add to the residual stream."""
+
+    def get_multiply_add(training: bool, fused: bool) -> Callable[..., Tensor]:
+        dropout_add = get_bias_dropout_add(training, fused)
+
+        def multiply_add(
+            output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float
+        ) -> Tensor:
+            parts = [None if part is None else part * multiplier for part in output]
+            return dropout_add(tuple(parts), residual, dropout)
+
+        return multiply_add
+
+    if multiplier != 1:
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = get_multiply_add
+    return layer

@@ -12,6 +12,8 @@ class VocabularyOutput:
 
     num_tokens: int
     """Tokens of the vocabulary, without padding."""
+    logits_scaling = 1.0
+    """By which logits are divided."""
     leaves_out_output_layer = False
     """Whether ``forward`` without labels returns what the output layer would take."""
 
@@ -20,6 +22,13 @@ class VocabularyOutput:
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+    def output_input(self, states: Tensor) -> Tensor:
+        """Return the input of the output layer, [s, b, H], from the last norm's output.
+
+        Divided here, and not the logits: all that multiplies by ``output_weight`` takes this.
+        """
+        return states if self.logits_scaling == 1 else states / self.logits_scaling
 
     def output_bias(self) -> Tensor | None:
         """Return the bias of the output layer, [v], if it has one. On the last stage."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ext.arch import Arch, forward_flops, num_parameters
+from megatron_ext.arch.attention import cached_tokens
 from megatron_ext.runtime.errors import USAGE, UserError
 
 # Weights and the cache of keys and values are bf16 where a model is used.
@@ -25,7 +26,9 @@ class Use:
 def kv_bytes(arch: Arch, use: Use) -> int:
     """Return the bytes of the keys and values of all sequences, in bf16."""
     groups = sum(layer.num_query_groups * n for layer, n in arch.alike("attention").items())
-    return 2 * groups * arch.kv_channels * BYTES * use.context * use.batch
+    # Layers differ in groups or in windows, never in both.
+    tokens = groups * cached_tokens(arch, use.context) // max(arch.attention_layers, 1)
+    return 2 * arch.kv_channels * BYTES * tokens * use.batch
 
 
 # Each by its name in --target-budget.

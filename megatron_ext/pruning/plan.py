@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.arch import Arch
+from megatron_ext.arch import Arch, per_layer
 from megatron_ext.arch.axes import AXES, SIZES, axes_of, has_sublayers
 from megatron_ext.arch.kinds import KINDS
 from megatron_ext.arch.pattern import kept_of
@@ -109,7 +109,8 @@ def contradiction(plan: Plan) -> str | None:
     """Return what is wrong with a plan in itself, or None."""
     source, target = plan.source, plan.target
     for name, value in asdict(source).items():
-        cut = name in SIZES or name in ("hybrid_layer_pattern", "by_layer")
+        others = ("hybrid_layer_pattern", "by_layer", *per_layer.NAMES)
+        cut = name in SIZES or name in others
         if not cut and getattr(target, name) != value:
             return f"{name} is {value} in the source and {getattr(target, name)} in the target"
     for axis in AXES:
@@ -118,6 +119,9 @@ def contradiction(plan: Plan) -> str | None:
     left = kept_of(source.pattern, {kind: kept_layers(plan.kept, kind) for kind in source.kinds})
     if target.pattern != left:
         return f"the sub-layers that it keeps are {left}, the target's {target.pattern}"
+    for name, value in per_layer.of_layers(source, plan.kept.get("layers", ())).items():
+        if getattr(target, name) != value:
+            return f"{name} of the layers that it keeps is {value}, not {getattr(target, name)}"
     return _bad_residual(plan)
 
 

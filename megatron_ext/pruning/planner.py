@@ -7,6 +7,7 @@ kind.
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megatron_ext.arch import Arch, num_parameters
 from megatron_ext.arch.attention import HEADS
 from megatron_ext.arch.axes import axes_of
 from megatron_ext.arch.pattern import kept_of
+from megatron_ext.arch.per_layer import of_layers
 from megatron_ext.arch.rows import Axis, kept_layers
 from megatron_ext.pruning.plan import Plan, contradiction, sizes_of_layer
 from megatron_ext.pruning.residual import NONE, Pairs, mirrored_pairs
@@ -58,6 +60,8 @@ def make_plan(
         pattern = kept_of(source.pattern, left)
         in_form = target.with_sublayers if source.is_hybrid else target.with_pattern
         target = in_form(pattern)
+    if "layers" in kept:
+        target = replace(target, **of_layers(source, kept["layers"]))
     layers = kept_layers(kept, "attention") if head_residual != NONE else ()
     heads = {
         layer: sizes_of_layer(HEADS, f"heads.{layer}", kept, source, target) for layer in layers

@@ -82,7 +82,7 @@ def arch_from_json(values: Any) -> Arch:
     for name, value in values.items():
         if name not in types:
             raise ValueError(f"unknown size {name!r}")
-        expected = (int, float) if types[name] is float else types[name]
+        expected = types[name] | int if types[name] in (float, float | None) else types[name]
         if name != "by_layer" and not isinstance(value, expected):
             raise TypeError(f"{name} is {value!r}, expected a value of {types[name]}")
     return Arch(**values)

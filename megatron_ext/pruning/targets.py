@@ -10,6 +10,7 @@ from typing import Any
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import DEPTH_SIZES, SIZES, has_sublayers, sizes_of
 from megatron_ext.arch.pattern import without_last
+from megatron_ext.arch.per_layer import NAMES, of_layers
 from megatron_ext.arch.sizes import BY_LAYER
 from megatron_ext.runtime.errors import USAGE, UserError
 from megatron_ext.runtime.texts import parse_yaml
@@ -41,12 +42,17 @@ def target_arch(source: Arch, **sizes: Sizes | None) -> Arch:
             f"{source.moe_router_topk} experts (moe_router_topk).",
             USAGE,
         )
-    target = replace(source, by_layer=(), **_with_pattern(source, whole))
+    # Which layers stay is not known yet either: the first ones stand in for them.
+    first = of_layers(source, range(whole.get("num_layers", source.num_layers)))
+    target = replace(source, by_layer=(), **_with_pattern(source, whole), **first)
     values: dict[str, Sequence[int]] = {}
     for kind in set(source.kinds) & set(BY_LAYER.values()):
         mine = {name: size for name, size in typed.items() if BY_LAYER.get(name) == kind}
         values |= _sizes_of_layers(source, kind, mine, len(target.layers_of(kind)))
-    target = target.with_sizes(values)
+    try:
+        target = target.with_sizes(values)
+    except ValueError as error:  # it has no sub-layers to differ
+        raise UserError(f"sizes for each layer: {error}", USAGE) from None
     if target.by_layer and whole.get("num_layers", source.num_layers) < source.num_layers:
         raise UserError(
             f"--target-num-layers {whole['num_layers']} and {_option(target.by_layer[0][0])} with "
@@ -149,9 +155,10 @@ def _with_pattern(source: Arch, sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def same_sizes(first: Arch, second: Arch) -> bool:
-    """Whether two models differ at most in the order of their sub-layers."""
+    """Whether two models differ at most in which layers or sub-layers of each kind they have."""
     if not (has_sublayers(first) and has_sublayers(second)):
-        return first == second
+        none: dict[str, Any] = dict.fromkeys(NAMES)
+        return replace(first, **none) == replace(second, **none)
     hybrids = [arch.by_sublayers() for arch in (first, second)]
     one, other = (
         replace(arch, hybrid_layer_pattern="".join(sorted(arch.pattern))) for arch in hybrids
@@ -228,7 +235,8 @@ def _depth_problem(source: Arch) -> str | None:
             f"--target-attention-layers and --target-mlp-layers{way_out * source.has_whole_layers}"
         )
     if not has_sublayers(source):
-        return "of a BertModel whole layers are removed; use --target-num-layers"
+        kind = "BertModel" if source.is_bert else "model whose layers differ"
+        return f"of a {kind} whole layers are removed; use --target-num-layers"
     return None
 
 
