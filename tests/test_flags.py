@@ -389,17 +389,18 @@ TRAIN_OPTIONS = """
     --log-timers-to-tensorboard --logging-level --loss-scale --loss-scale-window --lr
     --lr-decay-iters --lr-decay-samples --lr-decay-style --lr-warmup-fraction --lr-warmup-init
     --lr-warmup-iters --lr-warmup-samples --lr-wsd-decay-iters --lr-wsd-decay-samples
-    --lr-wsd-decay-style --make-vocab-size-divisible-by --manual-gc --manual-gc-interval
-    --max-position-embeddings --merge-file --mfu --micro-batch-size --min-loss-scale --min-lr
-    --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-grouped-gemm --moe-router-dtype
-    --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
-    --moe-shared-expert-intermediate-size --moe-token-dispatcher-type
-    --no-barrier-with-level-1-timing --no-bias-gelu-fusion --no-fp8-wgrad --no-load-optim
-    --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication --no-pad-vocab-size
-    --no-save-optim --no-save-rng --no-tp-comm-bulk-dgrad --no-tp-comm-bulk-wgrad
-    --no-tp-comm-overlap-ag --no-tp-comm-overlap-rs --no-verify-integrity --norm-epsilon
-    --normalization --num-attention-heads --num-experts --num-layers --num-layers-at-end-in-bf16
-    --num-layers-at-start-in-bf16 --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --lr-wsd-decay-style --make-vocab-size-divisible-by --mamba-head-dim --mamba-num-groups
+    --mamba-num-heads --mamba-state-dim --manual-gc --manual-gc-interval --max-position-embeddings
+    --merge-file --mfu --micro-batch-size --min-loss-scale --min-lr --mock-data --moe-aux-loss-coeff
+    --moe-ffn-hidden-size --moe-grouped-gemm --moe-router-dtype --moe-router-load-balancing-type
+    --moe-router-pre-softmax --moe-router-topk --moe-shared-expert-intermediate-size
+    --moe-token-dispatcher-type --no-barrier-with-level-1-timing --no-bias-gelu-fusion
+    --no-fp8-wgrad --no-load-optim --no-load-rng --no-mmap-bin-files --no-overlap-p2p-communication
+    --no-pad-vocab-size --no-save-optim --no-save-rng --no-tp-comm-bulk-dgrad
+    --no-tp-comm-bulk-wgrad --no-tp-comm-overlap-ag --no-tp-comm-overlap-rs --no-verify-integrity
+    --norm-epsilon --normalization --num-attention-heads --num-experts --num-layers
+    --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16
+    --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --optimizer --overlap-grad-reduce
     --overlap-p2p-communication-warmup-flush --overlap-param-gather --override-opt-param-scheduler
     --override-opt_param-scheduler --padded-vocab-size --per-split-data-args-path
@@ -433,20 +434,21 @@ PRUNE_OPTIONS = """
     --group-query-attention --head-residual --help --hidden-dropout --hidden-size
     --hybrid-layer-pattern --importance --importance-batch --importance-heads --importance-neurons
     --importance-sequence --init-method-std --kv-channels --load --load-config
-    --make-vocab-size-divisible-by --max-position-embeddings --merge-file --mfu --micro-batch-size
-    --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-router-dtype
-    --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
-    --moe-shared-expert-intermediate-size --no-bias-gelu-fusion --no-mmap-bin-files
-    --no-overlap-p2p-communication --no-pad-vocab-size --no-verify-integrity --norm-epsilon
-    --normalization --num-attention-heads --num-experts --num-layers
-    --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --make-vocab-size-divisible-by --mamba-head-dim --mamba-num-groups --mamba-num-heads
+    --mamba-state-dim --max-position-embeddings --merge-file --mfu --micro-batch-size --mock-data
+    --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-router-dtype --moe-router-load-balancing-type
+    --moe-router-pre-softmax --moe-router-topk --moe-shared-expert-intermediate-size
+    --no-bias-gelu-fusion --no-mmap-bin-files --no-overlap-p2p-communication --no-pad-vocab-size
+    --no-verify-integrity --norm-epsilon --normalization --num-attention-heads --num-experts
+    --num-layers --num-layers-per-virtual-pipeline-stage --num-query-groups
     --num-virtual-stages-per-pipeline-rank --num-workers --overlap-p2p-communication-warmup-flush
     --padded-vocab-size --per-split-data-args-path --pipeline-model-parallel-layout
     --pipeline-model-parallel-size --plan --position-embedding-type --prune-iterations
     --qk-layernorm --reset-attention-mask --reset-position-ids --rope-scaling-factor --rotary-base
     --rotary-percent --save --scores --search-space --seed --seq-length --sequence-parallel --split
     --squared-relu --swiglu --target-attention-layers --target-budget --target-ffn-hidden-size
-    --target-hidden-size --target-mlp-layers --target-moe-ffn-hidden-size --target-moe-layers
+    --target-hidden-size --target-mamba-head-dim --target-mamba-layers --target-mamba-num-groups
+    --target-mamba-num-heads --target-mlp-layers --target-moe-ffn-hidden-size --target-moe-layers
     --target-moe-shared-expert-intermediate-size --target-num-attention-heads --target-num-experts
     --target-num-layers --target-num-query-groups --target-params --target-tolerance --targets
     --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ext.arch import Arch, forward_flops, num_parameters
+from megatron_ext.arch.mamba import state_numel
 from megatron_ext.runtime.errors import USAGE, UserError
 
 # Weights and the cache of keys and values are bf16 where a model is used.
@@ -23,9 +24,13 @@ class Use:
 
 
 def kv_bytes(arch: Arch, use: Use) -> int:
-    """Return the bytes of the keys and values of all sequences, in bf16."""
+    """Return the bytes of the keys and values of all sequences, in bf16, and of Mamba's states.
+
+    The second do not grow with the context.
+    """
     groups = sum(layer.num_query_groups * n for layer, n in arch.alike("attention").items())
-    return 2 * groups * arch.kv_channels * BYTES * use.context * use.batch
+    of_sequence = arch.mamba_layers and state_numel(arch) * arch.mamba_layers
+    return (2 * groups * arch.kv_channels * use.context + of_sequence) * BYTES * use.batch
 
 
 # Each by its name in --target-budget.
