@@ -63,6 +63,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+MAMBA_LAYERS = ["linear_attention", "mlp", "full_attention", "linear_attention"]
 BERT = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
 # name: model_type and config; every family at least once.
 MODELS = {
@@ -78,6 +79,20 @@ MODELS = {
     "qwen2.5 7B": ("qwen2", {**COMMON, "tie_word_embeddings": False, "max_window_layers": 4}),
     "qwen3": ("qwen3", {**COMMON, "head_dim": 14}),
     "nemotron": ("nemotron", {**COMMON, "head_dim": 16}),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            **{name: value for name, value in COMMON.items() if name != "num_hidden_layers"},
+            "layers_block_type": MAMBA_LAYERS,
+            "head_dim": 12,
+            "mamba_num_heads": 12,
+            "mamba_head_dim": 6,
+            "n_groups": 4,
+            "ssm_state_size": 10,
+            "chunk_size": 8,
+            "time_step_min": 1e-9,  # which transformers raises steps to
+        },
+    ),
     "gpt2": (
         "gpt2",
         {
@@ -120,6 +135,8 @@ TARGETS = {
     "qwen2.5 7B": f"{LAYERS} {WIDTH} {DENSE} --target-num-attention-heads 4",
     "qwen3": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     "nemotron": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
+    "nemotron_h": f"{WIDTH} {DENSE} {GROUPS} --target-mamba-num-heads 8 --target-mamba-head-dim 4 "
+    "--target-mamba-layers 1",
     # The head_dim of these is hidden_size / heads, always.
     "gpt2": f"{LAYERS} --target-hidden-size 24 --target-num-attention-heads 3 {DENSE}",
     "bert": f"{LAYERS} --target-hidden-size 36 --target-num-attention-heads 6 {DENSE}",

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_ext.arch import Arch, weights
 from megatron_ext.convert.families import FAMILIES, Family
+from megatron_ext.convert.rows import row_name
 from megatron_ext.convert.types import ROPE_TYPES, Config, check_types, typed
 
 # The scaling of Llama 3.1 in megatron-core's rotary embedding, whose factor alone can change.
@@ -23,6 +24,13 @@ LLAMA3_ROPE = {
 WRITTEN_FOR = "5.0.0"
 # Switches of biases: what the names of their weights hold.
 BIASED = {"attention_bias": ".self_attention.linear_", "mlp_bias": ".mlp.linear_"}
+# Sub-layers by name, of transformers from 5.0 on, and their symbols.
+LISTS = ("layers_block_type", "layer_types")
+SYMBOLS_OF = {
+    **dict.fromkeys(("mamba", "linear_attention"), "M"),
+    **dict.fromkeys(("attention", "full_attention"), "*"),
+    "mlp": "-",
+}
 # Fields of ``Arch`` that matter in training only, or not in the names and shapes of a model.
 NOT_COMPARED = {
     "vocab_size",
@@ -58,6 +66,8 @@ def arch_of(
     """
     family = family_of(config)
     config = typed(family, config)
+    if family.has_pattern:
+        config = with_pattern(config)
     rows, multiple = _needed(config, "vocab_size"), make_vocab_size_divisible_by
     sizes = _sizes(family, config)
     _check_computed(family, config, sizes["num_layers"], sizes["max_position_embeddings"])
@@ -94,7 +104,7 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
     """
     if problem := broken_heads(arch, family):
         raise ValueError(problem)
-    if missing := [weight.key for weight in weights(arch) if weight.key not in family.rows]:
+    if missing := [w.key for w in weights(arch) if row_name(w.key, family.rows) not in family.rows]:
         raise ValueError(f"{family.model_type} has no tensor for {missing[0]}")
     is_own = origin.get("model_type") == family.model_type
     config = {"transformers_version": WRITTEN_FOR, **(origin if is_own else {})}
@@ -104,11 +114,13 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
         config |= dict.fromkeys(keys, getattr(arch, name))
     config |= dict.fromkeys(family.biases, arch.add_bias_linear)
     config |= {key: not getattr(arch, name) for name, key in family.negated.items()}
-    config |= family.only
+    config |= family.only | family.written
     config |= _activation_config(arch, family, config)
     if arch.position_embedding_type == "rope":
         config |= _rope_config(arch, family)
-    if "layer_types" in config:
+    if family.has_pattern:
+        config |= {key: _names(arch.pattern, config[key]) for key in LISTS if key in config}
+    elif "layer_types" in config:
         config["layer_types"] = ["full_attention"] * arch.num_layers
     # Layers below it have full attention: all that there are here.
     if config.get("max_window_layers", 0) == origin.get("num_hidden_layers"):
@@ -139,6 +151,33 @@ def num_rows(arch: Arch, origin: Config) -> int:
     return rows if arch.vocab_size <= rows <= arch.padded_vocab_size else arch.vocab_size
 
 
+def _names(pattern: str, origin: list[str]) -> list[str]:
+    """Return the name of each sub-layer, as the origin has it where it has such."""
+    names = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+    names |= {SYMBOLS_OF[name]: name for name in origin}
+    return [names[symbol] for symbol in pattern]
+
+
+def with_pattern(config: Config) -> dict[str, Any]:
+    """Return ``config`` with hybrid_override_pattern alone to say what the sub-layers are.
+
+    Raises:
+        ValueError: it does not say, or names sub-layers that are not computed here.
+    """
+    listed = next((config[key] for key in LISTS if config.get(key)), None)
+    if listed is None:
+        pattern = _needed(config, "hybrid_override_pattern")
+    elif unknown := [name for name in listed if name not in SYMBOLS_OF]:
+        raise ValueError(f"sub-layers {unknown[0]!r} are not computed here")
+    else:
+        pattern = "".join(SYMBOLS_OF[name] for name in listed)
+    others = [symbol for symbol in pattern if symbol not in SYMBOLS_OF.values()]
+    if others:
+        raise ValueError(f"hybrid_override_pattern {pattern}: {others[0]} is not computed here")
+    rest = {key: value for key, value in config.items() if key not in LISTS}
+    return {**rest, "hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
+
+
 def _needed(config: Config, key: str) -> Any:
     if config.get(key) is None:
         raise ValueError(f"there is no {key}")
@@ -166,6 +205,9 @@ def _check_computed(family: Family, config: Config, num_layers: int, num_positio
     for key, only in {**family.only, "quantization_config": None}.items():
         if config.get(key, only) != only:
             raise ValueError(f"{key} {json.dumps(config[key])} is not computed here")
+    for key, most in family.at_most.items():
+        if config.get(key, most) > most:
+            raise ValueError(f"{key} {config[key]} is not computed here: at most {most}")
     window, layer_types = config.get("sliding_window"), config.get("layer_types") or []
     some_layers = config.get("max_window_layers", 0) < num_layers
     if window and window < num_positions and config.get("use_sliding_window", True) and some_layers:

@@ -48,6 +48,7 @@ TYPES = {
     "use_sliding_window": "switch (true or false)",
     "max_window_layers": "whole number",
     "layer_types": "list of texts",
+    "layers_block_type": "list of texts",
     "transformers_version": "text",
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "token id"),
 }
@@ -71,10 +72,20 @@ def typed(family: Family, config: Config) -> dict[str, Any]:
         ValueError: naming a key that is read and holds a value of another kind.
     """
     said = {key: value for key, value in config.items() if value is not None or key in NULL}
-    types = {f.name: "number" if f.type is float else "whole number" for f in fields(Arch)}
+    others: dict[Any, str] = {float: "number", str | None: "text"}
+    types = {f.name: others.get(f.type, "whole number") for f in fields(Arch)}
     of_sizes = {key: types[name] for name, keys in family.sizes.items() for key in keys}
     switches = dict.fromkeys((*family.negated.values(), *family.biases), "switch (true or false)")
-    check_types(said, {**TYPES, **of_sizes, **switches, family.activation[0]: "text"})
+    check_types(
+        said,
+        {
+            **TYPES,
+            **dict.fromkeys(family.at_most, "number"),
+            **of_sizes,
+            **switches,
+            family.activation[0]: "text",
+        },
+    )
     return {**family.defaults, **said}
 
 
