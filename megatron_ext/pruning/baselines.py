@@ -106,22 +106,29 @@ def _add_squares(sums: Mapping[str, Tensor], piece: Piece, weight: Tensor, arch:
         for axis, _, units in units_on(dim, arch, piece.layer):
             per_position = (squares.sum(dim=others) if others else squares).double()
             vector = sums[axis.vector(piece.layer, piece.expert)]
-            has_unit = units < axis.length(arch)  # what a group shares is no unit's
+            has_unit = units < axis.length(arch, piece.layer)  # what a group shares is no unit's
             index, values = units[has_unit], per_position[has_unit]
             if axis.across is not None:
-                index, values = _across(axis.across, index, values, has_unit, dim, arch)
+                place = dim, arch, piece.layer
+                index, values = _across(axis.across, index, values, has_unit, *place)
             vector.index_add_(0, index, values)
 
 
 def _across(
-    other: Axis, units: Tensor, values: Tensor, has_unit: Tensor, dim: str, arch: Arch
+    other: Axis,
+    units: Tensor,
+    values: Tensor,
+    has_unit: Tensor,
+    dim: str,
+    arch: Arch,
+    layer: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the squares of units by the places of their scores: of each unit and one of ``other``.
 
     Where those of ``other`` do not lie on the dim, each gets the same share.
     """
-    width = other.length(arch)
-    for axis, _, others in units_on(dim, arch):
+    width = other.length(arch, layer)
+    for axis, _, others in units_on(dim, arch, layer):
         if axis is other:
             return units * width + others[has_unit], values
     places = units.unsqueeze(1) * width + torch.arange(width)
