@@ -7,6 +7,7 @@ Names of attributes, tensors and objects are those of Transformer Engine 2.12 in
 import pickle
 
 import torch
+from megatron.core.extensions import transformer_engine
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.hybrid import hybrid_block
@@ -110,6 +111,8 @@ def layer_spec(num_experts=None, moe_grouped_gemm=False, qk_layernorm=False):
 def stand_in():
     """Build these layers in this process where Transformer Engine's are asked for."""
     gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec = layer_spec
+    transformer_engine.TELayerNormColumnParallelLinear = NormLinear
+    transformer_engine.TERowParallelLinear = RowLinear
     transformer_block.LayerNormImpl = hybrid_block.TENorm = EngineNorm
     rotate = rope_utils._apply_rotary_pos_emb_bshd
     rope_utils.fused_apply_rotary_pos_emb = lambda t, freqs, interleaved=False: rotate(

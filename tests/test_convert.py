@@ -89,6 +89,7 @@ GRANITE = {
 }
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5}
 LOCAL = {"rope_type": "default", "rope_theta": 1e4}
+MAMBA_LAYERS = ["linear_attention", "mlp", "full_attention", "linear_attention"]
 BERT = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
 # name: model_type and config; every family at least once.
 MODELS = {
@@ -141,6 +142,20 @@ MODELS = {
     "qwen3": ("qwen3", {**COMMON, "head_dim": 14}),
     "nemotron": ("nemotron", {**COMMON, "head_dim": 16}),
     "phi3": ("phi3", {**COMMON, "pad_token_id": 0, "head_dim": 12, "partial_rotary_factor": 0.5}),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            **{name: value for name, value in COMMON.items() if name != "num_hidden_layers"},
+            "layers_block_type": MAMBA_LAYERS,
+            "head_dim": 12,
+            "mamba_num_heads": 12,
+            "mamba_head_dim": 6,
+            "n_groups": 4,
+            "ssm_state_size": 10,
+            "chunk_size": 8,
+            "time_step_min": 1e-9,  # which transformers raises steps to
+        },
+    ),
     "gpt2": (
         "gpt2",
         {
@@ -191,6 +206,8 @@ TARGETS = {
     "qwen3": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     "nemotron": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
     "phi3": f"{LAYERS} {WIDTH} {DENSE} {GROUPS}",
+    "nemotron_h": f"{WIDTH} {DENSE} {GROUPS} --target-mamba-num-heads 8 --target-mamba-head-dim 4 "
+    "--target-mamba-layers 1",
     # The head_dim of these is hidden_size / heads, always.
     "gpt2": f"{LAYERS} --target-hidden-size 24 --target-num-attention-heads 3 {DENSE}",
     "bert": f"{LAYERS} --target-hidden-size 36 --target-num-attention-heads 6 {DENSE}",

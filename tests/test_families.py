@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from megatron_ext.arch import Arch, shape, weights
+from megatron_ext.arch import Arch, layer_key, names_on_disk, shape, weights
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.convert import exporter
 from megatron_ext.convert.config import arch_of
@@ -61,6 +61,19 @@ CONFIGS = {
     "mixtral": {**GROUPED, "num_experts_per_tok": 2, "num_local_experts": 4},
     "qwen3_moe": {**GROUPED, **EXPERTS},
     "gpt2": GPT2,
+    "nemotron_h": {
+        **{
+            name: GROUPED[name]
+            for name in GROUPED
+            if name not in ("num_hidden_layers", "rope_theta")
+        },
+        "hybrid_override_pattern": "M-*M",
+        "mamba_num_heads": 6,
+        "mamba_head_dim": 5,
+        "n_groups": 3,
+        "ssm_state_size": 7,
+        "time_step_min": 1e-9,
+    },
     **dict.fromkeys(("bert", "megatron-bert"), COMMON),
 }
 YARN = {
@@ -152,6 +165,12 @@ CHANGES = [
     {"moe_aux_loss_coeff": 0.5},
     {"hybrid_layer_pattern": "*-*-", "num_layers": 4},
     {"hybrid_layer_pattern": "*--", "num_layers": 3},
+    {"hybrid_layer_pattern": "MM-*-", "num_layers": 5},
+    {"mamba_num_heads": 12},
+    {"mamba_num_heads": 4, "mamba_num_groups": 1},
+    {"mamba_head_dim": 4},
+    {"mamba_num_groups": 2},
+    {"mamba_state_dim": 11},
     {"init_method_std": 0.3},
     {"attention_dropout": 0.4},
     {"hidden_dropout": 0.4},
@@ -219,6 +238,8 @@ class Memory:
         return self.tensors[key][tuple(index)].clone()
 
     def read_layer(self, key, layer, out=None, *, expert=None):
+        if key not in self.tensors:
+            return self.tensors[layer_key(key, layer)].clone()
         part = self.tensors[key][layer]
         return (part if expert is None else part[expert]).clone()
 
@@ -228,10 +249,11 @@ def random_tensors(arch):
     generator = torch.Generator().manual_seed(3)
     tensors = {}
     for weight in weights(arch):
-        layers = [arch.num_layers] * weight.per_layer
+        layers = [arch.num_layers] * (weight.per_layer and not arch.is_hybrid)
         size = (*layers, *shape(weight, arch))
         std, mean = (0.3, weight.init == "ones") if "norm" in weight.key else (0.2, 0)
-        tensors[weight.key] = torch.randn(size, generator=generator) * std + mean
+        for name in names_on_disk(weight, arch):
+            tensors[name] = torch.randn(size, generator=generator) * std + mean
     return tensors
 
 

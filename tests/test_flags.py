@@ -389,9 +389,10 @@ TRAIN_OPTIONS = """
     --log-timers-to-tensorboard --logging-level --loss-scale --loss-scale-window --lr
     --lr-decay-iters --lr-decay-samples --lr-decay-style --lr-warmup-fraction --lr-warmup-init
     --lr-warmup-iters --lr-warmup-samples --lr-wsd-decay-iters --lr-wsd-decay-samples
-    --lr-wsd-decay-style --make-vocab-size-divisible-by --manual-gc --manual-gc-interval
-    --max-position-embeddings --merge-file --mfu --micro-batch-size --min-loss-scale --min-lr
-    --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-grouped-gemm --moe-router-dtype
+    --lr-wsd-decay-style --make-vocab-size-divisible-by --mamba-head-dim --mamba-num-groups
+    --mamba-num-heads --mamba-state-dim --manual-gc --manual-gc-interval --max-position-embeddings
+    --merge-file --mfu --micro-batch-size --min-loss-scale --min-lr --mock-data
+    --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-grouped-gemm --moe-router-dtype
     --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
     --moe-shared-expert-intermediate-size --moe-token-dispatcher-type --mscale --mscale-all-dim
     --no-barrier-with-level-1-timing --no-bias-gelu-fusion --no-fp8-wgrad --no-load-optim
@@ -407,14 +408,15 @@ TRAIN_OPTIONS = """
     --persistent-save-interval --pipeline-model-parallel-layout --pipeline-model-parallel-size
     --position-embedding-type --pretrained-checkpoint --profile --profile-ranks --profile-step-end
     --profile-step-start --progress --pytorch-profiler-collect-callstack
-    --pytorch-profiler-collect-shapes --qk-layernorm --recompute-activations --recompute-granularity
-    --recompute-method --recompute-modules --recompute-num-layers --reset-attention-mask
-    --reset-position-ids --rope-scaling-factor --rotary-base --rotary-interleaved --rotary-percent
-    --rotary-scaling-factor --rotary-seq-len-interpolation-factor --save --save-interval
-    --save-retain-interval --seed --seq-length --sequence-parallel --sgd-momentum --skip-train
-    --split --squared-relu --start-weight-decay --swiglu --teacher-config --teacher-fp8-format
-    --teacher-load --tensor-model-parallel-size --tensorboard-dir --tensorboard-queue-size
-    --test-data-path --timing-log-level --timing-log-option --tokenizer-model --tokenizer-type
+    --pytorch-profiler-collect-shapes --qk-layernorm --recompute-activations
+    --recompute-granularity --recompute-method --recompute-modules --recompute-num-layers
+    --reset-attention-mask --reset-position-ids --rope-scaling-factor --rotary-base
+    --rotary-interleaved --rotary-percent --rotary-scaling-factor
+    --rotary-seq-len-interpolation-factor --save --save-interval --save-retain-interval --seed
+    --seq-length --sequence-parallel --sgd-momentum --skip-train --split --squared-relu
+    --start-weight-decay --swiglu --teacher-config --teacher-fp8-format --teacher-load
+    --tensor-model-parallel-size --tensorboard-dir --tensorboard-queue-size --test-data-path
+    --timing-log-level --timing-log-option --tokenizer-model --tokenizer-type
     --tp-comm-bootstrap-backend --tp-comm-overlap --tp-comm-overlap-cfg --tp-comm-overlap-rs-dgrad
     --train-data-path --train-iters --train-samples --transformer-impl --trust-checkpoint
     --trust-remote-code --untie-embeddings-and-output-weights --use-checkpoint-opt-param-scheduler
@@ -436,29 +438,30 @@ PRUNE_OPTIONS = """
     --group-query-attention --head-residual --help --hidden-dropout --hidden-size
     --hybrid-layer-pattern --importance --importance-batch --importance-heads --importance-neurons
     --importance-sequence --init-method-std --kv-channels --load --load-config
-    --make-vocab-size-divisible-by --max-position-embeddings --merge-file --mfu --micro-batch-size
-    --mock-data --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-router-dtype
-    --moe-router-load-balancing-type --moe-router-pre-softmax --moe-router-topk
-    --moe-shared-expert-intermediate-size --mscale --mscale-all-dim --no-bias-gelu-fusion
-    --no-mmap-bin-files --no-overlap-p2p-communication --no-pad-vocab-size --no-rope-freq
-    --no-verify-integrity --no-yarn-correction-range-round-to-int --norm-epsilon --normalization
-    --num-attention-heads --num-experts --num-layers --num-layers-per-virtual-pipeline-stage
-    --num-query-groups --num-virtual-stages-per-pipeline-rank --num-workers
-    --overlap-p2p-communication-warmup-flush --padded-vocab-size --per-split-data-args-path
-    --pipeline-model-parallel-layout --pipeline-model-parallel-size --plan --position-embedding-type
-    --prune-iterations --qk-layernorm --reset-attention-mask --reset-position-ids
-    --rope-scaling-factor --rotary-base --rotary-interleaved --rotary-percent
-    --rotary-scaling-factor --rotary-seq-len-interpolation-factor --save --scores --search-space
-    --seed --seq-length --sequence-parallel --split --squared-relu --swiglu
-    --target-attention-layers --target-budget --target-ffn-hidden-size --target-hidden-size
-    --target-mlp-layers --target-moe-ffn-hidden-size --target-moe-layers
-    --target-moe-shared-expert-intermediate-size --target-num-attention-heads --target-num-experts
-    --target-num-layers --target-num-query-groups --target-params --target-tolerance --targets
-    --tensor-model-parallel-size --tokenizer-model --tokenizer-type --train-data-path
-    --transformer-impl --trust-checkpoint --trust-remote-code --untie-embeddings-and-output-weights
-    --use-rope-scaling --use-rotary-position-embeddings --vocab-file --vocab-size
-    --window-attn-skip-freq --window-size --world-size --yarn-beta-fast --yarn-beta-slow
-    --yarn-correction-range-round-to-int --yarn-original-max-position-embeddings
+    --make-vocab-size-divisible-by --mamba-head-dim --mamba-num-groups --mamba-num-heads
+    --mamba-state-dim --max-position-embeddings --merge-file --mfu --micro-batch-size --mock-data
+    --moe-aux-loss-coeff --moe-ffn-hidden-size --moe-router-dtype --moe-router-load-balancing-type
+    --moe-router-pre-softmax --moe-router-topk --moe-shared-expert-intermediate-size --mscale
+    --mscale-all-dim --no-bias-gelu-fusion --no-mmap-bin-files --no-overlap-p2p-communication
+    --no-pad-vocab-size --no-rope-freq --no-verify-integrity
+    --no-yarn-correction-range-round-to-int --norm-epsilon --normalization --num-attention-heads
+    --num-experts --num-layers --num-layers-per-virtual-pipeline-stage --num-query-groups
+    --num-virtual-stages-per-pipeline-rank --num-workers --overlap-p2p-communication-warmup-flush
+    --padded-vocab-size --per-split-data-args-path --pipeline-model-parallel-layout
+    --pipeline-model-parallel-size --plan --position-embedding-type --prune-iterations
+    --qk-layernorm --reset-attention-mask --reset-position-ids --rope-scaling-factor --rotary-base
+    --rotary-interleaved --rotary-percent --rotary-scaling-factor
+    --rotary-seq-len-interpolation-factor --save --scores --search-space --seed --seq-length
+    --sequence-parallel --split --squared-relu --swiglu --target-attention-layers --target-budget
+    --target-ffn-hidden-size --target-hidden-size --target-mamba-head-dim --target-mamba-layers
+    --target-mamba-num-groups --target-mamba-num-heads --target-mlp-layers
+    --target-moe-ffn-hidden-size --target-moe-layers --target-moe-shared-expert-intermediate-size
+    --target-num-attention-heads --target-num-experts --target-num-layers --target-num-query-groups
+    --target-params --target-tolerance --targets --tensor-model-parallel-size --tokenizer-model
+    --tokenizer-type --train-data-path --transformer-impl --trust-checkpoint --trust-remote-code
+    --untie-embeddings-and-output-weights --use-rope-scaling --use-rotary-position-embeddings
+    --vocab-file --vocab-size --window-attn-skip-freq --window-size --world-size --yarn-beta-fast
+    --yarn-beta-slow --yarn-correction-range-round-to-int --yarn-original-max-position-embeddings
 """
 
 

@@ -523,7 +523,15 @@ def test_a_new_model_of_sublayers(llama, tmp_path):
 
 # Transformer Engine's kind of layers.
 
-ENGINE_ARCH = replace(NEMOTRON, num_layers=5, hybrid_layer_pattern="*--**")
+ENGINE_ARCH = replace(
+    NEMOTRON,
+    num_layers=6,
+    hybrid_layer_pattern="*--*M*",
+    mamba_num_heads=4,
+    mamba_head_dim=8,
+    mamba_num_groups=2,
+    mamba_state_dim=6,
+)
 
 
 @pytest.mark.parametrize(
@@ -679,7 +687,7 @@ def test_what_saved_args_say():
     assert Arch.from_args(LLAMA.to_args()).hybrid_layer_pattern is None
     assert LLAMA.by_sublayers().by_layers() == LLAMA
     for pattern, words in (
-        ("*M-*", r"'M' is not built here, only \* \(attention\)"),
+        ("*G-*", r"'G' is not built here, only \* \(attention\)"),
         ("*-/*", "'/' is not built here"),
         ("*-|*", r"leave out \|, and cut pipeline stages with --pipeline-model-parallel-layout"),
         ("", "at least one sub-layer"),

@@ -10,8 +10,8 @@ A module of a kind has:
     DEPTH, AXES, UNCUT  what pruning cuts: the sub-layers, their units; dims without units
 """
 
-from megatron_ext.arch import attention, mlp, moe
+from megatron_ext.arch import attention, mamba, mlp, moe
 
-MODULES = (attention, mlp, moe)
+MODULES = (attention, mlp, moe, mamba)
 KINDS = {kind.NAME: kind for kind in MODULES}
 SYMBOLS = {kind.NAME: kind.SYMBOL for kind in MODULES}

@@ -39,7 +39,8 @@ class Weight:
     dims: tuple[str, ...]
     """A named dim for each of the tensor's."""
     init: str = "normal"
-    """normal: std; scaled: std / sqrt(sub-layers); ones and zeros (a norm's gamma, a bias)."""
+    """normal: std; scaled: std / sqrt(sub-layers); ones and zeros (a norm's gamma, a bias); conv,
+    step and decay of Mamba: ``build.DRAWN``."""
     kind: str | None = None
     """The kind of sub-layer that has one (``kinds``); None outside the layers."""
 
@@ -99,6 +100,9 @@ class Axis:
     """Groups of neighbouring units. Units are ranked within their group, and every group that stays
     keeps the same number of units. What group g shares (a query group's key and value) has the unit
     number ``length`` + g, and stays if any unit of group g stays."""
+    across: "Axis | None" = None
+    """Units that each of these has too, all the same: a score is of one of these and one of those,
+    and a unit's is the L2 norm over those that stay."""
     scope: Literal["model", "layer", "expert"] = "layer"
     """Owner of a set of units: the model, each layer, each expert of each layer."""
     kind: str | None = None
@@ -118,6 +122,10 @@ class Axis:
     def length(self, arch: "Arch", layer: int | None = None) -> int:
         """Return how many units a vector of this axis has, in a layer of its kind."""
         return getattr(arch.at(self.kind, layer), self.size.name)
+
+    def num_scores(self, arch: "Arch", layer: int | None = None) -> int:
+        """Return how many scores one vector of this axis has: [units, units across] flattened."""
+        return self.length(arch, layer) * (self.across.length(arch, layer) if self.across else 1)
 
     def vector(self, layer: int | None = None, expert: int | None = None) -> str:
         """Return the name of one vector: ``hidden``, ``ffn.3``, ``moe_ffn.3.7``."""

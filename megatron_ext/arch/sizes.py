@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any
 
-from megatron_ext.arch import attention, bert, mlp, moe, per_layer, rotary, scales
+from megatron_ext.arch import attention, bert, mamba, mlp, moe, per_layer, rotary, scales
 from megatron_ext.arch import pattern as patterns
 from megatron_ext.arch.kinds import MODULES
 from megatron_ext.arch.mlp import is_gelu
@@ -41,7 +41,6 @@ LEFT_OUT: dict[str, tuple[Any, ...]] = {
     "heterogeneous_block_specs": (False,),
     "heterogeneous_layers_config_path": (),
     "high_freq_factor": (4.0,),
-    "hybrid_override_pattern": (),
     "is_hybrid_model": (False,),
     "linear_attention_freq": (),
     "low_freq_factor": (1.0,),
@@ -64,9 +63,9 @@ class ModelSizes:
     """With a hybrid_layer_pattern, megatron-core counts each sub-layer as a layer."""
     hybrid_layer_pattern: str | None = size(
         None,
-        "in place of num-layers: sub-layers, * attention, - MLP, E experts, as '*-**-', each a "
-        "layer of a HybridModel; pipeline stages are cut by --pipeline-model-parallel-layout, a t "
-        "for each",
+        "in place of num-layers: sub-layers, * attention, - MLP, E experts, M Mamba, as "
+        "'M-M*-', each a layer of a HybridModel; pipeline stages are cut by "
+        "--pipeline-model-parallel-layout, a t for each",
     )
     """None for a GPTModel, whose layers are all whole."""
     hidden_size: int = size(REQUIRED, "channels of the residual stream", typed=None, at_least=1)
@@ -108,7 +107,14 @@ class ModelSizes:
 # Bases from the last to the first: their fields are flags in this order.
 @dataclass(frozen=True, kw_only=True)
 class Arch(
-    bert.Sizes, moe.Sizes, mlp.Sizes, attention.Sizes, rotary.Sizes, scales.Sizes, ModelSizes
+    bert.Sizes,
+    mamba.Sizes,
+    moe.Sizes,
+    mlp.Sizes,
+    attention.Sizes,
+    rotary.Sizes,
+    scales.Sizes,
+    ModelSizes,
 ):
     """The architecture of one model, in the names that Megatron-LM saves in a checkpoint's args."""
 
@@ -250,6 +256,11 @@ class Arch(
         """Number of mixtures of experts."""
         return len(self.layers_of("moe"))
 
+    @property
+    def mamba_layers(self) -> int:
+        """Number of Mamba sub-layers."""
+        return len(self.layers_of("mamba"))
+
     def with_pattern(self, pattern: str) -> "Arch":
         """Return the model with these sub-layers: a GPTModel, if they are whole layers."""
         arch, num_layers = self.with_sublayers(pattern), len(pattern) // 2
@@ -259,9 +270,9 @@ class Arch(
         return arch
 
     def with_sublayers(self, pattern: str) -> "Arch":
-        """Return the HybridModel with these sub-layers; without mixtures, it has no experts."""
-        experts = "moe" in patterns.kinds(pattern)
-        none: dict[str, Any] = {} if experts else {f.name: f.default for f in fields(moe.Sizes)}
+        """Return the HybridModel with these sub-layers; a kind that lacks has no sizes."""
+        lacking = [kind for kind in (moe, mamba) if kind.SYMBOL not in pattern]
+        none: dict[str, Any] = {f.name: f.default for kind in lacking for f in fields(kind.Sizes)}
         return replace(self, num_layers=len(pattern), hybrid_layer_pattern=pattern, **none)
 
     def by_sublayers(self) -> "Arch":
@@ -300,6 +311,8 @@ class Arch(
         """
         check_left_out(args)
         args = {**{name: args.get(new) for name, new in RENAMED.items()}, **args}
+        # megatron-core before 0.17 has no other name for it.
+        args["hybrid_layer_pattern"] = pattern_of(args)
         known = {f.name: args[f.name] for f in fields(cls) if args.get(f.name) is not None}
         known.setdefault("vocab_size", args["padded_vocab_size"])
         if not is_gelu(known) or not known.get("add_bias_linear", True):
@@ -315,6 +328,8 @@ class Arch(
             # Where pipeline stages ended when it was saved is no part of the model.
             known["hybrid_layer_pattern"] = pattern.replace(patterns.STAGE, "")
             known["num_layers"] = len(known["hybrid_layer_pattern"])
+        known = {name: value for name, value in known.items() if not name.startswith("mamba_")}
+        known |= mamba.completed(args)
         if not args.get("group_query_attention"):
             known["num_query_groups"] = args["num_attention_heads"]
         missing = [name for name in _SIZES if name not in known]
@@ -364,11 +379,16 @@ def canonical(sizes: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     return found
 
 
+def pattern_of(settings: Mapping[str, Any]) -> str | None:
+    """Return the pattern in saved args or a configuration, under its name or its old one."""
+    return settings.get("hybrid_layer_pattern") or settings.get("hybrid_override_pattern")
+
+
 def check_left_out(settings: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` if saved args or a configuration ask for what is not built here."""
     for name, allowed in LEFT_OUT.items():
         value = settings.get(name)
-        if name == "is_hybrid_model" and settings.get("hybrid_layer_pattern"):
+        if name == "is_hybrid_model" and pattern_of(settings):
             continue
         if value is not None and value not in allowed:
             raise ValueError(f"{name} is {value}, which is not computed here")

@@ -137,11 +137,18 @@ def forward_flops(arch: Arch, seq_length: int) -> int:
     sizes = dim_sizes(arch)
     matrices = [w for w in weights(arch) if len(w.dims) > 1 and w.per_layer]
     layers = sum(numel_of(weight, arch, active=True) for weight in matrices)
-    for kind in arch.kinds:
-        for layer, times in arch.alike(kind).items():
-            layers += KINDS[kind].multiply_adds(layer, seq_length) * times
+    layers += multiply_adds_beside(arch, seq_length)
     output = sizes["vocab"] * sizes["hidden"] + arch.is_bert * sizes["hidden"] ** 2
     return 2 * (layers + output)
+
+
+def multiply_adds_beside(arch: Arch, seq_length: int) -> int:
+    """Return those of one token's forward pass beside the weights': attention, Mamba's states."""
+    return sum(
+        KINDS[kind].multiply_adds(layer, seq_length) * times
+        for kind in arch.kinds
+        for layer, times in arch.alike(kind).items()
+    )
 
 
 def numel_of(weight: Weight, arch: Arch, *, active: bool = False) -> int:

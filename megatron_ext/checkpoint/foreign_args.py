@@ -19,6 +19,11 @@ FILES = {"run_config.yaml": "model", "../context/model.yaml": "config"}
 NAMES = {
     "num_layers": "num_layers",
     "hybrid_layer_pattern": "hybrid_layer_pattern",
+    "hybrid_override_pattern": "hybrid_override_pattern",
+    "mamba_num_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+    "mamba_num_groups": "mamba_num_groups",
+    "mamba_state_dim": "mamba_state_dim",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "ffn_hidden_size",
     "num_attention_heads": "num_attention_heads",

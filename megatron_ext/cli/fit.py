@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import axes_of
+from megatron_ext.arch.mamba import num_heads
 from megatron_ext.arch.rotary import KINDS as ROTARY
 from megatron_ext.cli import flag_checks as check
 from megatron_ext.cli import megatron_flags as group
@@ -51,6 +52,7 @@ def check_layout(arch: Arch, parallel: group.Parallel, *, seq_length: int) -> No
         _position_problems(arch, seq_length),
         _all_to_all_problems(arch, parallel),
         _expert_problems(arch, parallel) if arch.num_experts else (),
+        _mamba_problems(arch, parallel) if arch.mamba_layers else (),
         _bert_problems(parallel, seq_length) if arch.is_bert else (),
     )
 
@@ -67,6 +69,20 @@ def check_experts(archs: Iterable[Arch], parallel: group.Parallel) -> None:
     for name in (*names, "moe_router_dtype"):
         if getattr(parallel, name) != getattr(group.TrainParallel, name):
             raise UserError(f"{dashed(name)}: no model of this run has experts.", USAGE)
+
+
+def check_documents(archs: Iterable[Arch], data: group.Data) -> None:
+    """Check that no model of a run would see across documents that --reset-attention-mask parts.
+
+    Raises:
+        UserError: with code ``USAGE``.
+    """
+    if data.reset_attention_mask and any(arch.mamba_layers for arch in archs):
+        raise UserError(
+            "--reset-attention-mask: no mask stops the states of Mamba at the end of a document; "
+            "leave it out.",
+            USAGE,
+        )
 
 
 def check_targets(arch: Arch, targets: Iterable[Arch], prune: own.Prune) -> None:
@@ -211,6 +227,22 @@ def _all_to_all_problems(arch: Arch, parallel: group.Parallel) -> Iterator[str]:
                 f"--cp-comm-type a2a: --context-parallel-size {cp} does not divide the {held} "
                 "query groups of a tensor-parallel rank; use p2p."
             )
+
+
+def _mamba_problems(arch: Arch, parallel: group.Parallel) -> Iterator[str]:
+    """Yield why context-parallel ranks cannot share the heads of a tensor-parallel rank."""
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    heads, groups = num_heads(arch) // tp, arch.mamba_num_groups // tp
+    if heads % cp:
+        yield (
+            f"--context-parallel-size {cp} does not divide the {heads} Mamba heads of a "
+            "tensor-parallel rank."
+        )
+    elif groups and groups % cp and cp % groups:
+        yield (
+            f"--context-parallel-size {cp}: the {groups} groups of Mamba heads of a "
+            "tensor-parallel rank must be a multiple or a divisor of it."
+        )
 
 
 def _position_problems(arch: Arch, seq_length: int) -> Iterator[str]:

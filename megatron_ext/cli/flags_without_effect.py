@@ -207,7 +207,6 @@ WITHOUT_EFFECT = (
     ),
     (
         "details of --hybrid-layer-pattern",
-        "--mamba-state-dim=128 --mamba-head-dim=64 --mamba-num-groups=8 --mamba-num-heads= "
         "--mamba-training-ssm-states-dtype=",
     ),
     (

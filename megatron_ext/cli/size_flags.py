@@ -7,6 +7,7 @@ from dataclasses import Field, asdict, fields, make_dataclass, replace
 from typing import Any
 
 from megatron_ext.arch import Arch, is_gelu, per_layer, rotary
+from megatron_ext.arch.mamba import completed
 from megatron_ext.arch.sizes import canonical
 from megatron_ext.cli.parser import dashed, flag, option
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError, warn
@@ -98,6 +99,7 @@ def new_arch(sizes: Mapping[str, Any], vocab_size: int) -> Arch:
             )
     if values["num_experts"] is not None and values["moe_ffn_hidden_size"] is None:
         values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
+    values |= completed(values)
     values["bias_gelu_fusion"] &= is_gelu(values) and values["add_bias_linear"]
     if not values.pop("group_query_attention"):
         values["num_query_groups"] = heads
@@ -191,6 +193,8 @@ def megatron_command_line(arch: Arch) -> str:
         if field.name == "padded_vocab_size":
             continue  # follows, and Megatron-LM before 0.19 has no such flag
         if value is None or (field.name.startswith("moe_") and arch.num_experts is None):
+            continue
+        if field.name.startswith("mamba_") and not arch.mamba_layers:
             continue
         if field.name == "num_layers" and arch.is_hybrid:
             continue

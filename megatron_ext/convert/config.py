@@ -14,12 +14,20 @@ from megatron_ext.convert import gemma, layers
 from megatron_ext.convert import rotary as rotary_keys
 from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.family import Family
+from megatron_ext.convert.rows import row_name
 from megatron_ext.convert.types import Config, typed
 
 # The version of transformers whose keys are written, beside those of older ones.
 WRITTEN_FOR = "5.0.0"
 # Switches of biases: what the names of their weights hold.
 BIASED = {"attention_bias": ".self_attention.linear_", "mlp_bias": ".mlp.linear_"}
+# Sub-layers by name, of transformers from 5.0 on, and their symbols.
+LISTS = ("layers_block_type", "layer_types")
+SYMBOLS_OF = {
+    **dict.fromkeys(("mamba", "linear_attention"), "M"),
+    **dict.fromkeys(("attention", "full_attention"), "*"),
+    "mlp": "-",
+}
 # Fields of ``Arch`` that matter in training only, or not in the names and shapes of a model.
 NOT_COMPARED = {
     "vocab_size",
@@ -57,6 +65,8 @@ def arch_of(
     config = typed(family, config)
     if family.gemma:
         config = gemma.with_one_rope(config)
+    if family.has_pattern:
+        config = with_pattern(config)
     rows, multiple = _needed(config, "vocab_size"), make_vocab_size_divisible_by
     sizes = _sizes(family, config)
     _check_computed(family, config)
@@ -98,7 +108,7 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
     """
     if problem := broken_heads(arch, family):
         raise ValueError(problem)
-    if missing := [weight.key for weight in weights(arch) if weight.key not in family.rows]:
+    if missing := [w.key for w in weights(arch) if row_name(w.key, family.rows) not in family.rows]:
         raise ValueError(f"{family.model_type} has no tensor for {missing[0]}")
     is_own = origin.get("model_type") == family.model_type
     config = {"transformers_version": WRITTEN_FOR, **(origin if is_own else {})}
@@ -111,13 +121,16 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
         config |= dict.fromkeys(family.sizes["softmax_scale"], scale)
     config |= dict.fromkeys(family.biases, arch.add_bias_linear)
     config |= {key: not getattr(arch, name) for name, key in family.negated.items()}
-    config |= family.only
+    config |= family.only | family.written
     config |= _activation_config(arch, family, config)
     if arch.position_embedding_type in rotary.KINDS:
         config |= rotary_keys.rotary_config(arch, family, origin)
     if family.gemma:
         config |= gemma.gemma_config(arch, config)
-    config |= layers.layer_config(arch, family, config, origin)
+    if family.has_pattern:
+        config |= {key: _names(arch.pattern, config[key]) for key in LISTS if key in config}
+    else:
+        config |= layers.layer_config(arch, family, config, origin)
     _check_reads_back(arch, family, config)
     return config
 
@@ -140,6 +153,33 @@ def num_rows(arch: Arch, origin: Config) -> int:
     """
     rows = origin.get("vocab_size", arch.vocab_size)
     return rows if arch.vocab_size <= rows <= arch.padded_vocab_size else arch.vocab_size
+
+
+def _names(pattern: str, origin: list[str]) -> list[str]:
+    """Return the name of each sub-layer, as the origin has it where it has such."""
+    names = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+    names |= {SYMBOLS_OF[name]: name for name in origin}
+    return [names[symbol] for symbol in pattern]
+
+
+def with_pattern(config: Config) -> dict[str, Any]:
+    """Return ``config`` with hybrid_override_pattern alone to say what the sub-layers are.
+
+    Raises:
+        ValueError: it does not say, or names sub-layers that are not computed here.
+    """
+    listed = next((config[key] for key in LISTS if config.get(key)), None)
+    if listed is None:
+        pattern = _needed(config, "hybrid_override_pattern")
+    elif unknown := [name for name in listed if name not in SYMBOLS_OF]:
+        raise ValueError(f"sub-layers {unknown[0]!r} are not computed here")
+    else:
+        pattern = "".join(SYMBOLS_OF[name] for name in listed)
+    others = [symbol for symbol in pattern if symbol not in SYMBOLS_OF.values()]
+    if others:
+        raise ValueError(f"hybrid_override_pattern {pattern}: {others[0]} is not computed here")
+    rest = {key: value for key, value in config.items() if key not in LISTS}
+    return {**rest, "hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
 
 
 def _needed(config: Config, key: str) -> Any:
@@ -169,6 +209,9 @@ def _check_computed(family: Family, config: Config) -> None:
     for key, only in {**family.only, "quantization_config": None}.items():
         if config.get(key, only) != only:
             raise ValueError(f"{key} {json.dumps(config[key])} is not computed here")
+    for key, most in family.at_most.items():
+        if config.get(key, most) > most:
+            raise ValueError(f"{key} {config[key]} is not computed here: at most {most}")
 
 
 def _activation(family: Family, config: Config) -> Mapping[str, bool]:

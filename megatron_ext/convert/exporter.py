@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint.folder import Checkpoint
@@ -56,7 +57,7 @@ def export_folder(
             "Face family here says so; keep it as a Megatron checkpoint.",
             CHECKPOINT,
         )
-    if source.arch.is_hybrid:
+    if source.arch.is_hybrid and not family.has_pattern:
         way_out = "prune whole layers (--target-num-layers) or keep it as a Megatron checkpoint"
         if source.arch.has_whole_layers:
             way_out = "make a GPTModel of its whole layers first, convert layers --to gpt"
@@ -128,7 +129,7 @@ def planned_shards(
 
     def dtype_of(piece: Piece) -> torch.dtype:
         key = piece.weight.key
-        return reader.shapes[key if key in reader.shapes else layer_key(key, piece.layer)][1]
+        return reader.shapes[key if key in reader.shapes else layer_key(key, piece.number)][1]
 
     shards = into_shards(work, lambda x: x.numel(arch) * dtype_of(x).itemsize, max_size)
     for shard in shards:
@@ -190,9 +191,14 @@ def _write_shards(
         parts = (
             part
             for piece in shard
-            for part in piece.split(read_piece(reader, piece, arch), arch, num_rows)
+            for part in piece.split(_read(reader, piece, arch), arch, num_rows)
         )
         write_weights(aside / name, header, parts)
+
+
+def _read(reader: SliceReader, piece: Piece, arch: Arch) -> Tensor:
+    parts = [read_piece(reader, part, arch) for part in piece.parts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _make_empty(aside: Path, final: Path) -> None:

@@ -7,7 +7,7 @@ family is a new entry of ``FAMILIES``.
 
 from typing import Any
 
-from megatron_ext.convert import bert, gemma
+from megatron_ext.convert import bert, gemma, nemotron_h
 from megatron_ext.convert.decoder import (
     ATTENTION,
     GATED_DECODER,
@@ -286,6 +286,12 @@ FAMILIES = {
             },
             prefix="transformer.",
             ignored=(r"\.attn\.(masked_)?bias$",),
+        ),
+        Family(
+            model_type="nemotron_h",
+            architecture="NemotronHForCausalLM",
+            rows=nemotron_h.ROWS,
+            **nemotron_h.SETTINGS,
         ),
         Family(
             model_type="bert",

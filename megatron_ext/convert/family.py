@@ -29,8 +29,12 @@ class Family:
     """Field of ``Arch``: the switch in config.json that says the opposite."""
     only: Mapping[str, Any] = field(default_factory=dict)
     """Key in config.json: the one value that is computed here."""
+    at_most: Mapping[str, float] = field(default_factory=dict)
+    """Key in config.json: the largest value that is computed here."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values of the keys that a config.json leaves out."""
+    written: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of every config.json that is written, whatever its origin says."""
     prefix: str = "model."
     """Prefix of the tensors' names; files of the bare model leave it out."""
     ignored: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
@@ -56,6 +60,8 @@ class Family:
     """transformers reads partial_rotary_factor; of other families it computes all channels."""
     served_apart: str = ""
     """An engine that computes head_dim as hidden_size // heads whatever config.json says."""
+    has_pattern: bool = False
+    """Its layers are sub-layers, which config.json lists: models are HybridModels."""
     whole_heads: bool = False
     """transformers refuses to load a hidden size that is no multiple of the heads; of Llama from
     5.0 on."""

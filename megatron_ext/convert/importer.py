@@ -255,22 +255,28 @@ def planned_share(
         names = [name_in(source, family, name) for name in piece.names]
         named = names[0].removesuffix("bias") + "weight" if is_zero else names[0]
         dtype = getattr(torch, source.dtypes[named])
-        empty = torch.empty(piece.shape(arch), dtype=dtype, device="meta")
-        for name, tensor in trim.as_share(piece, empty, arch).items():
-            share[name] = tensor
-            readers[tensor.key, tensor.global_offset] = (
-                functools.partial(torch.zeros, piece.shape(arch), dtype=dtype)
-                if is_zero
-                else functools.partial(read_piece, source, arch, piece, names)
-            )
+        start = 0
+        for part in piece.parts:
+            size = part.shape(arch)
+            empty, rows = torch.empty(size, dtype=dtype, device="meta"), (start, start + size[0])
+            start = rows[1]
+            for name, tensor in trim.as_share(part, empty, arch).items():
+                share[name] = tensor
+                readers[tensor.key, tensor.global_offset] = (
+                    functools.partial(torch.zeros, size, dtype=dtype)
+                    if is_zero
+                    else functools.partial(read_piece, source, arch, piece, names, slice(*rows))
+                )
     return share, readers
 
 
-def read_piece(source: HfFolder, arch: Arch, piece: Piece, names: Sequence[str]) -> Tensor:
-    """Return a tensor of the checkpoint from those of the folder."""
+def read_piece(
+    source: HfFolder, arch: Arch, piece: Piece, names: Sequence[str], rows: slice
+) -> Tensor:
+    """Return a tensor of the checkpoint, these rows of the piece, from those of the folder."""
     parts = [source.read(name) for name in names]
     check_finite(source.folder, zip(names, parts, strict=True))
-    return piece.merge(parts, arch)
+    return piece.merge(parts, arch)[rows]
 
 
 def extra_states(arch: Arch) -> dict[str, ShardedObject]:
@@ -278,9 +284,9 @@ def extra_states(arch: Arch) -> dict[str, ShardedObject]:
 
     That of the output layer, a GPTModel leaves out and a BertModel does not.
     """
-    linear = re.compile(r"\.linear_\w+\.weight$")
-    keys = {weight.key for weight in weights(arch) if linear.search(weight.key)}
-    names = {key.removesuffix("weight") + "_extra_state" for key in keys}
+    linear = re.compile(r"(.*\.(?:linear_\w+|in_proj|out_proj)\.)weight(?:\.\w+)?$")
+    keys = filter(None, (linear.match(weight.key) for weight in weights(arch)))
+    names = {key[1] + "_extra_state" for key in keys}
     names |= {"output_layer._extra_state"} if arch.is_bert else set()
     return trim.empty_states(names, arch)
 

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_ext.arch import Arch, Weight, dim_sizes, is_of_experts, weights
 from megatron_ext.convert.family import Family
-from megatron_ext.convert.rows import Row
+from megatron_ext.convert.rows import Row, row_name
 from megatron_ext.pruning import trim
 
 
@@ -18,14 +18,23 @@ class Piece(trim.Piece):
     """One weight outside the layers, or of one layer, or of one expert of it."""
 
     row: Row
+    number: int | None
+    """The layer's number; of a HybridModel the sub-layer's among all."""
     last: int
     """The last layer's number."""
+    behind: tuple[Weight, ...] = ()
+    """Megatron's other tensors, where Hugging Face's holds ``weight`` and them."""
+
+    @property
+    def parts(self) -> "list[Piece]":
+        """The piece as pieces of one Megatron tensor each."""
+        return [replace(self, weight=weight, behind=()) for weight in (self.weight, *self.behind)]
 
     @property
     def names(self) -> Sequence[str]:
         """Its tensors in a Hugging Face folder."""
-        names = self.row.first if self.layer == 0 and self.row.first else self.row.names
-        numbers = {"before": (self.layer or 0) - 1, "layer": self.layer, "last": self.last}
+        names = self.row.first if self.number == 0 and self.row.first else self.row.names
+        numbers = {"before": (self.number or 0) - 1, "layer": self.number, "last": self.last}
         return [name.format(expert=self.expert, **numbers) for name in names]
 
     @property
@@ -34,7 +43,7 @@ class Piece(trim.Piece):
         return self.weight.dims[0] == "vocab"
 
     def merge(self, parts: Sequence[Tensor], arch: Arch) -> Tensor:
-        """Return the Megatron tensor; rows that pad the vocabulary are zero."""
+        """Return the Megatron tensor, several behind each other; padding rows are zero."""
         whole = self.row.layout.merge(parts, arch)
         missing = arch.padded_vocab_size - len(whole) if self.has_vocab else 0
         if missing:
@@ -47,9 +56,10 @@ class Piece(trim.Piece):
         return [part[:num_rows] if self.has_vocab else part for part in parts]
 
     def shape(self, arch: Arch) -> tuple[int, ...]:
-        """Return the shape of the Megatron tensor."""
+        """Return the shape of the Megatron tensor, or of several behind each other."""
         sizes = dim_sizes(arch)
-        return tuple(sizes[dim] for dim in self.dims)
+        rows = sum(sizes[part.dims[0]] for part in self.parts)
+        return rows, *(sizes[dim] for dim in self.dims[1:])
 
     def numel(self, arch: Arch) -> int:
         """Return the elements of the Megatron tensor."""
@@ -67,18 +77,24 @@ def pieces(arch: Arch, family: Family) -> Iterator[Piece]:
 
     ``family`` has such models, as ``config_of`` says.
     """
-    rows = weights(arch)
+    rows: dict[str, list[Weight]] = {}
+    for weight in weights(arch):
+        rows.setdefault(row_name(weight.key, family.rows), []).append(weight)
 
-    def piece(weight: Weight, *numbers: int | None) -> Piece:
-        return Piece(weight, *numbers, row=family.rows[weight.key], last=arch.num_layers - 1)
+    def piece(name: str, number: int | None, *numbers: int | None) -> Piece:
+        weight, *behind = rows[name]
+        last, row = arch.num_layers - 1, family.rows[name]
+        return Piece(weight, *numbers, row=row, number=number, last=last, behind=tuple(behind))
 
-    outside = [piece(w, None, None) for w in rows if not w.per_layer]
+    outside = [piece(name, None, None, None) for name, (w, *_) in rows.items() if not w.per_layer]
     first = [piece for piece in outside if piece.weight.key.startswith("embedding.")]
     yield from first
-    for layer in range(arch.num_layers):
-        for weight in rows:
-            if not weight.per_layer:
+    for number in range(arch.num_layers):
+        for name, (weight, *_) in rows.items():
+            layers = arch.layers_of(weight.kind) if weight.per_layer else ()
+            if number not in layers:
                 continue
+            layer = layers.index(number)
             for expert in range(arch.num_experts) if is_of_experts(weight) else [None]:
-                yield piece(weight, layer, layer, expert, expert)
+                yield piece(name, number, layer, layer, expert, expert)
     yield from outside[len(first) :]

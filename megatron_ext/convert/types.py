@@ -54,6 +54,7 @@ TYPES = {
     "sliding_window_pattern": "whole number",
     "query_pre_attn_scalar": "number",
     "rope_local_base_freq": "number",
+    "layers_block_type": "list of texts",
     "transformers_version": "text",
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "token id"),
 }
@@ -90,11 +91,20 @@ def typed(family: Family, config: Config) -> dict[str, Any]:
         ValueError: naming a key that is read and holds a value of another kind.
     """
     said = {key: value for key, value in config.items() if value is not None or key in NULL}
-    number = (float, float | None)
-    types = {f.name: "number" if f.type in number else "whole number" for f in fields(Arch)}
+    others: dict[Any, str] = {float: "number", float | None: "number", str | None: "text"}
+    types = {f.name: others.get(f.type, "whole number") for f in fields(Arch)}
     of_sizes = {key: types[name] for name, keys in family.sizes.items() for key in keys}
     switches = dict.fromkeys((*family.negated.values(), *family.biases), "switch (true or false)")
-    check_types(said, {**TYPES, **of_sizes, **switches, family.activation[0]: "text"})
+    check_types(
+        said,
+        {
+            **TYPES,
+            **dict.fromkeys(family.at_most, "number"),
+            **of_sizes,
+            **switches,
+            family.activation[0]: "text",
+        },
+    )
     return {**family.defaults, **said}
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import check_comparable, padded_alike, tokenizer_sha256
-from megatron_ext.cli.fit import check_experts, check_layout
+from megatron_ext.cli.fit import check_documents, check_experts, check_layout
 from megatron_ext.cli.megatron_flags import Parallel
 from megatron_ext.cli.programs import TrainFlags
 from megatron_ext.distillation.pairs import MLP, WITHIN, HiddenStates, Pair, parse_pairs
@@ -40,6 +40,7 @@ def plan_layouts(
     if teacher is not None:
         check_teacher(arch, teacher, flags, parallel)
     check_experts([arch, *([teacher] if teacher else [])], flags.parallel)
+    check_documents([arch, *([teacher] if teacher else [])], flags.data)
     fp8.check_models(
         flags.fp8,
         arch,

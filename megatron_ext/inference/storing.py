@@ -17,7 +17,12 @@ from tqdm import tqdm
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import tokenizer_sha256
-from megatron_ext.cli.fit import check_experts, check_layout, virtual_pipeline_size
+from megatron_ext.cli.fit import (
+    check_documents,
+    check_experts,
+    check_layout,
+    virtual_pipeline_size,
+)
 from megatron_ext.data import datasets
 from megatron_ext.distillation import stored
 from megatron_ext.distillation.store_index import StoreIndex
@@ -49,6 +54,7 @@ def store_teacher(flags: Any, folder: Path) -> None:
         )
     check_layout(teacher.arch, flags.parallel, seq_length=batch.seq_length)
     check_experts([teacher.arch], flags.parallel)
+    check_documents([teacher.arch], flags.data)
     place = join_ranks(flags, teacher.arch.num_layers)
     checkpoints.verify_integrity(teacher.folder)
     index = index_of(flags, teacher, place)

@@ -4,7 +4,9 @@
 """
 
 import hashlib
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ext.arch import Arch, names_on_disk, per_layer, rotary, weights
+from megatron_ext.arch import Arch, mamba, names_on_disk, per_layer, rotary, weights
 from megatron_ext.checkpoint.checkpoints import sharded_tensors
 from megatron_ext.model.bert import MaskedLanguageModel, build_bert
 from megatron_ext.model.cuda_graphs import make_own_tables
@@ -222,6 +224,7 @@ def _layer_config(
         use_cpu_initialization=False,
         is_hybrid_model=arch.is_hybrid,
         **(_expert_config(arch, options, groups) if arch.num_experts else {}),
+        **(_mamba_config(arch) if arch.mamba_layers else {}),
         **options.settings,
         **options.recompute,
         **options.fp8,
@@ -248,6 +251,10 @@ def _expert_config(
         "expert_model_parallel_size": groups.ep.size(),
         "expert_tensor_parallel_size": groups.expt_tp.size(),
     }
+
+
+def _mamba_config(arch: Arch) -> dict[str, Any]:
+    return {f.name: getattr(arch, f.name) for f in fields(mamba.Sizes)}
 
 
 def _leave_unset(weight: Tensor) -> Tensor:
@@ -391,13 +398,37 @@ def initialize_weights(chunks: list[LanguageModel], arch: Arch, seed: int) -> No
         if init in ("ones", "zeros"):
             shard.data.fill_(float(init == "ones"))
             continue
+        if init in DRAWN:
+            uniform = draw(shard, seed, None, (weight.key, number))
+            shard.data.copy_(DRAWN[init](uniform))
+            continue
         shard.data.copy_(draw(shard, seed, stds[init], (weight.key, number)))
 
 
+def _inverse_softplus(x: Tensor) -> Tensor:
+    return x + torch.log(-torch.expm1(-x))
+
+
+def _steps(uniform: Tensor) -> Tensor:
+    """Return biases of steps that are spread from 0.001 to 0.1 by their logarithm."""
+    return _inverse_softplus(torch.exp(math.log(1e-3) + uniform * math.log(100)))
+
+
+# What Mamba's parameters are made of, numbers from [0, 1), as megatron-core has it: a convolution's
+# are from +- 1 / sqrt(taps), decays from 1 to 16.
+DRAWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "conv": lambda uniform: (2 * uniform - 1) / mamba.TAPS**0.5,
+    "step": _steps,
+    "decay": lambda uniform: torch.log(1 + 15 * uniform),
+}
+
+
 def draw(
-    shard: ShardedTensor, seed: int, std: float, name: tuple[str, str] | None = None
+    shard: ShardedTensor, seed: int, std: float | None, name: tuple[str, str] | None = None
 ) -> Tensor:
     """Return this rank's share of a tensor of normal numbers, which is drawn whole. No collectives.
+
+    Without ``std`` of numbers from [0, 1), float32.
 
     The numbers follow from the seed and the shard's name, layer and expert; or from ``name``, the
     name and the layer of a HybridModel's weight as a GPTModel would have them.
@@ -407,7 +438,11 @@ def draw(
     which = " ".join([number, *map(str, shard.global_offset[:axes])]).strip() or "0"
     digest = hashlib.sha256(f"{seed} {key} {which}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    whole = torch.empty(shard.global_shape[axes:]).normal_(std=std, generator=generator)
+    whole = torch.empty(shard.global_shape[axes:])
+    if std is None:
+        whole.uniform_(generator=generator)
+    else:
+        whole.normal_(std=std, generator=generator)
     place = tuple(
         slice(start, start + length)
         for start, length in zip(shard.global_offset[axes:], shard.local_shape, strict=True)

@@ -22,6 +22,7 @@ from megatron_ext.arch import Arch, rotary
 from megatron_ext.arch.pattern import in_stages
 from megatron_ext.arch.sizes import BY_LAYER
 from megatron_ext.model.layers import Norm, engine_layer_spec, local_layer_spec
+from megatron_ext.model.mamba import mamba_layer_spec
 from megatron_ext.model.output import VocabularyOutput
 
 
@@ -97,7 +98,7 @@ def build_hybrid(
     """
     model = HybridLanguageModel(
         config=config,
-        hybrid_stack_spec=_stack(config, _own_sizes(arch)),
+        hybrid_stack_spec=_stack(arch, config, _own_sizes(arch)),
         vocab_size=arch.padded_vocab_size,
         max_sequence_length=arch.max_position_embeddings,
         hybrid_layer_pattern=_cut_pattern(arch, config, num_chunks),
@@ -156,8 +157,10 @@ def _own_sizes(arch: Arch) -> dict[int, dict[str, int]]:
     return sizes
 
 
-def _stack(config: TransformerConfig, own_sizes: Mapping[int, Mapping[str, int]]) -> ModuleSpec:
-    """Return the stack whose layers are the halves of a GPTModel's layer, by kind of sub-layer."""
+def _stack(
+    arch: Arch, config: TransformerConfig, own_sizes: Mapping[int, Mapping[str, int]]
+) -> ModuleSpec:
+    """Return the stack whose layers are the halves of a GPTModel's layer, and Mamba's."""
     is_local = config.transformer_impl == "local"
     whole_layer = local_layer_spec if is_local else engine_layer_spec
 
@@ -179,6 +182,8 @@ def _stack(config: TransformerConfig, own_sizes: Mapping[int, Mapping[str, int]]
     }
     if config.num_moe_experts is not None:
         submodules["moe_layer"] = half(*mlp, num_experts=config.num_moe_experts)
+    if arch.mamba_layers:
+        submodules["mamba_layer"] = mamba_layer_spec(config)
     return ModuleSpec(
         module=LocalStack if is_local else HybridStack,
         submodules=HybridStackSubmodules(**submodules),

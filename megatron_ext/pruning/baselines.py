@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.arch import Arch
+from megatron_ext.arch.rows import Axis
 from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.pruning.kept import units_on
 from megatron_ext.pruning.planner import make_plan
@@ -17,6 +18,9 @@ from megatron_ext.pruning.scores import lengths
 from megatron_ext.pruning.trim import Piece, check_tensors, deal, pieces, read_piece
 from megatron_ext.runtime.collective_errors import on_all_ranks
 from megatron_ext.runtime.errors import UserError
+
+# Ends of the names of gammas that --apply-layernorm-1p stores as gamma - 1.
+GAMMAS = ("layernorm.weight", "layer_norm.weight", "layer_norm_weight", "final_norm.weight")
 
 
 def random_scores(arch: Arch, seed: int, *, sublayers: bool = False) -> dict[str, Tensor]:
@@ -84,7 +88,7 @@ def _read(reader: SliceReader, piece: Piece, arch: Arch) -> Tensor:
     weight = read_piece(reader, piece, arch)
     if piece.dims[0] == "vocab":
         weight = weight[: arch.vocab_size]
-    is_gamma = "norm" in piece.weight.key and piece.weight.key.endswith("weight")
+    is_gamma = piece.weight.key.endswith(GAMMAS)
     return weight.float() + 1 if is_gamma and arch.apply_layernorm_1p else weight.float()
 
 
@@ -102,5 +106,30 @@ def _add_squares(sums: Mapping[str, Tensor], piece: Piece, weight: Tensor, arch:
         for axis, _, units in units_on(dim, arch, piece.layer):
             per_position = (squares.sum(dim=others) if others else squares).double()
             vector = sums[axis.vector(piece.layer, piece.expert)]
-            has_unit = units < len(vector)  # what a group shares is no unit's
-            vector.index_add_(0, units[has_unit], per_position[has_unit])
+            has_unit = units < axis.length(arch, piece.layer)  # what a group shares is no unit's
+            index, values = units[has_unit], per_position[has_unit]
+            if axis.across is not None:
+                place = dim, arch, piece.layer
+                index, values = _across(axis.across, index, values, has_unit, *place)
+            vector.index_add_(0, index, values)
+
+
+def _across(
+    other: Axis,
+    units: Tensor,
+    values: Tensor,
+    has_unit: Tensor,
+    dim: str,
+    arch: Arch,
+    layer: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the squares of units by the places of their scores: of each unit and one of ``other``.
+
+    Where those of ``other`` do not lie on the dim, each gets the same share.
+    """
+    width = other.length(arch, layer)
+    for axis, _, others in units_on(dim, arch, layer):
+        if axis is other:
+            return units * width + others[has_unit], values
+    places = units.unsqueeze(1) * width + torch.arange(width)
+    return places.flatten(), (values / width).repeat_interleave(width)

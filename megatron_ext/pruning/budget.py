@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_ext.arch import Arch, forward_flops, num_parameters
 from megatron_ext.arch.attention import cached_tokens
+from megatron_ext.arch.mamba import state_numel
 from megatron_ext.runtime.errors import USAGE, UserError
 
 # Weights and the cache of keys and values are bf16 where a model is used.
@@ -24,11 +25,20 @@ class Use:
 
 
 def kv_bytes(arch: Arch, use: Use) -> int:
-    """Return the bytes of the keys and values of all sequences, in bf16."""
+    """Return the bytes of the keys and values of all sequences, in bf16, and of Mamba's states.
+
+    The second do not grow with the context.
+    """
+    groups = sum(layer.num_query_groups * n for layer, n in arch.alike("attention").items())
+    """Return the bytes of the keys and values of all sequences, in bf16, and of Mamba's states.
+
+    Mamba's states do not grow with the context.
+    """
     groups = sum(layer.num_query_groups * n for layer, n in arch.alike("attention").items())
     # Layers differ in groups or in windows, never in both.
     tokens = groups * cached_tokens(arch, use.context) // max(arch.attention_layers, 1)
-    return 2 * arch.kv_channels * BYTES * tokens * use.batch
+    states = arch.mamba_layers and state_numel(arch) * arch.mamba_layers
+    return (2 * arch.kv_channels * tokens + states) * BYTES * use.batch
 
 
 # Each by its name in --target-budget.

@@ -264,7 +264,8 @@ def _recorded(
 
         def hook(_: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: tuple) -> None:
             before = args[0] if args else kwargs["hidden_states"]
-            states[number].append((before, output[0]))
+            after = output[0] if isinstance(output, tuple) else output  # Mamba's is no tuple
+            states[number].append((before, after))
             if parts:
                 middle = between.pop()
                 states[number, "attention"].append((before, middle))

@@ -10,6 +10,8 @@ How scores lie over the ranks follows from the tensor that a hook taps:
     ffn      input of mlp.linear_fc2               [S, B, c]   TP-split    whole
       pre    output of mlp.linear_fc1, the gate's  [S, B, c]   TP-split    whole
     heads    input of self_attention.linear_proj   [S, B, c*D] TP-split    whole (D: kv_channels)
+    mamba_heads     x of mixer.in_proj's output    [S, B, c*P] TP-split    whole
+    mamba_channels  the same                       [S, B, h*P] TP-split    whole (h: heads)
     hidden   output of both norms of a layer       [s, B, H]   whole       TP-split under SP
     layers   input and output of a layer           [s, B, H]   whole       TP-split under SP
       attention, mlp, moe    in a HybridModel, instead: input and output of a sub-layer
@@ -305,7 +307,7 @@ class Importance:
         return [
             vector.float()
             for number, scores in zip(numbers, layers, strict=True)
-            for vector in scores.sum(dim=0).view(-1, axis.length(self.arch, number))
+            for vector in scores.sum(dim=0).view(-1, axis.num_scores(self.arch, number))
         ]
 
     def _layer_scores(self, axis: Axis, number: int, total: Tensor) -> Tensor:

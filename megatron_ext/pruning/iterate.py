@@ -7,12 +7,12 @@ every model in between fits the pipeline of the source.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.arch.axes import AXES, DEPTH_SIZES, sizes_of
+from megatron_ext.arch.axes import AXES, DEPTH_SIZES, axes_of, sizes_of
 from megatron_ext.arch.kinds import KINDS
 from megatron_ext.arch.rows import kept_layers
 from megatron_ext.pruning.plan import Plan
@@ -37,20 +37,37 @@ def iteration_targets(source: Arch, target: Arch, iterations: int) -> list[Arch]
             for name in width
             if getattr(source, name) != getattr(target, name)
         }
-        heads, groups = sizes.get("num_attention_heads"), source.num_query_groups
-        if heads is not None and target.num_query_groups == groups:
-            sizes["num_attention_heads"] = -(-heads // groups) * groups
-        elif heads is not None and groups < source.num_attention_heads:
-            # Whole groups go too: what is left of each must shrink from step to step as well.
-            before, after = (
-                arch.num_attention_heads // arch.num_query_groups for arch in (source, target)
-            )
-            left = _between(before, after, step, iterations)
-            sizes["num_attention_heads"] = left * sizes["num_query_groups"]
+        for axis in axes_of(source):
+            if axis.within is not None and axis.size.name in sizes:
+                names = axis.size.name, axis.within.name
+                sizes |= _in_groups(source, target, names, sizes, step, iterations)
         targets.append(replace(source, **sizes))
     distinct = dict.fromkeys([*targets, target])
     distinct.pop(source, None)
     return list(distinct) or [target]
+
+
+def _in_groups(
+    source: Arch,
+    target: Arch,
+    names: tuple[str, str],
+    sizes: Mapping[str, int],
+    step: int,
+    iterations: int,
+) -> dict[str, int]:
+    """Return how many units in groups are left, the same number of each group.
+
+    ``names`` are the sizes that count the units and their groups.
+    """
+    units, within = names
+    groups = getattr(source, within)
+    if getattr(target, within) == groups:
+        return {units: -(-sizes[units] // groups) * groups}
+    if groups == getattr(source, units):
+        return {}
+    # Whole groups go too: what is left of each must shrink from step to step as well.
+    before, after = (getattr(arch, units) // getattr(arch, within) for arch in (source, target))
+    return {units: _between(before, after, step, iterations) * sizes[within]}
 
 
 def _between(source: int, target: int, step: int, iterations: int) -> int:

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint.folder import find
-from megatron_ext.cli.fit import check_experts, check_layout, check_targets, virtual_pipeline_size
+from megatron_ext.cli.fit import (
+    check_documents,
+    check_experts,
+    check_layout,
+    check_targets,
+    virtual_pipeline_size,
+)
 from megatron_ext.cli.method_flags import AUTO
 from megatron_ext.cli.programs import PruneFlags
 from megatron_ext.convert.config import Config
@@ -48,6 +54,7 @@ def plan_jobs(flags: PruneFlags, source: Arch, origin: Config) -> tuple[list[Job
     """
     check_layout(source, flags.parallel, seq_length=flags.batch.seq_length)
     check_experts([source], flags.parallel)
+    check_documents([source], flags.data)
     found = search(flags, source, origin)
     jobs = find_jobs(flags, source, found)
     check_targets(source, [job.target for job in jobs], flags.prune)

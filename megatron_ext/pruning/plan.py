@@ -32,6 +32,9 @@ from megatron_ext.runtime.texts import parse_json
 
 FORMAT = "minitron-plan-1"
 
+# Kinds that a file names only where a model has them: older readers know no such entry.
+NEWER = ("mamba",)
+
 # What two models of one shape may differ in and still share a plan.
 NOT_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
 
@@ -169,7 +172,7 @@ def _bad_groups(
     counts = Counter(unit * groups // axis.length(source) for unit in kept)
     if len(counts) == left and len(set(counts.values())) == 1:
         return None
-    noun, in_groups = axis.within.name.removeprefix("num_").replace("_", " "), [0] * groups
+    noun, in_groups = axis.within.name.replace("num_", "").replace("_", " "), [0] * groups
     for group, count in counts.items():
         in_groups[group] = count
     return f"{name} keeps {in_groups} units of its {noun}, the target has {left} groups"
@@ -206,8 +209,11 @@ def _indices(values: Any) -> tuple[int, ...]:
 
 def _by_axis(kept: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Return kept units as the file has them: {"hidden": [...], "ffn": {"3": [...]}}."""
+    named = {name.split(".")[0] for name in kept}
     values: dict[str, Any] = {
-        axis.name: {} for axis in AXES if axis.scope != "model" or axis.name in kept
+        axis.name: {}
+        for axis in AXES
+        if axis.name in named or (axis.scope != "model" and axis.kind not in NEWER)
     }
     for name, units in kept.items():
         axis, _, place = name.partition(".")

@@ -92,6 +92,10 @@ def _rank(
     scores: for heads, that of all their outputs together. A group of one unit is that unit.
     """
     scores = _needed(vectors, name)
+    if axis.across is not None:  # of one unit and one of those across, which are chosen first
+        other = axis.across
+        left = _keep(other, name.replace(axis.name, other.name), vectors, source, target)
+        scores = scores.view(axis.length(source), -1)[:, list(left)].norm(dim=1)
     groups = 1 if axis.within is None else getattr(source, axis.within.name)
     if axis.within is None or groups in (1, len(scores)):
         return [_descending(scores).tolist()]

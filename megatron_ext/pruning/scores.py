@@ -11,8 +11,11 @@ model, in global numbering from 0:
     moe_ffn.{layer}.{expert}  [moe_ffn_hidden_size]    neurons of one expert
     shared_ffn.{layer}        [moe_shared_expert_intermediate_size]  of the shared experts
     layer_blocks.{n} [num_layers - n + 1]  n layers from each on, where blocks were scored
-    attention, mlp, moe   [attention_layers] ...   sub-layers of each kind: of a GPTModel only
-                     where they were scored, of a HybridModel instead of layers
+    mamba_heads.{layer}     [mamba_num_heads * mamba_head_dim]  channels of each head of a Mamba
+                     sub-layer, head after head; a head's score is the L2 norm of those that stay
+    mamba_channels.{layer}  [mamba_head_dim]                    the same channel of all its heads
+    attention, mlp, moe, mamba   [attention_layers] ...   sub-layers of each kind: of a GPTModel
+                     only where they were scored, of a HybridModel instead of layers
 
 In the names above, {layer} of a HybridModel is the number of the MLP among its MLPs, or of the
 attention.
@@ -64,11 +67,13 @@ def depth_method(importance: str, block: int, *, rescore: bool, sublayers: bool 
 def lengths(arch: Arch, *, sublayers: bool = False) -> dict[str, int]:
     """Return the name and length of every score vector of ``arch``, if asked of sub-layers too."""
     units: dict[str, range] = {}
+    found = {}
     for axis in axes_of(arch):
         for name in axis.vectors(units):
             units[name] = range(axis.length(arch, layer_of(name)))
+            found[name] = axis.num_scores(arch, layer_of(name))
     kinds = {kind: len(arch.layers_of(kind)) for kind in arch.kinds} if sublayers else {}
-    return {name: len(each) for name, each in units.items()} | kinds
+    return found | kinds
 
 
 def arch_from_json(values: Any) -> Arch:

@@ -56,7 +56,11 @@ def norm_output(norm: nn.Module, block: nn.Module) -> tuple[nn.Module, Callable]
     and the norm is computed a second time from the input of the first linear layer of ``block``.
     """
     if isinstance(norm, IdentityOp):
-        linear = block.linear_fc1 if hasattr(block, "linear_fc1") else block.linear_qkv
+        linear = next(
+            getattr(block, name)
+            for name in ("linear_fc1", "linear_qkv", "in_proj")
+            if hasattr(block, name)
+        )
         return linear, lambda x, _: (norm_inside(linear, x),)
     return norm, lambda _, y: (y,)
 
@@ -108,6 +112,9 @@ def layer_changes(layer: nn.Module, arch: Arch, how: Aggregation) -> list[Tap]:
 
 def both_norms(layer: nn.Module, arch: Arch, how: Aggregation) -> list[Tap]:
     """Listen to the outputs of a layer's two norms; a layer of a HybridModel has one of them."""
+    if hasattr(layer, "mixer"):
+        module, tensors = norm_output(layer.norm, layer.mixer)
+        return [Tap(module=module, tensors=tensors)]
     norms = ((layer.input_layernorm, layer.self_attention), (layer.pre_mlp_layernorm, layer.mlp))
     places = [norm_output(*pair) for pair in norms if not isinstance(pair[1], IdentityOp)]
     return [Tap(module=module, tensors=tensors) for module, tensors in places]
@@ -125,6 +132,24 @@ def head_outputs(layer: nn.Module, arch: Arch, how: Aggregation) -> list[Tap]:
 def norms_of_heads(x: Tensor, arch: Arch) -> Tensor:
     """Return the L2 norm of what was aggregated of each head: its channels, or one number."""
     return torch.linalg.vector_norm(x.unflatten(-1, (arch.num_attention_heads, -1)), dim=-1)
+
+
+def projected_heads(layer: nn.Module, arch: Arch, how: Aggregation) -> list[Tap]:
+    """Listen to x of all heads of a Mamba sub-layer, as it is projected: [S, B, c * P].
+
+    arXiv:2504.11409, section 3: of z, x and dt, x ranks heads best.
+    """
+
+    def tensors(_: Tensor, output: tuple[Tensor, Any]) -> tuple[Tensor]:
+        width = layer.mixer.d_inner_local_tp
+        return (output[0][..., width : 2 * width].contiguous(),)
+
+    return [Tap(module=layer.mixer.in_proj, tensors=tensors)]
+
+
+def norms_over_mamba_heads(x: Tensor, arch: Arch) -> Tensor:
+    """Return the L2 norm over heads of what was aggregated of each of their channels."""
+    return torch.linalg.vector_norm(x.unflatten(-1, (arch.mamba_num_heads, -1)), dim=-2)
 
 
 def neurons(mlp: nn.Module, arch: Arch, how: Aggregation) -> list[Tap]:
@@ -182,6 +207,16 @@ MEASURES = {
         scores=norms_of_heads,
     ),
     "ffn": Measure(taps=lambda layer, *rest: neurons(layer.mlp, *rest), tp_split=True),
+    # Of each channel of each head: which channels count, the planner knows.
+    "mamba_heads": Measure(
+        taps=projected_heads, tp_split=True, numbers=lambda arch, how: arch.mamba_head_dim
+    ),
+    "mamba_channels": Measure(
+        taps=projected_heads,
+        tp_split=True,
+        numbers=lambda arch, how: arch.mamba_num_heads,
+        scores=norms_over_mamba_heads,
+    ),
     # Sums of experts are sent back to the rank that owns the tokens, which then holds all units at
     # its own positions: not tp_split, though the weights are.
     "experts": Measure(taps=expert_outputs),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.arch import Arch
-from megatron_ext.arch.axes import DEPTH_SIZES, SIZES, has_sublayers, sizes_of
+from megatron_ext.arch.axes import DEPTH_SIZES, SIZES, axes_of, has_sublayers, sizes_of
 from megatron_ext.arch.pattern import without_last
 from megatron_ext.arch.per_layer import NAMES, of_layers
 from megatron_ext.arch.sizes import BY_LAYER
@@ -42,6 +42,9 @@ def target_arch(source: Arch, **sizes: Sizes | None) -> Arch:
             f"{source.moe_router_topk} experts (moe_router_topk).",
             USAGE,
         )
+    for axis in axes_of(source):
+        if axis.within is not None and axis.size.name not in BY_LAYER:
+            whole |= _in_groups(source, axis.size.name, axis.within.name, whole)
     # Which layers stay is not known yet either: the first ones stand in for them.
     first = of_layers(source, range(whole.get("num_layers", source.num_layers)))
     target = replace(source, by_layer=(), **_with_pattern(source, whole), **first)
@@ -133,6 +136,31 @@ def _with_heads(source: Arch, typed: Mapping[str, int]) -> dict[str, int]:
             USAGE,
         )
     return changed
+
+
+def _in_groups(source: Arch, units: str, within: str, changed: dict[str, Any]) -> dict[str, int]:
+    """Return both sizes of units in groups, as heads in query groups; their names are given."""
+    before, groups_before = getattr(source, units), getattr(source, within)
+    noun = within.replace("num_", "").replace("_", " ")
+    if groups_before == before:
+        both = [changed[name] for name in (units, within) if name in changed]
+        if len(set(both)) > 1:
+            raise UserError(
+                f"{_option(units)} {both[0]} and {_option(within)} {both[1]}: every head of the "
+                "checkpoint is a group of its own; give one of them.",
+                USAGE,
+            )
+        if both:
+            return {units: both[0], within: both[0]}
+    groups = changed.get(within, groups_before)
+    count = changed.get(units, before // groups_before * groups)
+    if count % groups or count // groups > before // groups_before:
+        raise UserError(
+            f"{_option(units)} {count}: each of {groups} {noun} keeps the same number of its "
+            f"{before // groups_before} heads.",
+            USAGE,
+        )
+    return {units: count, within: groups}
 
 
 def _with_pattern(source: Arch, sizes: dict[str, int]) -> dict[str, Any]:

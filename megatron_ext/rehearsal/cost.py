@@ -160,6 +160,10 @@ def layer_parts(arch: Arch, layout: Layout) -> dict[str, float]:
     }
     if "mlp" in numbers:
         elements["mlp"] = mean("mlp", "fc1", "ffn") / t
+    if "mamba" in numbers:
+        # What in_proj returns, what heads read and out_proj gets: mamba_ssm keeps no more.
+        inner, states = mean("mamba", "mamba_inner"), mean("mamba", "mamba_states")
+        elements["mamba"] = (4 * inner + 2 * states + mean("mamba", "mamba_heads")) / t
     if moes := numbers.get("moe"):
         chosen = arch.moe_router_topk
         # In front of experts and behind.

@@ -82,13 +82,14 @@ def model_line(name: str, model: Model, way: str = "from") -> str:
     """Return one line about a model."""
     arch = model.arch
     experts = f", {arch.num_experts} experts" if arch.num_experts else ""
+    mamba = f", Mamba {arch.mamba_num_heads}x{arch.mamba_head_dim}" if arch.mamba_layers else ""
     layers = f"sub-layers {arch.pattern}" if arch.is_hybrid else "layers"
     return (
         f"{name:12}{num_parameters(arch):,} parameters ({num_parameters(arch, embeddings=False):,} "
         f"without embeddings): {arch.num_layers} {layers}, hidden {arch.hidden_size}, ffn "
         f"{arch.span('ffn_hidden_size')}, heads {arch.span('num_attention_heads')}/"
         f"{arch.span('num_query_groups')}"
-        f"{experts}, vocabulary {arch.padded_vocab_size}; {way} {model.where}"
+        f"{experts}{mamba}, vocabulary {arch.padded_vocab_size}; {way} {model.where}"
     )
 
 

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from megatron_ext.arch import dim_sizes, forward_flops, numel_of, weights
+from megatron_ext.arch import forward_flops, numel_of, weights
+from megatron_ext.arch.table import multiply_adds_beside
 from megatron_ext.rehearsal.cost import Layout, Placed
 from megatron_ext.runtime.gpus import Gpu
 
@@ -24,10 +25,10 @@ def token_seconds(
     arch = model.on(rank, p)
     output = 2 * arch.padded_vocab_size * arch.hidden_size
     per_layer = (forward_flops(arch, layout.seq_length) - output) / arch.num_layers
-    heads = sum(dim_sizes(layer)["heads"] * n for layer, n in arch.alike("attention").items())
-    attention = 2 * heads * layout.seq_length / arch.num_layers
+    # Attention and Mamba's states, which no FP8 computes.
+    beside = 2 / arch.num_layers * multiply_adds_beside(arch, layout.seq_length)
     linear_peak = gpu.fp8 if layout.fp8 and gpu.fp8 else gpu.bf16
-    one_layer = (per_layer - attention) / linear_peak + attention / gpu.bf16
+    one_layer = (per_layer - beside) / linear_peak + beside / gpu.bf16
     seconds = sum(model.stages[rank::p]) * one_layer * (passes + again)
     seconds += passes * output / gpu.bf16 if rank == p - 1 else 0
     return seconds / (1e12 * layout.tensor_model_parallel_size)
