@@ -91,6 +91,7 @@ FULL = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5}
 LOCAL = {"rope_type": "default", "rope_theta": 99.0}
 # Of a model's sizes: fields of ``Arch`` that are changed together.
 CHANGES = [
+    {"by_layer": (("ffn_hidden_size", (33, 35, 33, 35)),)},  # of a HybridModel only
     {"num_layers": 3},
     {"hidden_size": 42},
     {"hidden_size": 40},

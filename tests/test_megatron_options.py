@@ -132,6 +132,7 @@ OUR_DEFAULTS = {
     "kd_projection": "shared",
     "calibration_samples": 1024,
     "target_tolerance": 0.05,
+    "budget_batch": 1,
     "importance": "activation",
     "importance_batch": "l2",
     "importance_sequence": "mean",
