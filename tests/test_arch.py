@@ -1,11 +1,12 @@
 """The table of weights: parameter counts of the paper, round trip through saved args."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from megatron_ext.arch import Arch, forward_flops, num_parameters, shape, weights
+from megatron_ext.checkpoint import foreign_args
 
 NEMOTRON_15B = Arch(
     num_layers=32,
@@ -313,3 +314,21 @@ def test_two_activations_contradict_each_other():
     """In saved args too, not only where both are typed."""
     with pytest.raises(ValueError, match="--swiglu and --squared-relu contradict each other"):
         Arch.from_args(NEMOTRON_15B.to_args() | {"swiglu": True})
+
+
+def test_no_size_is_lost_between_files_of_nemo_and_bridge():
+    """A new size has a name in their files, or is one of those that ``args_of`` finds otherwise.
+
+    Without, a model that has it would be read as one that has it not.
+    """
+    activations = {"squared_relu", "geglu", "bias_gelu_fusion"}  # with swiglu one function
+    derived = {
+        *("padded_vocab_size", "untie_embeddings_and_output_weights", "rotary_base"),
+        *("use_rope_scaling", "rope_scaling_factor"),
+    }
+    of_bert = {"bert_binary_head", "num_tokentypes", "apply_residual_connection_post_layernorm"}
+    # Ours: megatron-core has no such setting, and their files say nothing of it.
+    ours = {"by_layer", "embedding_multiplier", "logits_scaling", "residual_multiplier"}
+    ours |= {"rotary_base_local", "sandwich_norm"}
+    sizes = {f.name for f in fields(Arch) if not f.name.startswith("moe_")}
+    assert sizes - foreign_args.NAMES.keys() == activations | derived | of_bert | ours
