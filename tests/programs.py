@@ -30,7 +30,8 @@ from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.cli.programs import megatron_command_line
-from megatron_ext.model.build import LanguageModel, ModelOptions, build_model, model_state_dict
+from megatron_ext.model.build import LanguageModel, build_model, model_state_dict
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.open import open_model
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import run_main

@@ -19,7 +19,8 @@ from megatron_ext.checkpoint import checkpoints
 from megatron_ext.data.datasets import shard_for_context_parallel
 from megatron_ext.data.documents import Documents
 from megatron_ext.data.masked_lm import FRAME, MaskedTokens, SpecialTokens
-from megatron_ext.model.build import ModelOptions, build_model, transformer_config
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions, transformer_config
 from megatron_ext.pruning.scores_file import load_scores
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import CHECKPOINT, DATA, INTERRUPTED, USAGE

@@ -19,7 +19,8 @@ from megatron_ext.checkpoint.checkpoints import sharded_tensors
 from megatron_ext.cli.fit import virtual_pipeline_size
 from megatron_ext.cli.programs import parse_train
 from megatron_ext.model import build
-from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.build import build_model, model_state_dict
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.open import restore_weights
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import UserError

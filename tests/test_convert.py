@@ -27,7 +27,8 @@ from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.hf_folder import header_of, write_weights
 from megatron_ext.convert.importer import import_folder
 from megatron_ext.inference.generation import continue_tokens, load_model
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.open import restore_weights
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import CHECKPOINT, DIFFERS, RUNTIME, USAGE, UserError

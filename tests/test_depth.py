@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.pruning.calibrate import Passes, calibrate
 from megatron_ext.pruning.depth import contiguous, score_blocks, score_depth, skipped
 from megatron_ext.runtime import platform

@@ -14,7 +14,8 @@ from megatron.core import parallel_state
 
 from megatron_ext.checkpoint import checkpoints, safe_load, writer
 from megatron_ext.checkpoint.slices import SliceReader
-from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.build import build_model, model_state_dict
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.open import restore_weights
 from megatron_ext.pruning.depth import skipped
 from megatron_ext.pruning.planner import make_plan

@@ -11,7 +11,8 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron_ext.cli.fit import check_layout, virtual_pipeline_size
 from megatron_ext.cli.programs import parse_train
 from megatron_ext.distillation.fused import CHUNK_TOKENS
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.rehearsal import cost_report as report
 from megatron_ext.rehearsal.cost import (
     FUSED_TOKENS,

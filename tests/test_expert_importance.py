@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.layers import shard_positions
 from megatron_ext.pruning.aggregation import Aggregation
 from megatron_ext.pruning.importance import Importance

@@ -21,7 +21,8 @@ from megatron_ext.convert.families import FAMILIES
 from megatron_ext.convert.hf_folder import HfFolder
 from megatron_ext.convert.importer import check_tensors, planned_share
 from megatron_ext.convert.pieces import pieces
-from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.build import build_model, model_state_dict
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.pruning.scores import Scores
 from megatron_ext.pruning.trim import fill_trimmed

@@ -12,7 +12,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ext.cli.programs import parse_train
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.options import choose_kernels
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import INTERRUPTED, USAGE

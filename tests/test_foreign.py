@@ -21,7 +21,8 @@ from megatron_ext.checkpoint import checkpoints, safe_load, saved_args, writer
 from megatron_ext.checkpoint.foreign_args import FILES, args_of, read_args
 from megatron_ext.checkpoint.slices import layer_key
 from megatron_ext.cli.programs import megatron_command_line
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.open import restore_weights
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE

@@ -10,7 +10,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.slices import SliceReader
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.open import restore_weights
 from megatron_ext.pruning.plan import load_plan
 from megatron_ext.pruning.planner import make_plan

@@ -9,7 +9,7 @@ from torch import nn
 
 from megatron_ext.cli.megatron_flags import TrainParallel
 from megatron_ext.model import fp8
-from megatron_ext.model.build import ModelOptions, transformer_config
+from megatron_ext.model.config import ModelOptions, transformer_config
 from megatron_ext.model.fp8 import Fp8
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import USAGE, UserError

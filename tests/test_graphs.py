@@ -22,7 +22,8 @@ from megatron_ext.distillation.losses import KD_LOSS, LM_LOSS, LogitLoss
 from megatron_ext.distillation.model import Distillation, DistillationModel
 from megatron_ext.distillation.pairs import HiddenStates, parse_pairs
 from megatron_ext.model import cuda_graphs
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.cuda_graphs import Graphs
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import USAGE, UserError

@@ -16,7 +16,8 @@ from megatron_ext.distillation.hidden import HiddenLosses
 from megatron_ext.distillation.losses import vocab_parallel_kl
 from megatron_ext.distillation.model import Distillation, DistillationModel
 from megatron_ext.distillation.pairs import HiddenStates, Pair, parse_pairs
-from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.build import build_model, model_state_dict
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.layers import shard_positions
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE

@@ -13,7 +13,8 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import nn
 
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.layers import shard_positions
 from megatron_ext.pruning import importance
 from megatron_ext.pruning.aggregation import (

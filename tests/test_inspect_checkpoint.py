@@ -8,7 +8,8 @@ import pytest
 
 from megatron_ext.arch import num_parameters
 from megatron_ext.checkpoint import checkpoints, writer
-from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.build import build_model, model_state_dict
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.pruning.planner import make_plan
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import UserError

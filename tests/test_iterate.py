@@ -11,7 +11,8 @@ import torch
 from megatron_ext.arch import weights
 from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.checkpoint.slices import SliceReader
-from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.build import build_model, model_state_dict
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.pruning.iterate import compose, iteration_targets
 from megatron_ext.pruning.plan import contradiction, load_plan
 from megatron_ext.pruning.planner import make_plan

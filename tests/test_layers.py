@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_ext.model.build import ModelOptions, transformer_config
+from megatron_ext.model.config import ModelOptions, transformer_config
 from megatron_ext.model.layers import Attention, Norm
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import UserError

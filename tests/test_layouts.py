@@ -18,7 +18,8 @@ from megatron_ext.certify.compare import region, whole
 from megatron_ext.checkpoint.checkpoints import sharded_tensors
 from megatron_ext.distillation.losses import LogitLoss
 from megatron_ext.distillation.model import Distillation, DistillationModel
-from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.build import build_model, model_state_dict
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.layers import shard_positions
 from megatron_ext.runtime import platform
 from megatron_ext.training.step import StepShape, train_step, wrap

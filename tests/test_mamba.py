@@ -11,7 +11,8 @@ import transformers
 from megatron_ext.arch import Arch, forward_flops, num_parameters, shape, weights
 from megatron_ext.cli.programs import megatron_command_line
 from megatron_ext.convert.config import arch_of
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.mamba_scan import causal_conv, scan
 from megatron_ext.pruning.budget import Use, kv_bytes
 from megatron_ext.rehearsal.cost import Layout, layer_bytes

@@ -9,7 +9,8 @@ import torch
 from megatron_ext.arch import num_parameters
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.model import mamba
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.pruning.importance import Importance
 from megatron_ext.pruning.iterate import iteration_targets
 from megatron_ext.pruning.plan import load_plan

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint import checkpoints
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.open import restore_weights
 from megatron_ext.runtime import platform
 from tests.core_0_16.make import DENSE

@@ -18,7 +18,8 @@ from megatron_ext.checkpoint.slices import SliceReader
 from megatron_ext.cli.programs import megatron_command_line, parse_prune
 from megatron_ext.convert.fit import check_target, export_note
 from megatron_ext.model import cuda_graphs
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.open import restore_weights
 from megatron_ext.pruning import depth
 from megatron_ext.pruning.calibrate import calibrate

@@ -8,7 +8,8 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_ext.model.build import ModelOptions, build_model, choose_transformer_impl
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions, choose_transformer_impl
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import UserError
 from megatron_ext.training.step import StepShape, train_step, wrap

@@ -17,7 +17,8 @@ from megatron_ext.cli.fit import check_layout
 from megatron_ext.cli.megatron_flags import Parallel
 from megatron_ext.convert.fit import export_note
 from megatron_ext.model import fp8
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.fp8 import Fp8
 from megatron_ext.pruning.budget import Use, kv_bytes
 from megatron_ext.pruning.calibrate import calibrate

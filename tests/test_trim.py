@@ -16,7 +16,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_ext.arch import dim_sizes, shape, weights
 from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.checkpoint.slices import SliceReader, layer_key
-from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.build import build_model, model_state_dict
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.open import restore_weights
 from megatron_ext.pruning.plan import Plan
 from megatron_ext.pruning.planner import make_plan

@@ -12,7 +12,7 @@ import torch
 
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.cli.parser import REQUIRED, flag, parse
-from megatron_ext.model.build import ModelOptions
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.open import open_model
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import UserError, run_main

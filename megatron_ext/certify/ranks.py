@@ -24,7 +24,8 @@ from megatron_ext.checkpoint.checkpoints import sharded_tensors
 from megatron_ext.checkpoint.identity import padded_alike
 from megatron_ext.data.masked_lm import FRAME, MaskedTokens, SpecialTokens
 from megatron_ext.distillation.stored import STORED
-from megatron_ext.model.build import LanguageModel, build_model, draw, model_state_dict
+from megatron_ext.model.build import LanguageModel, build_model, model_state_dict
+from megatron_ext.model.initial import draw
 from megatron_ext.model.options import join_ranks, model_options
 from megatron_ext.pruning import run as pruning
 from megatron_ext.pruning.calibrate import Passes

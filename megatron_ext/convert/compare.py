@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from megatron_ext.checkpoint import checkpoints
 from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.convert.hf_files import CONFIG, read_json
-from megatron_ext.model.build import ModelOptions, choose_transformer_impl
+from megatron_ext.model.config import ModelOptions, choose_transformer_impl
 from megatron_ext.model.open import open_model
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import CHECKPOINT, DIFFERS, USAGE, UserError

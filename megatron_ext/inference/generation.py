@@ -16,7 +16,7 @@ from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import check_comparable
 from megatron_ext.data import datasets
 from megatron_ext.inference.yardsticks import agreed, distinct, mean_nll, repeated
-from megatron_ext.model.build import ModelOptions, choose_transformer_impl
+from megatron_ext.model.config import ModelOptions, choose_transformer_impl
 from megatron_ext.model.open import open_model, read_models
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.errors import CHECKPOINT, USAGE, UserError

@@ -22,7 +22,8 @@ from megatron_ext.checkpoint.folder import Checkpoint
 from megatron_ext.checkpoint.identity import check_tokenizer, tokenizer_sha256, with_own_tokenizer
 from megatron_ext.cli.megatron_flags import Tokenizer
 from megatron_ext.data.datasets import MegatronTokenizerBase, build_tokenizer
-from megatron_ext.model.build import LanguageModel, ModelOptions, build_model, model_state_dict
+from megatron_ext.model.build import LanguageModel, build_model, model_state_dict
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.fp8 import keep_exact_weights
 from megatron_ext.runtime.collective_errors import on_all_ranks
 

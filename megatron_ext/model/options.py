@@ -17,7 +17,7 @@ from megatron_ext.cli.parser import dashed, flags_as_dict, settings_of
 from megatron_ext.cli.programs import ModelFlags
 from megatron_ext.data import datasets
 from megatron_ext.model import cuda_graphs
-from megatron_ext.model.build import ModelOptions, choose_transformer_impl
+from megatron_ext.model.config import ModelOptions, choose_transformer_impl
 from megatron_ext.model.fp8 import Fp8, check_fp8_layers, fp8_settings
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.collective_errors import check_alike

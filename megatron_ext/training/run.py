@@ -18,7 +18,8 @@ from megatron_ext.distillation.model import Distillation, DistillationModel
 from megatron_ext.distillation.pairs import HiddenStates
 from megatron_ext.distillation.stored import StoredDistillationModel, WithStoredTeacher
 from megatron_ext.model import cuda_graphs, fp8, tp_overlap
-from megatron_ext.model.build import LanguageModel, ModelOptions, build_model
+from megatron_ext.model.build import LanguageModel, build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.open import open_model, read_again
 from megatron_ext.model.options import batches_of_rank, check_fp8, join_ranks, model_options
 from megatron_ext.rehearsal.run_plan import TrainPlan, check_tokens, flops_per_token

@@ -15,7 +15,8 @@ from pathlib import Path
 from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.checkpoint.saved_args import complete
 from megatron_ext.cli.programs import megatron_command_line
-from megatron_ext.model.build import ModelOptions, build_model, model_state_dict
+from megatron_ext.model.build import build_model, model_state_dict
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.runtime import platform
 from megatron_ext.training import saving
 from tests.models import LLAMA, MOE

@@ -20,7 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megatron_ext.arch import Arch
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.pruning.aggregation import Aggregation
 from megatron_ext.pruning.importance import Importance
 from megatron_ext.runtime import platform

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from megatron_ext.arch import Arch
 from megatron_ext.distillation.losses import KD_LOSS
 from megatron_ext.distillation.model import Distillation, DistillationModel
-from megatron_ext.model.build import ModelOptions, build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.platform import Platform
 from tools.bench.calibration import DTYPES, milliseconds

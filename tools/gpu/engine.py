@@ -14,7 +14,8 @@ from torch import Tensor
 from megatron_ext.arch import Arch
 from megatron_ext.checkpoint import checkpoints, writer
 from megatron_ext.checkpoint.checkpoints import sharded_tensors
-from megatron_ext.model.build import LanguageModel, ModelOptions, build_model, model_state_dict
+from megatron_ext.model.build import LanguageModel, build_model, model_state_dict
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.open import restore_weights
 from megatron_ext.pruning.importance import Importance
 from tools.gpu.setup import DTYPES, Checks, Found, Setup, need_engine

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_ext.model.build import choose_transformer_impl
+from megatron_ext.model.config import choose_transformer_impl
 from megatron_ext.runtime import platform
 from megatron_ext.runtime.platform import Platform
 

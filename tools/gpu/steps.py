@@ -13,7 +13,8 @@ from torch import Tensor
 from megatron_ext.arch import Arch, forward_flops, num_parameters
 from megatron_ext.distillation.losses import KD_LOSS
 from megatron_ext.distillation.model import Distillation, DistillationModel
-from megatron_ext.model.build import LanguageModel, ModelOptions, build_model
+from megatron_ext.model.build import LanguageModel, build_model
+from megatron_ext.model.config import ModelOptions
 from megatron_ext.model.fp8 import Fp8, of_student, of_teacher
 from megatron_ext.training import torch_adam
 from megatron_ext.training.step import StepShape, train_step, wrap
