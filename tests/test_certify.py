@@ -18,7 +18,7 @@ from megatron_ext.cli.megatron_flags import Parallel
 from megatron_ext.distillation.pairs import parse_pairs
 from megatron_ext.pruning.targets import target_arch
 from megatron_ext.runtime import local_ranks
-from megatron_ext.runtime.errors import CHECKPOINT, DIFFERS, RUNTIME, USAGE
+from megatron_ext.runtime.errors import CHECKPOINT, DIFFERS, RUNTIME, USAGE, UserError
 from tests.models import BERT, GPT2, LLAMA, MIXTRAL, MOE, NEMOTRON, WINDOWS
 from tests.programs import ROOT, run_here
 from tests.ranks import PRELOAD
@@ -235,6 +235,10 @@ def test_flags_of_every_recipe(name, step, tmp_path, monkeypatch):
     max_ranks, program, flags = command.split(argv)
     assert (max_ranks, program) == (8, argv[0])
     find = command.pruning_trials if program == "prune.py" else command.training_trials
+    if "nano" in name:  # a hybrid: what is not certified says so
+        with pytest.raises(UserError, match=r"a model of sub-layers \(M-.* has no form in small"):
+            find(flags, max_ranks)
+        return
     trials, models = find(flags, max_ranks)
     assert trials.reference.ranks == Ranks()
     assert all(1 < trial.ranks.total <= 8 for trial in trials.layouts)

@@ -33,10 +33,18 @@ EXPERTS = {
     "num_key_value_heads": 8,
     "sliding_window": None,
 }
+MAMBA = {
+    "hybrid_override_pattern": "M-*-",
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 4,
+    "ssm_state_size": 8,
+}
 CONFIGS = {
     name: {
         "model_type": name,
         **(GPT2 if name == "gpt2" else COMMON if "bert" in name else COMMON | EXPERTS),
+        **(MAMBA if name == "nemotron_h" else {}),
     }
     for name in FAMILIES
 }

@@ -348,6 +348,8 @@ class Arch(
             # Off by a deprecated flag of Megatron-LM, which compares the two before it loads and
             # takes the flag with rope only: nobody has to type it.
             "add_position_embedding": True,
+            # Lists, as JSON has them: readers unpickle nothing else.
+            "by_layer": [[name, list(values)] for name, values in self.by_layer],
             "is_hybrid_model": self.is_hybrid,
             "window_size": None if self.window is None else (self.window, 0),
             **{name: per_layer.switches(self, name) for name in per_layer.NAMES},

@@ -58,7 +58,7 @@ GLM_SETTINGS: dict[str, Any] = {
         "head_dim": 128,
         "rms_norm_eps": 1.5625e-07,
         "partial_rotary_factor": 0.5,
-        "eos_token_id": 151329,
+        "eos_token_id": [151329, 151336, 151338],
         "pad_token_id": 151329,
     },
     "partial_rotary": True,

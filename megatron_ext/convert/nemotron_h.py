@@ -79,6 +79,7 @@ SETTINGS = {
         "num_key_value_heads": 8,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "pad_token_id": 0,
     },
     "prefix": "backbone.",
     "has_pattern": True,

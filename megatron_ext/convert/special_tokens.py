@@ -88,5 +88,6 @@ def _json(text: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _has_row(value: int | None, num_rows: int) -> bool:
-    return value is not None and 0 <= value < num_rows
+def _has_row(value: int | list[int] | None, num_rows: int) -> bool:
+    ids = value if isinstance(value, list) else [value]
+    return all(each is not None and 0 <= each < num_rows for each in ids)
