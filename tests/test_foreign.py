@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.transformer import enums
 from safetensors.torch import load_file
 
-from megatron_ext.arch import LAYER_PREFIXES, LEFT_OUT, Arch, check_left_out
+from megatron_ext.arch import LAYER_PREFIXES, UNSUPPORTED, Arch, check_supported
 from megatron_ext.checkpoint import checkpoints, safe_load, saved_args, writer
 from megatron_ext.checkpoint.foreign_args import FILES, args_of, read_args
 from megatron_ext.checkpoint.slices import layer_key
@@ -416,9 +416,9 @@ def test_files_that_bridge_and_nemo_wrote(name, tmp_path):
 def test_what_is_not_computed_is_refused_whoever_wrote_it(tmp_path):
     """Megatron-LM saves all of its flags; most of these leave no trace in the tensors."""
     plain = LLAMA.to_args()
-    for name, allowed in LEFT_OUT.items():
+    for name, allowed in UNSUPPORTED.items():
         for value in (None, *allowed):
-            check_left_out({name: value})
+            check_supported({name: value})
         for read in (
             lambda args: Arch.from_args(plain | args),
             lambda model: args_of(bridge_yaml(LLAMA) | model, 104),

@@ -3,7 +3,7 @@
 from megatron_ext.arch.mlp import is_gelu
 from megatron_ext.arch.moe import LOAD_BALANCING
 from megatron_ext.arch.rows import Weight
-from megatron_ext.arch.sizes import LEFT_OUT, Arch, check_left_out
+from megatron_ext.arch.sizes import UNSUPPORTED, Arch, check_supported
 from megatron_ext.arch.table import (
     LAYER_PREFIXES,
     count,
@@ -21,11 +21,11 @@ from megatron_ext.arch.table import (
 
 __all__ = [
     "LAYER_PREFIXES",
-    "LEFT_OUT",
     "LOAD_BALANCING",
+    "UNSUPPORTED",
     "Arch",
     "Weight",
-    "check_left_out",
+    "check_supported",
     "count",
     "dim_sizes",
     "forward_flops",

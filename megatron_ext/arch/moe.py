@@ -30,7 +30,7 @@ NAME, SYMBOL = "moe", "E"
 # global batch, depends on the order of micro-batches and so on the layout.
 LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "none")
 # What saved args may say of experts beside the fields below: name, the only value taken.
-ONLY = {
+SUPPORTED = {
     "moe_layer_freq": 1,
     "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False,
@@ -96,7 +96,7 @@ def problems(arch: "Arch") -> Iterator[str]:
 
 def from_args(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sizes that saved args write in a way of their own."""
-    for name, only in ONLY.items():
+    for name, only in SUPPORTED.items():
         value = args.get(name)
         values = value if isinstance(value, list) else [value]
         if any(value not in (None, only) for value in values):

@@ -13,8 +13,8 @@ from megatron_ext.arch.kinds import MODULES
 from megatron_ext.arch.mlp import is_gelu
 from megatron_ext.arch.rows import REQUIRED, size
 
-# Sizes that Megatron-LM 0.16 saves under the names of megatron-core's configuration.
-RENAMED = {
+# Sizes by Megatron-LM's name, and megatron-core's, under which some versions save them too.
+MCORE_NAMES = {
     "norm_epsilon": "layernorm_epsilon",
     "apply_layernorm_1p": "layernorm_zero_centered_gamma",
 }
@@ -33,7 +33,7 @@ BY_LAYER = {
 # have no tensor of their own: a model without the feature would load and compute something else.
 # A feature that gets built leaves this table, cli/refused_flags.py and has its name in
 # checkpoint/foreign_args.py, so that no reader takes in a model without it.
-LEFT_OUT: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "activation_func_clamp_value": (),
     "attention_output_gate": (False,),
     "experimental_attention_variant": (),
@@ -309,8 +309,8 @@ class Arch(
         Raises ``KeyError`` with the name of a size that is missing, ``ValueError`` for sizes that
         contradict each other and for what is not built here.
         """
-        check_left_out(args)
-        args = {**{name: args.get(new) for name, new in RENAMED.items()}, **args}
+        check_supported(args)
+        args = {**{name: args.get(other) for name, other in MCORE_NAMES.items()}, **args}
         # megatron-core before 0.17 has no other name for it.
         args["hybrid_layer_pattern"] = pattern_of(args)
         known = {f.name: args[f.name] for f in fields(cls) if args.get(f.name) is not None}
@@ -343,7 +343,7 @@ class Arch(
         """Return the inverse of ``from_args``: the names that Megatron-LM reads back."""
         sizes = asdict(self)
         return sizes | {
-            **{new: sizes[name] for name, new in RENAMED.items()},
+            **{other: sizes[name] for name, other in MCORE_NAMES.items()},
             "group_query_attention": self.num_query_groups != self.num_attention_heads,
             # Off by a deprecated flag of Megatron-LM, which compares the two before it loads and
             # takes the flag with rope only: nobody has to type it.
@@ -386,9 +386,9 @@ def pattern_of(settings: Mapping[str, Any]) -> str | None:
     return settings.get("hybrid_layer_pattern") or settings.get("hybrid_override_pattern")
 
 
-def check_left_out(settings: Mapping[str, Any]) -> None:
+def check_supported(settings: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` if saved args or a configuration ask for what is not built here."""
-    for name, allowed in LEFT_OUT.items():
+    for name, allowed in UNSUPPORTED.items():
         value = settings.get(name)
         if name == "is_hybrid_model" and pattern_of(settings):
             continue

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.arch import check_left_out
+from megatron_ext.arch import check_supported
 from megatron_ext.runtime.texts import parse_yaml
 
 # File, seen from the checkpoint's folder, and the key of the model in it.
@@ -95,7 +95,7 @@ def read_args(folder: Path, embedding_rows: int) -> dict[str, Any] | None:
 
 def args_of(model: Mapping[str, Any], embedding_rows: int) -> dict[str, Any]:
     """Return Megatron-LM's args of what a file says of its model."""
-    check_left_out(model)
+    check_supported(model)
     args = {new: model[old] for new, old in NAMES.items() if model.get(old) is not None}
     args |= {name: value for name, value in model.items() if name.startswith("moe_")}
     hidden, heads = args["hidden_size"], args["num_attention_heads"]
