@@ -3,7 +3,7 @@
 from megatron_ext.arch.mlp import is_gelu
 from megatron_ext.arch.moe import LOAD_BALANCING
 from megatron_ext.arch.rows import Weight
-from megatron_ext.arch.sizes import UNSUPPORTED, Arch, check_supported
+from megatron_ext.arch.sizes import Arch
 from megatron_ext.arch.table import (
     LAYER_PREFIXES,
     count,
@@ -18,6 +18,7 @@ from megatron_ext.arch.table import (
     shape,
     weights,
 )
+from megatron_ext.arch.unsupported import UNSUPPORTED, check_supported
 
 __all__ = [
     "LAYER_PREFIXES",
