@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct pruned to half, distilled and exported on two CPU cores in about twelve
+# SmolLM2-135M-Instruct pruned to half, distilled and exported on two CPU cores in under twenty
 # minutes: examples/smollm2-135m with one candidate, few steps and text that is on every machine.
 #
 #     bash examples/quickstart/run.sh [OUT]        default OUT: runs/quickstart
