@@ -16,7 +16,7 @@ UNITS = {"": 1, "x": 1, "K": 1e3, "M": 1e6, "B": 1e9, "KiB": 2**10, "MiB": 2**20
 
 @dataclass(frozen=True)
 class Use:
-    """How a model will be used: what its cache and its attention cost."""
+    """Context and batch at which a candidate's cache and attention are counted."""
 
     context: int
     """Tokens of a sequence."""
@@ -25,11 +25,6 @@ class Use:
 
 
 def kv_bytes(arch: Arch, use: Use) -> int:
-    """Return the bytes of the keys and values of all sequences, in bf16, and of Mamba's states.
-
-    The second do not grow with the context.
-    """
-    groups = sum(layer.num_query_groups * n for layer, n in arch.alike("attention").items())
     """Return the bytes of the keys and values of all sequences, in bf16, and of Mamba's states.
 
     Mamba's states do not grow with the context.
