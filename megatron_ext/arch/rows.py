@@ -87,6 +87,11 @@ class Size:
     by_layer: bool = False
     """Sub-layers of one model may differ in it: ``Arch.by_layer``."""
 
+    @property
+    def noun(self) -> str:
+        """The name as words in a message: ``query groups``."""
+        return self.name.replace("num_", "").replace("_", " ")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:

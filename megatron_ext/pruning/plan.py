@@ -172,10 +172,10 @@ def _bad_groups(
     counts = Counter(unit * groups // axis.length(source) for unit in kept)
     if len(counts) == left and len(set(counts.values())) == 1:
         return None
-    noun, in_groups = axis.within.name.replace("num_", "").replace("_", " "), [0] * groups
+    in_groups = [0] * groups
     for group, count in counts.items():
         in_groups[group] = count
-    return f"{name} keeps {in_groups} units of its {noun}, the target has {left} groups"
+    return f"{name} keeps {in_groups} units of its {axis.within.noun}, the target has {left} groups"
 
 
 def _bad_residual(plan: Plan) -> str | None:

@@ -11,6 +11,7 @@ from megatron_ext.arch import Arch
 from megatron_ext.arch.axes import DEPTH_SIZES, SIZES, axes_of, has_sublayers, sizes_of
 from megatron_ext.arch.pattern import without_last
 from megatron_ext.arch.per_layer import NAMES, of_layers
+from megatron_ext.arch.rows import Axis
 from megatron_ext.arch.sizes import BY_LAYER
 from megatron_ext.runtime.errors import USAGE, UserError
 from megatron_ext.runtime.texts import parse_yaml
@@ -44,7 +45,7 @@ def target_arch(source: Arch, **sizes: Sizes | None) -> Arch:
         )
     for axis in axes_of(source):
         if axis.within is not None and axis.size.name not in BY_LAYER:
-            whole |= _in_groups(source, axis.size.name, axis.within.name, whole)
+            whole |= _in_groups(source, axis, whole)
     # Which layers stay is not known yet either: the first ones stand in for them.
     first = of_layers(source, range(whole.get("num_layers", source.num_layers)))
     target = replace(source, by_layer=(), **_with_pattern(source, whole), **first)
@@ -110,50 +111,29 @@ def _sizes_of_layer(
             )
     names = [name for name, each in BY_LAYER.items() if each == kind]
     sizes = {name: getattr(source, name) for name in names} | dict(typed)
-    return _with_heads(source, typed) if "num_attention_heads" in sizes else sizes
+    for axis in axes_of(source):
+        if axis.within is not None and axis.size.name in sizes:
+            sizes |= _in_groups(source, axis, typed)
+    return sizes
 
 
-def _with_heads(source: Arch, typed: Mapping[str, int]) -> dict[str, int]:
-    """Return heads and query groups of one sub-layer of attention."""
-    changed = dict(typed)
-    heads, groups = source.num_attention_heads, source.num_query_groups
-    if groups == heads:
-        both = [changed[n] for n in ("num_attention_heads", "num_query_groups") if n in changed]
-        if len(set(both)) > 1:
-            raise UserError(
-                f"--target-num-attention-heads {both[0]} and --target-num-query-groups {both[1]}: "
-                "every head of the checkpoint is a query group of its own; give one of them.",
-                USAGE,
-            )
-        if both:
-            changed |= {"num_attention_heads": both[0], "num_query_groups": both[0]}
-    groups = changed.setdefault("num_query_groups", groups)
-    heads = changed.setdefault("num_attention_heads", heads // source.num_query_groups * groups)
-    if heads % groups or heads // groups > source.num_attention_heads // source.num_query_groups:
-        raise UserError(
-            f"--target-num-attention-heads {heads}: each of {groups} query groups keeps the same "
-            f"number of its {source.num_attention_heads // source.num_query_groups} heads.",
-            USAGE,
-        )
-    return changed
-
-
-def _in_groups(source: Arch, units: str, within: str, changed: dict[str, Any]) -> dict[str, int]:
-    """Return both sizes of units in groups, as heads in query groups; their names are given."""
+def _in_groups(source: Arch, axis: Axis, typed: Mapping[str, Any]) -> dict[str, int]:
+    """Return both sizes of an axis whose units come in groups, as heads in query groups."""
+    assert axis.within is not None
+    units, within, noun = axis.size.name, axis.within.name, axis.within.noun
     before, groups_before = getattr(source, units), getattr(source, within)
-    noun = within.replace("num_", "").replace("_", " ")
     if groups_before == before:
-        both = [changed[name] for name in (units, within) if name in changed]
+        both = [typed[name] for name in (units, within) if name in typed]
         if len(set(both)) > 1:
             raise UserError(
                 f"{_option(units)} {both[0]} and {_option(within)} {both[1]}: every head of the "
-                "checkpoint is a group of its own; give one of them.",
+                f"checkpoint is a {noun.removesuffix('s')} of its own; give one of them.",
                 USAGE,
             )
         if both:
             return {units: both[0], within: both[0]}
-    groups = changed.get(within, groups_before)
-    count = changed.get(units, before // groups_before * groups)
+    groups = typed.get(within, groups_before)
+    count = typed.get(units, before // groups_before * groups)
     if count % groups or count // groups > before // groups_before:
         raise UserError(
             f"{_option(units)} {count}: each of {groups} {noun} keeps the same number of its "
