@@ -24,17 +24,14 @@ from tests.models import random_batch
 from tests.programs import (
     LAYOUTS,
     assert_same_bytes,
-    data_flags,
     fail,
     logits_of,
     read_model,
     read_tensors,
-    write_corpus,
-    write_model,
 )
 from tests.ranks import run_ranks
+from tests.runs import TRAIN, assert_same_curve, assert_same_run, prune, train, write_source
 from tests.test_mamba import HYBRID
-from tests.test_pattern import TRAIN, assert_same_curve, assert_same_run, prune, train
 from tests.test_scores import random_scores
 
 HEADS, CHANNELS, GROUPS = 12, 6, 4
@@ -131,11 +128,7 @@ def calibrated(folder, samples):
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hybrid")
-    corpus = write_corpus(folder / "corpus", HYBRID.vocab_size)
-    source = {"load": str(folder / "model"), "data": data_flags(HYBRID, corpus)}
-    write_model(source["load"], HYBRID)
-    return source
+    return write_source(tmp_path_factory.mktemp("hybrid"), HYBRID)
 
 
 def test_scores_are_those_of_the_paper(hybrid):

@@ -39,18 +39,15 @@ from tests.models import BERT, GPT2, LLAMA, MOE, NEMOTRON, random_batch
 from tests.programs import (
     LAYOUTS,
     assert_same_bytes,
-    data_flags,
     fail,
     logits_of,
-    read_metrics,
     read_model,
     read_tensors,
     run_here,
     succeed,
-    write_corpus,
-    write_model,
 )
 from tests.ranks import run_ranks
+from tests.runs import TRAIN, assert_same_curve, assert_same_run, prune, train, write_source
 from tests.test_depth import CP2, PP2, TOLERANCE, TP2, batch_of, passes_of
 
 ROPE = replace(LLAMA, use_rope_scaling=True, num_layers=2)
@@ -226,22 +223,9 @@ SUBLAYERS = "--target-attention-layers 3 --target-mlp-layers 2"
 SMALLER = f"{SUBLAYERS} --target-hidden-size 40 --target-ffn-hidden-size 48"
 
 
-def prune(folder, source, targets, layout=(1, ""), **more):
-    """Run prune.py and return the names of what it writes."""
-    files = {name: str(folder / name) for name in ("scores", "plan", "save")} | more
-    words = [word for name, path in files.items() for word in (f"--{name}", path)]
-    argv = ["--load", source["load"], *source["data"], "--calibration-samples", "8"]
-    succeed("prune", [*argv, *targets.split(), *layout[1].split(), *words], layout[0])
-    return files
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    corpus = write_corpus(folder / "corpus", LLAMA.vocab_size)
-    source = {"load": str(folder / "model"), "data": data_flags(LLAMA, corpus)}
-    write_model(source["load"], LLAMA)
-    return source
+    return write_source(tmp_path_factory.mktemp("llama"), LLAMA)
 
 
 @pytest.fixture(scope="module")
@@ -253,17 +237,6 @@ def sublayers(llama, tmp_path_factory):
 @pytest.fixture(scope="module")
 def smaller(llama, tmp_path_factory):
     return prune(tmp_path_factory.mktemp("smaller"), llama, SMALLER)
-
-
-def assert_same_run(ours, theirs):
-    one, other = (load_scores(files["scores"]) for files in (ours, theirs))
-    assert one.vectors.keys() == other.vectors.keys()
-    assert (one.depth, one.source) == (other.depth, other.source)
-    for name, vector in other.vectors.items():
-        tolerance = 1e-7 * vector.max().item()
-        torch.testing.assert_close(one.vectors[name], vector, rtol=1e-5, atol=tolerance)
-    assert load_plan(ours["plan"]) == load_plan(theirs["plan"])
-    assert_same_bytes(read_tensors(ours["save"]), read_tensors(theirs["save"]))
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "TP1"])
@@ -278,9 +251,7 @@ FEWER = "--target-moe-layers 1 --target-num-experts 4 --target-moe-ffn-hidden-si
 def mixtures(tmp_path_factory):
     """A model with plain MLPs and mixtures, and what one rank makes of it."""
     folder = tmp_path_factory.mktemp("mixtures")
-    corpus = write_corpus(folder / "corpus", EXPERTS.vocab_size)
-    source = {"load": str(folder / "model"), "data": data_flags(EXPERTS, corpus)}
-    write_model(source["load"], EXPERTS)
+    source = write_source(folder, EXPERTS)
     return source, prune(folder, source, FEWER)
 
 
@@ -448,32 +419,12 @@ def test_recomputing_changes_no_gradient(how, gradients):
     test_layouts.assert_gradients_equal(expected, list(found[0][1].items()), 1e-8)
 
 
-TRAIN = shlex.split(
-    "--train-iters 4 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant --save-interval 2 "
-    "--log-interval 1"
-)
 TRAIN_LAYOUTS = {
     "TP2+SP": LAYOUTS["TP2+SP"],
     "PP2": UNEVEN,
     "CP2": LAYOUTS["CP2"],
     "DP2": (2, "--use-distributed-optimizer"),
 }
-
-
-def train(source, save, *words, layout=(1, "")):
-    """Train and return the losses and gradient norms that were logged."""
-    argv = ["--save", str(save), *source["data"], *TRAIN, *words, *layout[1].split()]
-    succeed("pretrain_distill", argv, layout[0])
-    return {line["iteration"]: line for line in read_metrics(save)}
-
-
-def assert_same_curve(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for iteration, line in theirs.items():
-        names = [name for name in line if name.endswith("loss") or name == "grad-norm"]
-        assert "grad-norm" in names
-        expected = [line[name] for name in names]
-        assert [ours[iteration][name] for name in names] == pytest.approx(expected, rel=2e-5)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Models whose layers differ in size: counted, pruned to and from, built, trained, distilled."""
 
 import json
-import shlex
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -38,17 +37,14 @@ from tests.models import LLAMA, MOE
 from tests.programs import (
     LAYOUTS,
     assert_same_bytes,
-    data_flags,
     fail,
     logits_of,
-    read_metrics,
     read_tensors,
     run_here,
-    succeed,
-    write_corpus,
     write_model,
 )
 from tests.ranks import run_ranks
+from tests.runs import TRAIN, assert_same_curve, assert_same_run, prune, train, write_source
 from tests.test_depth import CP2, PP2, TP2, batch_of, passes_of
 from tests.test_scores import random_scores
 from tests.test_trim import cut, load_model, naive_trim
@@ -478,22 +474,9 @@ TARGETS = (
 )
 
 
-def prune(folder, source, targets, layout=(1, ""), **more):
-    """Run prune.py and return the names of what it writes."""
-    files = {name: str(folder / name) for name in ("scores", "plan", "save")} | more
-    words = [word for name, path in files.items() for word in (f"--{name}", path)]
-    argv = ["--load", source["load"], *source["data"], "--calibration-samples", "8"]
-    succeed("prune", [*argv, *targets.split(), *layout[1].split(), *words], layout[0])
-    return files
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    corpus = write_corpus(folder / "corpus", BASE.vocab_size)
-    source = {"load": str(folder / "model"), "data": data_flags(BASE, corpus)}
-    write_model(source["load"], BASE)
-    return source
+    return write_source(tmp_path_factory.mktemp("base"), BASE)
 
 
 @pytest.fixture(scope="module")
@@ -510,17 +493,6 @@ def again(base, varied, tmp_path_factory):
 
 AGAIN = "--target-ffn-hidden-size 32,40,16,24 --target-num-attention-heads 4,4,2,2 "
 AGAIN += "--target-hidden-size 40"
-
-
-def assert_same_run(ours, theirs):
-    one, other = (load_scores(files["scores"]) for files in (ours, theirs))
-    assert one.vectors.keys() == other.vectors.keys()
-    assert (one.depth, one.source) == (other.depth, other.source)
-    for name, vector in other.vectors.items():
-        tolerance = 1e-7 * vector.max().item()
-        torch.testing.assert_close(one.vectors[name], vector, rtol=1e-5, atol=tolerance)
-    assert load_plan(ours["plan"]) == load_plan(theirs["plan"])
-    assert_same_bytes(read_tensors(ours["save"]), read_tensors(theirs["save"]))
 
 
 @pytest.mark.parametrize("layout", ["TP2+SP", "PP2", "DP2"])
@@ -576,31 +548,11 @@ def test_heads_are_folded_where_some_go(base, tmp_path):
     assert differing == {f"decoder.layers.{i}.self_attention.linear_qkv.weight" for i in (2, 4)}
 
 
-TRAIN = shlex.split(
-    "--train-iters 4 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant --save-interval 2 "
-    "--log-interval 1"
-)
 TRAIN_LAYOUTS = {
     "TP2+SP": LAYOUTS["TP2+SP"],
     "PP2": LAYOUTS["PP2"],
     "DP2": (2, "--use-distributed-optimizer"),
 }
-
-
-def train(source, save, *words, layout=(1, "")):
-    """Train and return the losses and gradient norms that were logged."""
-    argv = ["--save", str(save), *source["data"], *TRAIN, *words, *layout[1].split()]
-    succeed("pretrain_distill", argv, layout[0])
-    return {line["iteration"]: line for line in read_metrics(save)}
-
-
-def assert_same_curve(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for iteration, line in theirs.items():
-        names = [name for name in line if name.endswith("loss") or name == "grad-norm"]
-        assert "grad-norm" in names
-        expected = [line[name] for name in names]
-        assert [ours[iteration][name] for name in names] == pytest.approx(expected, rel=2e-5)
 
 
 @pytest.fixture(scope="module")
