@@ -22,7 +22,7 @@ from megatron_ext.model.hybrid import HybridLanguageModel, build_hybrid
 from megatron_ext.model.initial import initialize_weights
 from megatron_ext.model.layers import engine_layer_spec, local_block_spec
 from megatron_ext.model.output import VocabularyOutput
-from megatron_ext.model.rotary import TwoBases
+from megatron_ext.model.rotary import TwoBases, embedding_options, scaled_periods
 
 
 class LanguageModel(VocabularyOutput, GPTModel):
@@ -75,13 +75,6 @@ def _build_gpt(
         spec = engine_layer_spec(config, config.num_moe_experts)
     else:
         spec = local_block_spec(config, num_layers)
-    rotation = {
-        "rotary_percent": arch.rotary_percent,
-        "rotary_base": arch.rotary_base,
-        "seq_len_interpolation_factor": arch.rotary_seq_len_interpolation_factor,
-        "rope_scaling": arch.use_rope_scaling,
-        "rope_scaling_factor": arch.rope_scaling_factor,
-    }
     model = LanguageModel(
         config=config,
         transformer_layer_spec=spec,
@@ -89,18 +82,12 @@ def _build_gpt(
         max_sequence_length=arch.max_position_embeddings,
         share_embeddings_and_output_weights=not arch.untie_embeddings_and_output_weights,
         position_embedding_type=arch.position_embedding_type,
-        **rotation,
+        **scaled_periods(arch),
         **place,
     )
     if arch.rotary_base_local is not None:
-        model.rotary_pos_emb = TwoBases(
-            arch.rotary_base_local,
-            kv_channels=arch.kv_channels,
-            rotary_interleaved=arch.rotary_interleaved,
-            use_cpu_initialization=config.use_cpu_initialization,
-            cp_group=place["pg_collection"].cp,
-            **rotation,
-        )
+        options = embedding_options(arch, config, place["pg_collection"].cp)
+        model.rotary_pos_emb = TwoBases(arch.rotary_base_local, **options)
     return model
 
 

@@ -24,6 +24,7 @@ from megatron_ext.arch.sizes import BY_LAYER
 from megatron_ext.model.layers import Norm, engine_layer_spec, local_layer_spec
 from megatron_ext.model.mamba import mamba_layer_spec
 from megatron_ext.model.output import VocabularyOutput
+from megatron_ext.model.rotary import embedding_options, periods
 
 
 class HybridLanguageModel(VocabularyOutput, HybridModel):
@@ -104,25 +105,14 @@ def build_hybrid(
         hybrid_layer_pattern=_cut_pattern(arch, config, num_chunks),
         share_embeddings_and_output_weights=not arch.untie_embeddings_and_output_weights,
         position_embedding_type=arch.position_embedding_type,
-        rotary_percent=arch.rotary_percent,
-        rotary_base=arch.rotary_base,
-        seq_len_interpolation_factor=arch.rotary_seq_len_interpolation_factor,
+        **periods(arch),
         **place,
     )
     is_rope = arch.position_embedding_type == "rope"
     # A HybridModel of megatron-core 0.19.2 asks for neither.
     if is_rope and (arch.use_rope_scaling or arch.rotary_interleaved):
-        model.rotary_pos_emb = RotaryEmbedding(
-            kv_channels=config.kv_channels,
-            rotary_percent=arch.rotary_percent,
-            rotary_base=arch.rotary_base,
-            seq_len_interpolation_factor=arch.rotary_seq_len_interpolation_factor,
-            rotary_interleaved=arch.rotary_interleaved,
-            rope_scaling=arch.use_rope_scaling,
-            rope_scaling_factor=arch.rope_scaling_factor,
-            use_cpu_initialization=config.use_cpu_initialization,
-            cp_group=model.pg_collection.cp,
-        ).to(torch.cuda.current_device())
+        table = RotaryEmbedding(**embedding_options(arch, config, model.pg_collection.cp))
+        model.rotary_pos_emb = table.to(torch.cuda.current_device())
     return model
 
 

@@ -1,12 +1,44 @@
-"""Rotary embeddings of two bases: one for layers with a window, one for the others."""
+"""Rotary embeddings: arguments of megatron-core's, and a table of two bases for windows."""
 
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_ext.arch import Arch
+
+
+def periods(arch: Arch) -> dict[str, Any]:
+    """Return the arguments about rotary embeddings that every model of megatron-core takes."""
+    return {
+        "rotary_percent": arch.rotary_percent,
+        "rotary_base": arch.rotary_base,
+        "seq_len_interpolation_factor": arch.rotary_seq_len_interpolation_factor,
+    }
+
+
+def scaled_periods(arch: Arch) -> dict[str, Any]:
+    """Return those that a GPTModel takes; a HybridModel of megatron-core 0.19.2 lacks the scale."""
+    scale = {"rope_scaling": arch.use_rope_scaling, "rope_scaling_factor": arch.rope_scaling_factor}
+    return periods(arch) | scale
+
+
+def embedding_options(
+    arch: Arch, config: TransformerConfig, cp_group: ProcessGroup
+) -> dict[str, Any]:
+    """Return the arguments of a ``RotaryEmbedding`` beside a model of ``arch``."""
+    return {
+        "kv_channels": arch.kv_channels,
+        "rotary_interleaved": arch.rotary_interleaved,
+        "use_cpu_initialization": config.use_cpu_initialization,
+        "cp_group": cp_group,
+        **scaled_periods(arch),
+    }
 
 
 class TwoBases(RotaryEmbedding):
