@@ -82,6 +82,11 @@ def window_text(value: Any) -> str:
     return f"{int(words[0])},0"
 
 
+def score_scale(arch: "Arch") -> float:
+    """Return the factor of a query's scores: ``softmax_scale``, or what it is by default."""
+    return arch.kv_channels**-0.5 if arch.softmax_scale is None else arch.softmax_scale
+
+
 def problems(arch: "Arch") -> Iterator[str]:
     """Yield how these sizes contradict each other."""
     if arch.window_size is None and arch.window_attn_skip_freq is not None:

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from megatron_ext.arch import Arch, rotary, weights
+from megatron_ext.arch.attention import score_scale
 from megatron_ext.convert import gemma, layers
 from megatron_ext.convert import rotary as rotary_keys
 from megatron_ext.convert.families import FAMILIES
@@ -117,8 +118,7 @@ def config_of(arch: Arch, family: Family, origin: Config, dtype: str) -> dict[st
     for name, keys in family.sizes.items():
         config |= dict.fromkeys(keys, getattr(arch, name))
     if "softmax_scale" in family.sizes:
-        scale = arch.kv_channels**-0.5 if arch.softmax_scale is None else arch.softmax_scale
-        config |= dict.fromkeys(family.sizes["softmax_scale"], scale)
+        config |= dict.fromkeys(family.sizes["softmax_scale"], score_scale(arch))
     config |= dict.fromkeys(family.biases, arch.add_bias_linear)
     config |= {key: not getattr(arch, name) for name, key in family.negated.items()}
     config |= family.only | family.written
@@ -262,8 +262,7 @@ def _check_reads_back(arch: Arch, family: Family, config: Config) -> None:
 def _comparable(arch: Arch) -> dict[str, Any]:
     """Return the fields that decide what a model computes."""
     arch = layers.comparable(rotary_keys.comparable(arch))
-    if arch.softmax_scale is None:
-        arch = replace(arch, softmax_scale=arch.kv_channels**-0.5)
+    arch = replace(arch, softmax_scale=score_scale(arch))
     if arch.num_experts is not None:
         arch = replace(arch, ffn_hidden_size=arch.moe_ffn_hidden_size)
     if arch.add_bias_linear:

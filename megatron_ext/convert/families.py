@@ -45,6 +45,13 @@ GPT2_ROWS = {
     **both("output_layer.", COPY, "lm_head"),
 }
 
+# Rows, activation and output matrix of families whose layers are Llama's.
+LLAMA_LAYERS: dict[str, Any] = {"rows": GATED_ROWS, "activation": SILU, "negated": TIED}
+# Fields of those whose config.json may switch biases on.
+LLAMA_BIASES: dict[str, Any] = {
+    "fixed": {**ROTARY, "normalization": "RMSNorm"},
+    "biases": ("attention_bias", "mlp_bias"),
+}
 BOS_1_EOS_2 = {"bos_token_id": 1, "eos_token_id": 2}
 GLM_DECODER = {**GATED_DECODER, "add_qkv_bias": True, "rotary_interleaved": True}
 GLM_SETTINGS: dict[str, Any] = {
@@ -70,23 +77,17 @@ FAMILIES = {
         Family(
             model_type="llama",
             architecture="LlamaForCausalLM",
-            rows=GATED_ROWS,
             sizes=SIZES,
-            activation=SILU,
-            fixed={**ROTARY, "normalization": "RMSNorm"},
-            biases=("attention_bias", "mlp_bias"),
-            negated=TIED,
             defaults={**UNTIED_BY_DEFAULT, **BOS_1_EOS_2},
             whole_heads=True,
+            **LLAMA_LAYERS,
+            **LLAMA_BIASES,
         ),
         Family(
             model_type="mistral",
             architecture="MistralForCausalLM",
-            rows=GATED_ROWS,
             sizes=SIZES,
-            activation=SILU,
             fixed=GATED_DECODER,
-            negated=TIED,
             defaults={
                 **UNTIED_BY_DEFAULT,
                 **BOS_1_EOS_2,
@@ -94,15 +95,13 @@ FAMILIES = {
                 "sliding_window": 4096,
             },
             windows="all",
+            **LLAMA_LAYERS,
         ),
         Family(
             model_type="ministral3",
             architecture="Ministral3ForCausalLM",
-            rows=GATED_ROWS,
             sizes=SIZES,
-            activation=SILU,
             fixed=GATED_DECODER,
-            negated=TIED,
             defaults={
                 **UNTIED_BY_DEFAULT,
                 **BOS_1_EOS_2,
@@ -115,40 +114,32 @@ FAMILIES = {
             default_rope=MINISTRAL_3_ROPE,
             windows="all",
             scales_queries=True,
+            **LLAMA_LAYERS,
         ),
         Family(
             model_type="qwen2",
             architecture="Qwen2ForCausalLM",
-            rows=GATED_ROWS,
             sizes=SIZES,
-            activation=SILU,
             fixed={**GATED_DECODER, "add_qkv_bias": True},
             served_apart="vLLM",
-            negated=TIED,
             defaults={**UNTIED_BY_DEFAULT, **QWEN_WINDOWS},
             windows="layers",
+            **LLAMA_LAYERS,
         ),
         Family(
             model_type="qwen3",
             architecture="Qwen3ForCausalLM",
-            rows=GATED_ROWS,
             sizes=SIZES,
-            activation=SILU,
             fixed={**GATED_DECODER, "qk_layernorm": True},
-            negated=TIED,
             only={"attention_bias": False},
             defaults={**UNTIED_BY_DEFAULT, **QWEN_WINDOWS, "head_dim": 128},
             windows="layers",
+            **LLAMA_LAYERS,
         ),
         Family(
             model_type="smollm3",
             architecture="SmolLM3ForCausalLM",
-            rows=GATED_ROWS,
             sizes=SIZES,
-            activation=SILU,
-            fixed={**ROTARY, "normalization": "RMSNorm"},
-            biases=("attention_bias", "mlp_bias"),
-            negated=TIED,
             defaults={
                 **UNTIED_BY_DEFAULT,
                 "tie_word_embeddings": True,
@@ -163,11 +154,12 @@ FAMILIES = {
             },
             windows="layers",
             no_rope_layers=True,
+            **LLAMA_LAYERS,
+            **LLAMA_BIASES,
         ),
         Family(
             model_type="granite",
             architecture="GraniteForCausalLM",
-            rows=GATED_ROWS,
             sizes={
                 **SIZES,
                 "softmax_scale": ("attention_multiplier",),
@@ -175,11 +167,9 @@ FAMILIES = {
                 "residual_multiplier": ("residual_multiplier",),
                 "logits_scaling": ("logits_scaling",),
             },
-            activation=SILU,
-            fixed={**ROTARY, "normalization": "RMSNorm"},
-            biases=("attention_bias", "mlp_bias"),
-            negated=TIED,
             defaults={**UNTIED_BY_DEFAULT, **BOS_1_EOS_2, "attention_multiplier": 1.0},
+            **LLAMA_LAYERS,
+            **LLAMA_BIASES,
         ),
         Family(
             model_type="nemotron",

@@ -1,4 +1,4 @@
-"""What Gemma's config.json says in a way of its own, as fields of ``Arch``, and back. Pure.
+"""Keys of config.json that Gemma alone has, as fields of ``Arch``, and back. Pure.
 
 The embedding is multiplied by sqrt(hidden_size), scores by 1 / sqrt(query_pre_attn_scalar), and
 layers with a window have a rotary base of their own.
@@ -7,6 +7,7 @@ layers with a window have a rotary base of their own.
 from typing import Any
 
 from megatron_ext.arch import Arch
+from megatron_ext.arch.attention import score_scale
 from megatron_ext.convert.decoder import GATED_DECODER, SIZES, TIED
 from megatron_ext.convert.types import Config, check_types
 
@@ -88,11 +89,10 @@ def gemma_sizes(config: Config, hidden_size: int) -> dict[str, Any]:
 
 def gemma_config(arch: Arch, config: Config) -> dict[str, Any]:
     """Return the keys; ``config`` has the rotary ones of layers without a window."""
-    scale = arch.kv_channels**-0.5 if arch.softmax_scale is None else arch.softmax_scale
     base = float(arch.rotary_base_local or arch.rotary_base)
     local = {"rope_type": "default", "rope_theta": base}
     return {
-        "query_pre_attn_scalar": round(scale**-2),
+        "query_pre_attn_scalar": round(score_scale(arch) ** -2),
         "rope_local_base_freq": base,
         "rope_parameters": {WHOLE: config["rope_parameters"], LOCAL: local},
     }

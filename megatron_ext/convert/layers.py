@@ -9,10 +9,10 @@ from typing import Any
 
 from megatron_ext.arch import Arch
 from megatron_ext.arch.per_layer import switches, text
+from megatron_ext.arch.sizes import MOST
 from megatron_ext.convert.family import Family
 from megatron_ext.convert.types import Config
 
-MOST_LAYERS = 100_000
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -25,8 +25,8 @@ def layer_sizes(family: Family, config: Config, num_layers: int, positions: int)
         num_layers: of the model.
         positions: longest sequence; a window that does not cut it is none.
     """
-    if num_layers > MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers {num_layers} is above {MOST_LAYERS}")
+    if num_layers > MOST["num_layers"]:
+        raise ValueError(f"num_hidden_layers {num_layers} is above {MOST['num_layers']}")
     rotates = _rotates(family, config, num_layers)
     sizes = {"no_rope_freq": None if all(rotates) else text([not on for on in rotates])}
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
