@@ -15,7 +15,7 @@ KINDS = ("rope", "yarn")
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How the channels of queries and keys rotate; each is a field of ``Arch``."""
+    """Rotation of the channels of queries and keys; each size is a field of ``Arch``."""
 
     rotary_base: int = size(10000, "base of the rotary periods (theta)", at_least=1)
     rotary_base_local: int | None = None

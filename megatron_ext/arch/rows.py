@@ -40,7 +40,7 @@ class Weight:
     """A named dim for each of the tensor's."""
     init: str = "normal"
     """normal: std; scaled: std / sqrt(sub-layers); ones and zeros (a norm's gamma, a bias); conv,
-    step and decay of Mamba: ``build.DRAWN``."""
+    step and decay of Mamba: ``model.initial.DRAWN``."""
     kind: str | None = None
     """The kind of sub-layer that has one (``kinds``); None outside the layers."""
 

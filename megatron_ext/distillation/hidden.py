@@ -8,8 +8,8 @@ Shape letters in this file:
 
 (arXiv:2407.14679, section 3.) States are those of the residual stream, or what attention adds to it
 (``pairs``), normalised as the student's norms do, without weights: the norm that follows may be on
-the next stage, and it is trained. W, with
-other widths only, is one linear map for all pairs, or one for each, trained with the student.
+the next stage, and it is trained. W, with other widths only, is one linear map for all pairs, or
+one for each, trained with the student.
 
 A stage that is not the last cannot return a loss. It adds the gradient where it belongs: the
 state passes through a function that hands it on and gives the loss its gradient in backward, as

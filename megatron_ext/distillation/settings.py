@@ -39,8 +39,9 @@ def plan_layouts(
     check_layout(arch, flags.parallel, seq_length=flags.batch.seq_length)
     if teacher is not None:
         check_teacher(arch, teacher, flags, parallel)
-    check_experts([arch, *([teacher] if teacher else [])], flags.parallel)
-    check_documents([arch, *([teacher] if teacher else [])], flags.data)
+    archs = [arch, *([teacher] if teacher else [])]
+    check_experts(archs, flags.parallel)
+    check_documents(archs, flags.data)
     fp8.check_models(
         flags.fp8,
         arch,

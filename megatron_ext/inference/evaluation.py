@@ -82,9 +82,7 @@ def evaluate_checkpoint(flags: Any, folder: Path, teacher_folder: Path | None) -
     on_all_ranks(lambda: [check_token_ids(path, vocab_size) for path in prefixes])
     special = special_tokens(tokenizer, vocab_size) if source.arch.is_bert else None
     documents = documents_of(flags, prefixes, place, special)
-    on_all_ranks(
-        lambda: documents.check_token_ids(vocab_size, place.rank, place.world_size),
-    )
+    on_all_ranks(lambda: documents.check_token_ids(vocab_size, place.rank, place.world_size))
     modules = build(flags, others, source, teacher, place)
     figures = measure(flags, modules, documents, place, special, has_teacher=teacher is not None)
     if place.rank == 0:

@@ -16,12 +16,11 @@ from megatron_ext.checkpoint.checkpoints import sharded_tensors
 def initialize_weights(state: ShardedStateDict, arch: Arch, seed: int) -> None:
     """Draw every weight from its own generator, seeded by (seed, name, layer, expert).
 
-    No collectives. Of a HybridModel, the layer is the sub-layer's number within its kind: with the
-    same seed, a pattern of whole layers begins as a GPTModel does.
-
     ``state`` shares memory with the parameters of this rank (``build.model_state_dict``). Each rank
-    draws the whole tensor and keeps its shard, so that a seed gives the same model under
-    every layout. (megatron-core draws from one generator per tensor-parallel rank.)
+    draws the whole tensor and keeps its shard, so that a seed gives the same model under every
+    layout. (megatron-core draws from one generator per tensor-parallel rank.) The layer of a
+    HybridModel is the sub-layer's number within its kind: with the same seed, a pattern of whole
+    layers begins as a GPTModel does. No collectives.
 
     Raises:
         ValueError: the model has a weight without a row in ``arch.weights``.

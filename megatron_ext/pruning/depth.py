@@ -4,11 +4,10 @@
     loss    language-model loss of the model without the layers, nats per token
     kl      KL(whole model || model without the layers) of the next token, nats per token
 
-Layers here may be sub-layers, the attention or the MLP of a layer alone. Means are over the
-tokens of the calibration samples that a loss counts, for block over all but padding. Higher means
-keep. loss orders layers as the perplexity
-of arXiv:2407.14679 does, block is its block importance over contiguous layers, kl the metric of
-arXiv:2504.11409.
+Layers here may be sub-layers, the attention or the MLP of a layer alone. Means are over the tokens
+of the calibration samples that a loss counts, for block over all but padding. Higher means keep.
+loss orders layers as the perplexity of arXiv:2407.14679 does, block is its block importance over
+contiguous layers, kl the metric of arXiv:2504.11409.
 
 No second model is built: a layer is left out by handing its input through, on the pipeline stage
 where it lives.

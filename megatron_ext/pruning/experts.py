@@ -91,10 +91,8 @@ class DispatchedSums:
     def sent_home(self) -> Tensor:
         """Return [K, B, E * c] over the positions of this rank. One collective over tp_ep."""
         ranks, _, batch = self.left_out.shape
-        # e: experts of this rank; c: its units of each.
-        sums = torch.stack(
-            [self.parts[i] for i in range(len(self.parts))], dim=2
-        )  # [K, R * B, e, c]
+        # [K, R * B, e, c]; e: experts of this rank; c: its units of each.
+        sums = torch.stack([self.parts[i] for i in range(len(self.parts))], dim=2)
         num_sums, num_experts, width = sums.size(0), sums.size(2), sums.size(3)
         parts = sums.view(num_sums, ranks, batch, num_experts, width).transpose(0, 1).contiguous()
         # [R, K, B, e, c]: to each rank of tp_ep the sums over its positions.

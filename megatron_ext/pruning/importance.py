@@ -24,8 +24,8 @@ How scores lie over the ranks follows from the tensor that a hook taps:
 
 Positions of one sample are summed over ranks before they are aggregated. Sums over samples of other
 data-parallel ranks, layers of other stages and units of other TP ranks are added once, in
-``Importance.collect``. A layer's score is 1 - cos(input, output), a
-mean over positions whatever the aggregation of the other axes.
+``Importance.collect``. A layer's score is 1 - cos(input, output), a mean over positions whatever
+the aggregation of the other axes.
 
 Positions with loss mask 0, the padding of a sample, take no part: a sample of 100 tokens and 28 of
 padding is a sample of 100 positions. Several documents in one sample need nothing more: each of

@@ -60,6 +60,7 @@ def prune(run_plan: PrunePlan) -> int:
     source = read_again(run_plan.source.checkpoint, flags.sizes)
     source.tokenizer_files()  # what may not be copied is refused before the calibration
     place = join_ranks(flags, source.arch.num_layers)
+    # Before the locks, which make folders. ``make`` looks again: their last holder may have saved.
     on_first_rank(lambda: check_outputs(flags, jobs, found))
     saves = [job.save for job in jobs if job.save]
     with locked({Path(save) / LOCK: f"--save {save}" for save in saves}):

@@ -1,4 +1,4 @@
-"""What is said when a collective fails because another rank was killed, or hangs."""
+"""The message of a collective that fails because another rank was killed, or hangs."""
 
 import contextlib
 import re

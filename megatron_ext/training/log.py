@@ -1,4 +1,4 @@
-"""What a run says: Megatron-LM's log line, metrics.jsonl, TensorBoard, Weights & Biases, a bar.
+"""Reports of a run: Megatron-LM's log line, metrics.jsonl, TensorBoard, Weights & Biases, a bar.
 
 All of it on rank 0, which knows the losses because a step broadcasts them.
 """

@@ -25,7 +25,7 @@ from megatron_ext.training.step import Wrapped, wrap
 
 @dataclass
 class Counters:
-    """How far a run is; the part of its state that changes outside of tensors."""
+    """Progress of a run: the part of its state that changes outside of tensors."""
 
     iteration: int = 0
     consumed_train_samples: int = 0
