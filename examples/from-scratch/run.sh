@@ -32,32 +32,8 @@ SETTINGS="VOCAB_SIZE SEQ_LENGTH MICRO_BATCH BATCH LAYERS HIDDEN FFN HEADS QUERY_
     EVAL_ITERS NEW_TOKENS"
 PROMPTS=($'def read_lines(path):\n    """Return the lines of a file."""\n' "The following table")
 
-# A thread per process: the two processes of a step have a core each. The others keep memory that
-# was freed: fresh pages from the system cost more than the arithmetic.
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999
-
-# shellcheck source=../common/step.sh
-source examples/common/step.sh
-
-# What a step runs ends in exec, so that it is the step's process that gets the signal.
-launch() { exec torchrun --standalone --nproc-per-node 2 "$@"; }
-
-preprocess() {
-    exec python tools/preprocess_data.py --input "$OUT/corpus/$1.jsonl" \
-        --output-prefix "$OUT/data/$1" --append-eod "${TOKENIZER[@]}"
-}
-
-# train NAME ITERS LR MIN_LR WARMUP FLAGS...: all on the same data, in the same batches.
-train() {
-    local name=$1 iters=$2 lr=$3 min_lr=$4 warmup=$5
-    shift 5
-    launch pretrain_distill.py "${DATA[@]}" "${SHAPE[@]}" --global-batch-size "$BATCH" \
-        --save "$OUT/$name" --save-interval $((iters / 4)) --train-iters "$iters" \
-        --lr "$lr" --min-lr "$min_lr" --lr-decay-style cosine --lr-warmup-iters "$warmup" \
-        --adam-beta2 0.95 --weight-decay 0.1 --log-interval 25 --progress \
-        --eval-interval $((iters / EVALS > 0 ? iters / EVALS : 1)) --eval-iters "$EVAL_ITERS" "$@"
-}
+# shellcheck source=../common/small.sh
+source examples/common/small.sh
 
 prune() {
     rm -rf "$OUT/pruned" # of a start that was killed between the checkpoint and the end
@@ -87,15 +63,9 @@ generate() {
 keep_settings "$SETTINGS"
 mkdir -p "$OUT/texts"
 
-TOKENIZER=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$OUT/corpus/tokenizer.model")
-TRAIN_DATA=(--train-data-path "$OUT/data/train_text_document" --num-workers 0 "${TOKENIZER[@]}")
-DATA=("${TRAIN_DATA[@]}" --valid-data-path "$OUT/data/valid_text_document")
-SHAPE=(--bf16 --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH")
 DISTILL_SCHEDULE=("$DISTILL_ITERS" "$DISTILL_LR" "$DISTILL_MIN_LR" "$DISTILL_WARMUP")
 
-step corpus python examples/from-scratch/corpus.py --output "$OUT/corpus" --vocab-size "$VOCAB_SIZE"
-step preprocess-train preprocess train
-step preprocess-valid preprocess valid
+make_data
 step teacher train teacher "$TEACHER_ITERS" "$TEACHER_LR" "$TEACHER_MIN_LR" "$TEACHER_WARMUP" \
     --num-layers "$LAYERS" --hidden-size "$HIDDEN" --ffn-hidden-size "$FFN" --swiglu \
     --num-attention-heads "$HEADS" --kv-channels "$KV_CHANNELS" \

@@ -22,6 +22,7 @@ fi
 : "${TEACHER_ITERS:=120}" "${TEACHER_LR:=3e-3}" "${TEACHER_MIN_LR:=3e-4}" "${TEACHER_WARMUP:=20}"
 : "${DISTILL_ITERS:=40}" "${DISTILL_LR:=2e-3}" "${DISTILL_MIN_LR:=2e-4}" "${DISTILL_WARMUP:=5}"
 : "${CALIBRATION_SAMPLES:=64}" "${EVAL_ITERS:=8}"
+EVALS=1 # of a run, at its end
 SETTINGS="VOCAB_SIZE SEQ_LENGTH MICRO_BATCH BATCH TEACHER_ITERS TEACHER_LR TEACHER_MIN_LR
     TEACHER_WARMUP DISTILL_ITERS DISTILL_LR DISTILL_MIN_LR DISTILL_WARMUP CALIBRATION_SAMPLES
     EVAL_ITERS"
@@ -34,30 +35,8 @@ MODEL=(--hybrid-layer-pattern "M-M-M*-M-M*-" --hidden-size 192 --ffn-hidden-size
 TARGETS=(--target-mamba-num-heads 8 --target-mamba-head-dim 24 --target-mamba-layers 4
     --target-ffn-hidden-size 320 --target-mlp-layers 4)
 
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999
-
-# shellcheck source=../common/step.sh
-source examples/common/step.sh
-
-# What a step runs ends in exec, so that it is the step's process that gets the signal.
-launch() { exec torchrun --standalone --nproc-per-node 2 "$@"; }
-
-preprocess() {
-    exec python tools/preprocess_data.py --input "$OUT/corpus/$1.jsonl" \
-        --output-prefix "$OUT/data/$1" --append-eod "${TOKENIZER[@]}"
-}
-
-# train NAME ITERS LR MIN_LR WARMUP FLAGS...: all on the same data, in the same batches.
-train() {
-    local name=$1 iters=$2 lr=$3 min_lr=$4 warmup=$5
-    shift 5
-    launch pretrain_distill.py "${DATA[@]}" "${SHAPE[@]}" --global-batch-size "$BATCH" \
-        --save "$OUT/$name" --save-interval $((iters / 4)) --train-iters "$iters" \
-        --lr "$lr" --min-lr "$min_lr" --lr-decay-style cosine --lr-warmup-iters "$warmup" \
-        --adam-beta2 0.95 --weight-decay 0.1 --log-interval 25 \
-        --eval-interval "$iters" --eval-iters "$EVAL_ITERS" "$@"
-}
+# shellcheck source=../common/small.sh
+source examples/common/small.sh
 
 # prune NAME FLAGS...: under tensor parallelism; the teacher was trained under data parallelism.
 prune() {
@@ -77,14 +56,7 @@ evaluate() {
 }
 
 keep_settings "$SETTINGS"
-TOKENIZER=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$OUT/corpus/tokenizer.model")
-TRAIN_DATA=(--train-data-path "$OUT/data/train_text_document" --num-workers 0 "${TOKENIZER[@]}")
-DATA=("${TRAIN_DATA[@]}" --valid-data-path "$OUT/data/valid_text_document")
-SHAPE=(--bf16 --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH")
-
-step corpus python examples/from-scratch/corpus.py --output "$OUT/corpus" --vocab-size "$VOCAB_SIZE"
-step preprocess-train preprocess train
-step preprocess-valid preprocess valid
+make_data
 step teacher train teacher "$TEACHER_ITERS" "$TEACHER_LR" "$TEACHER_MIN_LR" "$TEACHER_WARMUP" \
     "${MODEL[@]}"
 step pruned prune pruned
