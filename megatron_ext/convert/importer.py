@@ -275,8 +275,11 @@ def read_piece(
 ) -> Tensor:
     """Return a tensor of the checkpoint, these rows of the piece, from those of the folder."""
     parts = [source.read(name) for name in names]
-    check_finite(source.folder, zip(names, parts, strict=True))
-    return piece.merge(parts, arch)[rows]
+    found = piece.merge(parts, arch)[rows]
+    # One tensor may be several of the checkpoint, of which each has its rows looked at, once.
+    named = [(names[0], found)] if len(names) == 1 else zip(names, parts, strict=True)
+    check_finite(source.folder, named)
+    return found
 
 
 def extra_states(arch: Arch) -> dict[str, ShardedObject]:
